@@ -1,0 +1,43 @@
+"""CrossKD-IFC for Detectron2: distil a big detector into a small one through the teacher's own
+head.
+
+Importing this package registers its architectures, ROI heads, fusions and built-in data sets.
+"""
+
+from .config import ConfigError, add_crosskd_ifc_config
+from .fusion import FEATURE_FUSION_REGISTRY, standardize_like
+from .losses import (
+    confident_giou,
+    confident_iou,
+    confident_l1,
+    kl_divergence,
+    pkd,
+    quality_focal,
+)
+from .rcnn import CrossKDRCNN
+from .roi_heads import CrossKDROIHeads
+from .shapes import register_shapes
+from .teacher import Teacher, attach_teacher
+from .trainer import CrossKDTrainer
+
+__version__ = "0.1.0"
+
+register_shapes()
+
+__all__ = [
+    "FEATURE_FUSION_REGISTRY",
+    "ConfigError",
+    "CrossKDRCNN",
+    "CrossKDROIHeads",
+    "CrossKDTrainer",
+    "Teacher",
+    "add_crosskd_ifc_config",
+    "attach_teacher",
+    "confident_giou",
+    "confident_iou",
+    "confident_l1",
+    "kl_divergence",
+    "pkd",
+    "quality_focal",
+    "standardize_like",
+]

@@ -1,0 +1,224 @@
+"""Cautious readers of the files of a data set: cards, VOC lists, annotations, images.
+
+Files are taken as untrusted. Whatever is wrong with one is a single ValueError that names it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from xml.etree import ElementTree
+
+import yaml
+from detectron2.utils.file_io import PathManager
+
+__all__ = [
+    "ImageFacts",
+    "inspect_image",
+    "read_coco_json",
+    "read_text",
+    "read_voc_annotation",
+    "read_voc_split",
+    "read_yaml",
+]
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    def doctype(self, *_):
+        # Called before any entity of the document type is read.
+        raise ValueError("<!DOCTYPE> is not allowed in an annotation")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which aliases (YAML bombs) and keys that are given twice are errors."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            raise yaml.YAMLError(f"one of the keys {', '.join(keys)[:200]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_text(path: str) -> str:
+    """Returns the content of a UTF-8 file."""
+    if not PathManager.isfile(path):  # a folder, or a device that never ends
+        raise ValueError(f"{path}: {'not a file' if PathManager.exists(path) else 'no such file'}")
+    try:
+        with PathManager.open(path, "rb") as f:
+            return f.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+
+
+def read_yaml(path: str) -> Any:
+    """Returns the content of a YAML file of plain values: no tags, no aliases, no key twice."""
+    text = read_text(path)
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+
+
+def read_voc_split(root: str, split: str) -> List[str]:
+    """Returns the image ids in ``root``/ImageSets/Main/``split``.txt.
+
+    Raises:
+        ValueError: also for content that detectron2's VOC reader couldn't read.
+    """
+    path = f"{root}/ImageSets/Main/{split}.txt"
+    ids = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    for line in ids:
+        # numpy.loadtxt, which detectron2 uses, splits at blanks and takes # for a comment.
+        if len(line.split()) > 1 or "#" in line:
+            raise ValueError(f"{path}: expected one image id per line, found {line[:80]!r}")
+    if len(ids) < 2:
+        raise ValueError(f"{path}: {len(ids)} images; detectron2's VOC reader needs at least 2")
+    return ids
+
+
+def read_voc_annotation(
+    path: str,
+) -> Tuple[Tuple[int, int], List[Tuple[str, List[float], ElementTree.Element]]]:
+    """Reads a VOC annotation file. Document types, and with them all entities, are refused.
+
+    Returns:
+        (width, height), and for each object its class name, the box (xmin, ymin, xmax, ymax) as it
+        stands in the file (any floats, also nan), and its XML element.
+
+    Raises:
+        ValueError: also for content that detectron2's VOC reader couldn't read.
+    """
+    text = read_text(path)
+    try:
+        parser = ElementTree.XMLParser(target=_NoDoctype())
+        parser.feed(text)
+        tree = parser.close()
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path}: not valid XML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+    def get(element, tag, convert, where=""):
+        found = element.find(tag)
+        content = None if found is None else found.text
+        try:
+            return convert(content)
+        except (TypeError, ValueError):
+            fault = f"is {content[:40]!r}" if content else "is missing or empty"
+            raise ValueError(f"{path}: <{tag.replace('/', '><')}> {fault}{where}") from None
+
+    def name(content):
+        if not content:
+            raise ValueError
+        return content
+
+    size = get(tree, "size/width", int), get(tree, "size/height", int)
+    objects = []
+    for number, element in enumerate(tree.findall("object"), 1):
+        where = f" in object {number}"
+        box = [get(element, f"bndbox/{k}", float, where) for k in ("xmin", "ymin", "xmax", "ymax")]
+        objects.append((get(element, "name", name, where), box, element))
+    return size, objects
+
+
+def read_coco_json(path: str) -> Dict[str, Any]:
+    """Returns the content of a COCO json file, which may lack annotations, as in test sets.
+
+    Raises:
+        ValueError: also if images, categories or annotations aren't lists (of anything).
+    """
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    for key in ("images", "categories", "annotations"):
+        default = [] if key == "annotations" else None
+        if not isinstance(content, dict) or not isinstance(content.get(key, default), list):
+            raise ValueError(f"{path}: no COCO annotations, it has no list {key!r}")
+    return content
+
+
+class ImageFacts(NamedTuple):
+    """What `inspect_image` finds out.
+
+    Attributes:
+        size: (width, height) after the EXIF orientation, as detectron2 sees it; None if unknown.
+        stored_size: the same before turning.
+        digest: equal for files of equal content; None if the file can't be opened.
+        faults: pairs of a kind from `data_check.KINDS` and a detail, which may be "".
+    """
+
+    size: Optional[Tuple[int, int]]
+    stored_size: Optional[Tuple[int, int]]
+    digest: Optional[str]
+    faults: List[Tuple[str, str]]
+
+
+def inspect_image(path: str) -> ImageFacts:
+    """Decodes an image in full, within Pillow's limit against decompression bombs; never raises."""
+    from PIL import Image, UnidentifiedImageError
+
+    faults: List[Tuple[str, str]] = []
+    if not PathManager.isfile(path):
+        stem = os.path.splitext(path)[0]
+        near = [e for e in (".jpg", ".JPG", ".jpeg", ".png") if PathManager.isfile(stem + e)]
+        detail = f"there is {os.path.basename(stem)}{near[0]}" if near else ""
+        return ImageFacts(None, None, None, [("missing image", detail)])
+    try:
+        with PathManager.open(path, "rb") as f:
+            data = f.read()
+    except OSError as error:
+        return ImageFacts(None, None, None, [("unreadable image", error.strerror or str(error))])
+    digest = hashlib.sha1(data).hexdigest()
+    size = stored = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()  # first: some formats hold their EXIF data behind the pixels
+                size = stored = image.size
+                orientation = _orientation(image, faults)
+                if orientation >= 5:
+                    size = stored[::-1]
+                if image.mode.startswith(("I", "F")):
+                    faults.append(("more than 8 bits", f"mode {image.mode}"))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            faults.append(("image too large", str(error).split(",")[0]))
+        except UnidentifiedImageError:
+            faults.append(("unreadable image", "not an image" if data else "the file is empty"))
+        except OSError as error:
+            kind = "truncated image" if "truncated" in str(error) else "unreadable image"
+            faults.append((kind, str(error)))
+        except Exception as error:  # Pillow's decoders raise what they like on hostile bytes
+            faults.append(("unreadable image", f"{type(error).__name__}: {error}"))
+    if any("exif" in str(warning.message).lower() for warning in caught):
+        faults.append(("bad EXIF", "corrupt"))
+    return ImageFacts(size, stored, digest, faults)
+
+
+def _orientation(image, faults: List[Tuple[str, str]]) -> int:
+    """Returns the EXIF orientation that detectron2 applies: 2 to 8, or 1 for none."""
+    raw = image.info.get("exif", b"")
+    body = raw[6:] if raw[:6] == b"Exif\0\0" else raw
+    try:
+        value = image.getexif().get(274)
+    except Exception as error:
+        faults.append(("bad EXIF", f"{type(error).__name__}: {error}"))
+        return 1
+    if body and body[:4] not in (b"II*\0", b"MM\0*"):
+        faults.append(("bad EXIF", "no TIFF header"))  # Pillow is silent about it
+    if value not in range(2, 9):
+        return 1
+    faults.append(("EXIF orientation", f"orientation {value}"))
+    return value

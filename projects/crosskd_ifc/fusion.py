@@ -1,0 +1,221 @@
+"""Combine several tapped features of the student into one that the teacher's head can read.
+
+Shape shorthand: R RoIs (or N images), C channels, D width of a fully connected layer. A tap is
+either 4-D, (R, C, H, W), or 2-D, (R, D); its *shape* below is that without the first dimension: (C,
+H, W) or (D,).
+"""
+
+import functools
+import operator
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from fvcore.common.registry import Registry
+from torch import nn
+
+from .losses import at_least_float32, channel_statistics
+
+__all__ = ["FEATURE_FUSION_REGISTRY", "FeatureFusion", "build_adapter", "standardize_like"]
+
+Shape = Tuple[int, ...]
+ROUTES = ("direct", "through")
+ALIGNMENTS = ("none", "standardize")
+
+
+class _FusionRegistry(Registry):
+    """A registry under the names that YAML files use, which are not Python class names."""
+
+    def register(self, obj=None, *, name: Optional[str] = None):  # type: ignore[override]
+        def add(obj_):
+            self._do_register(name or obj_.__name__, obj_)
+            return obj_
+
+        return add if obj is None else add(obj)
+
+    def names(self) -> List[str]:
+        return sorted(name for name, _ in self)
+
+
+FEATURE_FUSION_REGISTRY = _FusionRegistry("FEATURE_FUSION")
+"""
+``MODEL.CROSSKD.FUSION.NAME`` -> a module that combines features of equal shape.
+
+Called as ``cls(taps, shape)`` with the names of the taps and the shape they share, (C, H, W) or
+(D,); its ``forward`` takes the list of features in that order, each (R, C, H, W) or (R, D), and
+returns one tensor of that shape. It must use each of its parameters in every step. Raise ValueError
+for taps or shapes that it can't combine.
+"""
+
+
+@FEATURE_FUSION_REGISTRY.register(name="none")
+class NoFusion(nn.Module):
+    """A single tap, as it is."""
+
+    def __init__(self, taps: Sequence[str], shape: Shape):
+        super().__init__()
+        if len(taps) != 1:
+            raise ValueError(f"'none' takes exactly one tap, {len(taps)} given: {tuple(taps)}")
+
+    def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
+        return features[0]
+
+
+@FEATURE_FUSION_REGISTRY.register(name="sum")
+class SumFusion(nn.Module):
+    """The sum of all taps: the published code's operation (there on FPN maps)."""
+
+    def __init__(self, taps: Sequence[str], shape: Shape):
+        super().__init__()
+
+    def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
+        return functools.reduce(operator.add, features)
+
+
+@FEATURE_FUSION_REGISTRY.register(name="mean")
+class MeanFusion(SumFusion):
+    """The mean of all taps: a sum that keeps the magnitude of one tap."""
+
+    def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
+        return super().forward(features) / len(features)
+
+
+class SpatialMean(nn.Module):
+    """(R, C, H, W) -> (R, C)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=(2, 3))
+
+
+def build_adapter(source: Shape, target: Shape) -> nn.Module:
+    """The map A_i from a student tap's shape to the shape that the teacher has (method:
+    "Combination").
+
+    Equal shapes: identity, no parameter. 4-D to 4-D of equal height and width: a learned 1x1
+    convolution. 4-D to 2-D: spatial mean, then a learned linear layer. 2-D to 2-D: a learned linear
+    layer.
+
+    Args:
+        source: the student's (C, H, W) or (D,).
+        target: the teacher's (C, H, W) or (D,).
+
+    Raises:
+        ValueError: if none of these maps fits.
+    """
+    if source == target:
+        return nn.Identity()
+    if len(source) == 3 and len(target) == 3 and source[1:] == target[1:]:
+        return nn.Conv2d(source[0], target[0], kernel_size=1)
+    if len(target) == 1:
+        linear = nn.Linear(source[0], target[0])
+        return linear if len(source) == 1 else nn.Sequential(SpatialMean(), linear)
+    raise ValueError(f"no adapter maps a feature of shape {source} to {target}")
+
+
+def standardize_like(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """``(s - mean(s)) / (std(s) + 1e-6) * std(t) + mean(t)`` per channel (dim 1) over all other
+    dims.
+
+    CrossKD's alignment of dense features (Wang et al., 2024). Unbiased std; the gradient flows
+    through the student's statistics too, none into the teacher. Computed in at least float32; empty
+    input is returned as it is.
+
+    Args:
+        student: (R, C, H, W) or (R, D).
+        teacher: the same number of channels; its statistics are taken over.
+
+    Returns:
+        A tensor shaped as ``student``.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    if student.numel() == 0:
+        return student
+    mean_s, std_s = channel_statistics(student)
+    mean_t, std_t = channel_statistics(teacher)
+    return (student - mean_s) / (std_s + 1e-6) * std_t + mean_t
+
+
+class FeatureFusion(nn.Module):
+    """Adapters, route, combination and alignment: the student's taps -> one feature at the
+    teacher's entry layer.
+
+    All learned parameters of the distillation live here, so that a checkpoint holds them under
+    ``fusion.*``; with equal shapes and a fusion without weights there are none.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        taps: Sequence[str],
+        entry: str,
+        route: str,
+        align: str,
+        student_shapes: Mapping[str, Shape],
+        teacher_shapes: Mapping[str, Shape],
+    ):
+        """
+        Args:
+            name: a key of :data:`FEATURE_FUSION_REGISTRY`.
+            taps: names of the student's layers to combine, in any order.
+            entry: the teacher's layer whose output the combined feature replaces.
+            route: "direct" maps each tap to the teacher's shape at ``entry``; "through" maps it to
+                the teacher's shape at the tap itself and runs the teacher's layers up to ``entry``
+                on it.
+            align: "none", or "standardize" against the teacher's own feature at ``entry``, followed
+                by ReLU unless the entry is ``pool`` (whose features are not rectified).
+            student_shapes, teacher_shapes: layer name -> (C, H, W) or (D,).
+
+        Raises:
+            ValueError: if a tap's shape can't be mapped, or the fusion refuses the taps.
+        """
+        super().__init__()
+        self.taps, self.entry, self.route = tuple(taps), entry, route
+        self.standardize = align == "standardize"
+        self.rectify = self.standardize and entry != "pool"
+        self.adapters = nn.ModuleDict()
+        for tap in self.taps:
+            target = entry if route == "direct" else tap
+            try:
+                adapter = build_adapter(student_shapes[tap], teacher_shapes[target])
+            except ValueError as error:
+                raise ValueError(
+                    f"the student's '{tap}' {student_shapes[tap]} can't enter the teacher's "
+                    f"'{target}' {teacher_shapes[target]}: {error}"
+                ) from None
+            self.adapters[tap] = adapter
+        self.combine = FEATURE_FUSION_REGISTRY.get(name)(self.taps, teacher_shapes[entry])
+
+    def forward(
+        self,
+        student: Mapping[str, torch.Tensor],
+        teacher: torch.Tensor,
+        run_teacher: Callable[[torch.Tensor, str, str], torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        Args:
+            student: tap name -> the student's feature.
+            teacher: the teacher's own feature at the entry layer.
+            run_teacher: ``run_teacher(x, after, until)`` applies the teacher's layers after
+                ``after`` up to and including ``until``.
+
+        Returns:
+            The combined feature, shaped as the teacher's at the entry layer.
+        """
+        features = []
+        for tap in self.taps:
+            x = self.adapters[tap](student[tap])
+            if self.route == "through":
+                x = run_teacher(x, tap, self.entry)
+            features.append(x)
+        fused = self.combine(features)
+        if self.standardize:
+            fused = standardize_like(fused, teacher)
+        return fused.relu() if self.rectify else fused
+
+    def connected_zero(self) -> Optional[torch.Tensor]:
+        """0 with a graph to every learned parameter, None if there is none (DDP wants a gradient
+        for each)."""
+        parameters: Dict[str, nn.Parameter] = dict(self.named_parameters())
+        if not parameters:
+            return None
+        return functools.reduce(operator.add, (p.sum() * 0 for p in parameters.values()))

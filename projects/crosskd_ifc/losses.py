@@ -1,0 +1,232 @@
+"""Distillation losses: pure functions, computed in at least float32, that apply no loss weight.
+
+Shape shorthand used here:
+
+    R: number of sampled RoIs (or dense positions) over all images
+    K: number of foreground classes; background is the last column, index K
+    N, C, H, W: images, channels, height, width
+
+The teacher's tensors are targets: no gradient flows into them. Normalizers are used as given, so
+callers clamp counts to at least 1. Empty input gives a zero that is still connected to the graph.
+"""
+
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torchvision.ops import generalized_box_iou_loss
+
+# Keeps a sum of confidences away from 0; the resolution of float32.
+EPS = torch.finfo(torch.float32).eps
+
+Normalizer = Union[float, int, torch.Tensor]
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself if it is float32 or float64, else ``x`` as float32 (mixed precision)."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def kl_divergence(
+    cross_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    temperature: float,
+    normalizer: Normalizer,
+) -> torch.Tensor:
+    """``T^2 * sum_r KL(softmax(teacher_r / T) || softmax(cross_r / T)) / normalizer``.
+
+    The knowledge distillation loss of Hinton et al. (2015), as CrossKD's two-stage heads use it.
+
+    Args:
+        cross_logits: (R, K + 1) logits that learn.
+        teacher_logits: (R, K + 1) target logits.
+        temperature: T > 0.
+        normalizer: the divisor of the sum over rows and columns.
+
+    Returns:
+        Scalar loss.
+    """
+    cross = at_least_float32(cross_logits) / temperature
+    teacher = at_least_float32(teacher_logits.detach()) / temperature
+    divergence = F.kl_div(
+        F.log_softmax(cross, dim=1), F.log_softmax(teacher, dim=1), reduction="sum", log_target=True
+    )
+    return divergence * (temperature**2) / normalizer
+
+
+def teacher_confidence(teacher_logits: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's best foreground class of each row and its probability.
+
+    Args:
+        teacher_logits: (R, K + 1) logits, background last.
+
+    Returns:
+        (R,) probabilities (softmax over all K + 1 columns, temperature 1) and (R,) class indices in
+        [0, K).
+    """
+    probabilities = F.softmax(at_least_float32(teacher_logits.detach()), dim=1)
+    return probabilities[:, :-1].max(dim=1)
+
+
+def select_class_boxes(boxes: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Row r's four numbers for class ``classes[r]``; a class-agnostic head has only one box.
+
+    Args:
+        boxes: (R, 4K) or (R, 4) deltas or coordinates.
+        classes: (R,) class indices in [0, K).
+
+    Returns:
+        (R, 4) tensor.
+    """
+    if boxes.shape[1] == 4:
+        return boxes
+    boxes = boxes.view(boxes.shape[0], boxes.shape[1] // 4, 4)  # RxKx4
+    return boxes.gather(1, classes.view(-1, 1, 1).expand(-1, 1, 4)).squeeze(1)
+
+
+def confident_l1(
+    cross_deltas: torch.Tensor, teacher_deltas: torch.Tensor, teacher_logits: torch.Tensor
+) -> torch.Tensor:
+    """``sum_r p_r * |cross_r - teacher_r|_1 / (4 * sum_r p_r + eps)`` on raw box deltas.
+
+    p_r is the probability of the teacher's best foreground class, whose four deltas are compared.
+    CrossKD's box loss for two-stage heads.
+
+    Args:
+        cross_deltas: (R, 4K) or, class-agnostic, (R, 4) deltas that learn.
+        teacher_deltas: the same shape, targets.
+        teacher_logits: (R, K + 1).
+
+    Returns:
+        Scalar loss.
+    """
+    confidence, classes = teacher_confidence(teacher_logits)
+    cross = select_class_boxes(at_least_float32(cross_deltas), classes)
+    teacher = select_class_boxes(at_least_float32(teacher_deltas.detach()), classes)
+    distance = (cross - teacher).abs().sum(dim=1)  # R
+    return (confidence * distance).sum() / (4 * confidence.sum() + EPS)
+
+
+def confident_giou(
+    cross_boxes: torch.Tensor,
+    teacher_boxes: torch.Tensor,
+    confidence: torch.Tensor,
+    *,
+    normalizer: Normalizer,
+) -> torch.Tensor:
+    """``sum_r confidence_r * (1 - GIoU(cross_r, teacher_r)) / normalizer``.
+
+    Args:
+        cross_boxes: (R, 4) absolute xyxy boxes that learn.
+        teacher_boxes: (R, 4) absolute xyxy targets.
+        confidence: (R,) weights in [0, 1].
+        normalizer: the divisor of the sum.
+
+    Returns:
+        Scalar loss.
+    """
+    loss = generalized_box_iou_loss(
+        at_least_float32(cross_boxes), at_least_float32(teacher_boxes.detach()), reduction="none"
+    )
+    return (at_least_float32(confidence.detach()) * loss).sum() / normalizer
+
+
+def confident_iou(
+    cross_boxes: torch.Tensor,
+    teacher_boxes: torch.Tensor,
+    confidence: torch.Tensor,
+    *,
+    normalizer: Normalizer,
+) -> torch.Tensor:
+    """``sum_r confidence_r * -log(max(IoU(cross_r, teacher_r), 1e-6)) / normalizer``.
+
+    The IoU loss of UnitBox (Yu et al., 2016). Arguments as in :func:`confident_giou`.
+    """
+    cross, teacher = at_least_float32(cross_boxes), at_least_float32(teacher_boxes.detach())
+    overlap = torch.min(cross[:, 2:], teacher[:, 2:]) - torch.max(cross[:, :2], teacher[:, :2])
+    intersection = overlap.clamp(min=0).prod(dim=1)
+    union = _area(cross) + _area(teacher) - intersection
+    # Two empty boxes have no IoU: their union of 0 would divide to NaN.
+    iou = intersection / union.clamp(min=EPS)
+    loss = -iou.clamp(min=1e-6).log()
+    return (at_least_float32(confidence.detach()) * loss).sum() / normalizer
+
+
+def _area(boxes: torch.Tensor) -> torch.Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+
+
+def quality_focal(
+    cross_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    beta: float,
+    weights: Optional[torch.Tensor] = None,
+    normalizer: Normalizer,
+) -> torch.Tensor:
+    """``sum w * |p - q|^beta * BCE(p, q) / normalizer`` with p = sigmoid(cross), q =
+    sigmoid(teacher).
+
+    Quality focal loss (Li et al., 2020, eq. 3) with the teacher's probability as the quality. The
+    factor |p - q|^beta is not detached.
+
+    Args:
+        cross_logits: (R, K) logits that learn.
+        teacher_logits: (R, K) target logits.
+        beta: exponent of the modulating factor.
+        weights: (R,) weight of each row; 1 if not given.
+        normalizer: the divisor of the sum over rows and columns.
+
+    Returns:
+        Scalar loss.
+    """
+    cross = at_least_float32(cross_logits)
+    target = at_least_float32(teacher_logits.detach()).sigmoid()
+    loss = F.binary_cross_entropy_with_logits(cross, target, reduction="none")
+    loss = loss * (cross.sigmoid() - target).abs().pow(beta)
+    if weights is not None:
+        loss = loss * at_least_float32(weights.detach())[:, None]
+    return loss.sum() / normalizer
+
+
+def channel_statistics(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased standard deviation of each channel (dim 1) over all other dims.
+
+    With one element per channel the deviation is 0; ``torch.std`` would give NaN there.
+
+    Args:
+        x: (N, C, ...) with at least one element per channel.
+
+    Returns:
+        Two tensors shaped (1, C, 1, ...), to broadcast against ``x``.
+    """
+    dims = [d for d in range(x.dim()) if d != 1]
+    mean = x.mean(dim=dims, keepdim=True)
+    if x.numel() == x.shape[1]:
+        return mean, torch.zeros_like(mean)
+    return mean, x.std(dim=dims, keepdim=True)
+
+
+def pkd(student_feature: torch.Tensor, teacher_feature: torch.Tensor) -> torch.Tensor:
+    """``mean((norm(student) - norm(teacher))^2) / 2`` with each channel normalised over (N, H, W).
+
+    PKD, distillation by the Pearson correlation coefficient (Cao et al., 2022).
+
+    Args:
+        student_feature: (N, C, H, W) feature that learns.
+        teacher_feature: (N, C, H, W) target.
+
+    Returns:
+        Scalar loss.
+    """
+    student = at_least_float32(student_feature)
+    if student.numel() == 0:
+        return student.sum() * 0
+    teacher = at_least_float32(teacher_feature.detach())
+    return F.mse_loss(_normalize(student), _normalize(teacher)) / 2
+
+
+def _normalize(x: torch.Tensor) -> torch.Tensor:
+    mean, std = channel_statistics(x)
+    return (x - mean) / (std + 1e-6)

@@ -1,0 +1,267 @@
+"""The frozen teacher: built from its own config, loaded strictly, fed from the student's raw
+images.
+
+Shape shorthand: N images, R RoIs over all images, K the teacher's foreground classes.
+"""
+
+import contextlib
+import logging
+import random
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from .config import ConfigError, add_crosskd_ifc_config, check_crosskd_config
+from .data import resolve_path
+
+logger = logging.getLogger(__name__)
+
+# Parameters of a student's own distillation; a distilled student may become a teacher, which needs
+# none of them.
+_ADAPTER_PREFIX = "fusion."
+
+
+class Teacher:
+    """A complete, frozen detector that answers for the student's images.
+
+    A plain object, not a module: the detector stays out of the student's parameters, state dict,
+    optimizer, DDP and checkpoints, and out of reach of its ``train()``.
+
+    Attributes:
+        model: the detector, in eval mode, no parameter requiring gradient.
+        cfg: the config it was built from, None if it was given as a model.
+        description: where it came from, for messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        student_format: str,
+        precision: str = "float32",
+        cfg: Optional[CfgNode] = None,
+        description: str = "the given detector",
+    ):
+        """
+        Args:
+            model: a detectron2 detector with weights.
+            student_format: channel order of the student's images, such as "BGR" (its INPUT.FORMAT).
+            precision: of :meth:`autocast`'s context, "float32", "bfloat16" or "float16".
+            cfg: the teacher's config.
+            description: where the weights are from.
+
+        Raises:
+            ConfigError: if the student's images can't be turned into the teacher's channel order.
+        """
+        self.model = model.eval().requires_grad_(False)
+        self.cfg = cfg
+        self.description = description
+        self.dtype: torch.dtype = getattr(torch, precision)
+        formats = (student_format, model.input_format)
+        if formats[0] != formats[1] and set(formats) != {"RGB", "BGR"}:
+            raise ConfigError(
+                f"INPUT.FORMAT: the student reads {formats[0]!r} images and the teacher "
+                f"({description}) {formats[1]!r}; only RGB and BGR can be turned into each other"
+            )
+        self._swap_channels = formats[0] != formats[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def to(self, device: torch.device) -> "Teacher":
+        """Move to a device; the precision stays."""
+        self.model.to(device)
+        return self
+
+    def preprocess(self, batched_inputs: Sequence[Mapping[str, torch.Tensor]]):
+        """The teacher's own :class:`ImageList`, from the student's raw images: channel order first,
+        then mean and std."""
+        flipped = [
+            {"image": x["image"].flip(0) if self._swap_channels else x["image"]}
+            for x in batched_inputs
+        ]
+        return self.model.preprocess_image(flipped)
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """No gradient, and the teacher's precision, also where the student trains under
+        autocast."""
+        low = self.dtype != torch.float32
+        dtype = self.dtype if low else None
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=low):
+            yield
+
+    def features(
+        self, batched_inputs: Sequence[Mapping[str, torch.Tensor]]
+    ) -> Dict[str, torch.Tensor]:
+        """Backbone features of the student's raw images, feature name -> (N, C, H, W); no
+        gradient."""
+        with self.autocast():
+            return self.model.backbone(self.preprocess(batched_inputs).tensor)
+
+
+def attach_teacher(
+    model: nn.Module, cfg: CfgNode, *, teacher: Optional[nn.Module] = None
+) -> Teacher:
+    """Build, load, check and freeze the teacher and let ``model`` distil from it.
+
+    From then on ``model(batched_inputs)`` in training mode returns the distillation losses too,
+    which is all that a training loop needs. Call it before the optimizer and DDP are made: learned
+    adapters, if the two heads need any, become parameters of ``model`` (``fusion.*``). The global
+    random state is left as it was.
+
+    Args:
+        model: a student of a CrossKD meta-architecture, such as :class:`CrossKDRCNN`.
+        cfg: the student's config, with ``MODEL.CROSSKD``.
+        teacher: an already built detector with weights, instead of
+            ``MODEL.CROSSKD.TEACHER.CONFIG_FILE``; it is put into eval mode and frozen in place.
+
+    Returns:
+        The attached teacher.
+
+    Raises:
+        ConfigError: if a setting can't work or student and teacher don't fit each other.
+    """
+    check_crosskd_config(cfg)
+    if not hasattr(model, "set_teacher"):
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE: {type(model).__name__} can't distil; use CrossKDRCNN in "
+            "place of GeneralizedRCNN"
+        )
+    kd = cfg.MODEL.CROSSKD
+    with _same_random_state():
+        options = {"student_format": cfg.INPUT.FORMAT, "precision": kd.TEACHER.PRECISION}
+        if teacher is None:
+            built = _build_teacher(cfg, model.device, options)
+        else:
+            built = Teacher(teacher.to(model.device), **options)
+        model.set_teacher(built, cfg)
+    logger.info(f"Teacher: {built.description}")
+    return built
+
+
+def _build_teacher(cfg: CfgNode, device: torch.device, options: Dict[str, str]) -> Teacher:
+    kd = cfg.MODEL.CROSSKD.TEACHER
+    if not kd.CONFIG_FILE:
+        raise ConfigError(
+            "MODEL.CROSSKD.TEACHER.CONFIG_FILE is empty; give a config file or a model-zoo name"
+        )
+    teacher_cfg, weights = load_teacher_config(cfg)
+    teacher_cfg.MODEL.DEVICE = str(device)
+    model = build_model(teacher_cfg)
+    _StrictCheckpointer(model).load(weights)
+    description = f"{type(model).__name__} from {kd.CONFIG_FILE} with weights {weights}"
+    return Teacher(model, cfg=teacher_cfg, description=description, **options)
+
+
+def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
+    """The teacher's full config, and the file or URL of its weights.
+
+    Args:
+        cfg: the student's config.
+
+    Raises:
+        ConfigError: if the config can't be found or read, or no weights are named.
+    """
+    kd = cfg.MODEL.CROSSKD.TEACHER
+    path, zoo_name = _find_config(kd.CONFIG_FILE)
+    teacher_cfg = get_cfg()
+    add_crosskd_ifc_config(teacher_cfg)
+    try:
+        teacher_cfg.merge_from_file(path, allow_unsafe=False)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"MODEL.CROSSKD.TEACHER.CONFIG_FILE {path}: {error}") from error
+    try:
+        teacher_cfg.merge_from_list(list(kd.OPTS))
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f"MODEL.CROSSKD.TEACHER.OPTS {tuple(kd.OPTS)}: {error}") from error
+    if kd.WEIGHTS:
+        return teacher_cfg, kd.WEIGHTS
+    try:
+        return teacher_cfg, model_zoo.get_checkpoint_url(zoo_name)
+    except (RuntimeError, ValueError):
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.WEIGHTS is empty, and {kd.CONFIG_FILE!r} is no model-zoo name "
+            "with a trained checkpoint; give the file or URL of the teacher's trained weights "
+            "(the MODEL.WEIGHTS in its config is only where its own training started)"
+        ) from None
+
+
+def _find_config(name: str) -> Tuple[str, str]:
+    """(path, model-zoo name or "") of a teacher's config: current folder, then ``configs/``, then
+    the zoo."""
+    try:
+        zoo_path = model_zoo.get_config_file(name)
+    except RuntimeError:
+        zoo_path = ""
+    try:
+        path = resolve_path(
+            name,
+            what="teacher config",
+            key="MODEL.CROSSKD.TEACHER.CONFIG_FILE",
+            extra_tried=() if zoo_path else (f"model zoo: {name}",),
+        )
+        return path, ""
+    except (FileNotFoundError, ValueError) as error:
+        if not zoo_path:
+            raise ConfigError(str(error)) from None
+    return zoo_path, name
+
+
+class _StrictCheckpointer(DetectionCheckpointer):
+    """Loads a teacher or fails: a partly random teacher would quietly teach noise."""
+
+    def load(self, path: str, *args, **kwargs):
+        local = path.split("?")[0]
+        if "://" not in local and not PathManager.isfile(local):
+            raise ConfigError(
+                f"MODEL.CROSSKD.TEACHER.WEIGHTS: {local!r} does not exist; train the teacher "
+                "first, or give the file of its trained weights"
+            )
+        self._source = path
+        return super().load(path, *args, **kwargs)
+
+    def _load_model(self, checkpoint):
+        incompatible = super()._load_model(checkpoint)
+        problems: List[str] = []
+        shapes = [
+            f"{k} {a} in the file, {b} in the model" for k, a, b in incompatible.incorrect_shapes
+        ]
+        wrong_shape = {k for k, _, _ in incompatible.incorrect_shapes}
+        missing = [k for k in incompatible.missing_keys if k not in wrong_shape]
+        unexpected = [k for k in incompatible.unexpected_keys if not k.startswith(_ADAPTER_PREFIX)]
+        for what, keys in (
+            ("missing in the file", missing),
+            ("not in the model", unexpected),
+            ("of another shape", shapes),
+        ):
+            if keys:
+                more = f", ... ({len(keys)} in all)" if len(keys) > 3 else ""
+                problems.append(f"{what}: {', '.join(keys[:3])}{more}")
+        if problems:
+            raise ConfigError(
+                f"MODEL.CROSSKD.TEACHER.WEIGHTS {self._source!r} does not fit the model of "
+                f"TEACHER.CONFIG_FILE (with TEACHER.OPTS). Weights {'; '.join(problems)}"
+            )
+        return incompatible
+
+
+@contextlib.contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Leave the global random state as it was, so that runs with and without a teacher start from
+    the same student."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

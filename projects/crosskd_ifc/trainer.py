@@ -1,0 +1,267 @@
+"""detectron2's trainer with a teacher: builds both models, follows the schedule, evaluates by the
+data set's type."""
+
+import contextlib
+import functools
+import logging
+import os
+from typing import Dict, Iterator, Optional, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.engine import DefaultTrainer, HookBase, defaults
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import ConfigError, check_crosskd_config, distillation_requested
+from .data import drop_degenerate_boxes, register_cards
+from .teacher import attach_teacher
+
+logger = logging.getLogger(__name__)
+
+
+class CrossKDTrainer(DefaultTrainer):
+    """:class:`DefaultTrainer` that distils if the config names a teacher, and trains any plain
+    config unchanged."""
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: with the keys of :func:`add_crosskd_ifc_config`.
+
+        Raises:
+            ConfigError: for settings that can't work, before anything is trained.
+        """
+        check_training_config(cfg)
+        with _ddp_without_device_ids(enabled=cfg.MODEL.DEVICE == "cpu"):
+            super().__init__(scale_schedule(cfg, comm.get_world_size()))
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The student and, if the config asks for one, its teacher, attached."""
+        model = super().build_model(cfg)
+        if distillation_requested(cfg):
+            attach_teacher(model, cfg)
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """detectron2's loader, less the boxes without area, which it logs."""
+        names = cfg.DATASETS.TRAIN
+        dicts = get_detection_dataset_dicts(
+            names,
+            filter_empty=False,
+            min_keypoints=(
+                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+            ),
+            proposal_files=(
+                cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+            ),
+        )
+        dicts, _ = drop_degenerate_boxes(dicts)
+        # Afterwards, since an image may have had no other box.
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
+            dicts = filter_images_with_only_crowd_annotations(dicts)
+        return build_detection_train_loader(cfg, dataset=dicts)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
+    ) -> DatasetEvaluator:
+        """The evaluator for the data set's ``evaluator_type``: "coco" or "pascal_voc".
+
+        Raises:
+            ConfigError: for another type.
+        """
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+        if kind == "coco":
+            folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+            return COCOEvaluator(dataset_name, output_dir=folder)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise ConfigError(
+            f"DATASETS.TEST: data set {dataset_name!r} has evaluator_type {kind!r}; possible: "
+            "'coco', 'pascal_voc' (for another one subclass CrossKDTrainer.build_evaluator)"
+        )
+
+    def build_hooks(self):
+        """detectron2's hooks and, with a teacher, the distillation schedule and the teacher's
+        evaluation."""
+        hooks = super().build_hooks()
+        student = unwrap(self.model)
+        if getattr(student, "teacher", None) is None:
+            return hooks
+        kd = self.cfg.MODEL.CROSSKD
+        ours: list = [
+            DistillationSchedule(
+                start=kd.SCHEDULE.START_ITER,
+                warmup=kd.SCHEDULE.WARMUP_ITERS,
+                stop=kd.SCHEDULE.STOP_ITER,
+            )
+        ]
+        if kd.TEACHER.EVAL_AT_START:
+            ours.append(TeacherEvaluation())
+        return ours + hooks
+
+
+class DistillationSchedule(HookBase):
+    """Sets the student's ``kd_factor`` before each step.
+
+    0 before ``start``; then a linear rise over ``warmup`` iterations, whose first step has 1 /
+    warmup; then 1; 0 from ``stop`` on.
+    """
+
+    def __init__(self, *, start: int = 0, warmup: int = 0, stop: int = -1):
+        """
+        Args:
+            start: first iteration that distils.
+            warmup: iterations until the full factor.
+            stop: first iteration that doesn't distil any more; -1 for none.
+        """
+        self.start, self.warmup, self.stop = start, warmup, stop
+
+    def factor(self, iteration: int) -> float:
+        if iteration < self.start or (self.stop >= 0 and iteration >= self.stop):
+            return 0.0
+        return min(1.0, (iteration - self.start + 1) / max(self.warmup, 1))
+
+    def before_step(self) -> None:
+        unwrap(self.trainer.model).kd_factor = self.factor(self.trainer.iter)
+
+
+class TeacherEvaluation(HookBase):
+    """Evaluates the teacher on the student's test sets before the first step, and logs it as
+    ``teacher/...``."""
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0:
+            return
+        teacher = unwrap(self.trainer.model).teacher
+        results = self.trainer.test(self._config(teacher), teacher.model)
+        if not comm.is_main_process():
+            return
+        for name, value in flatten_results_dict(results).items():
+            self.trainer.storage.put_scalar(f"teacher/{name}", value, smoothing_hint=False)
+            if name.endswith(("AP", "AP50")):
+                logger.info(
+                    f"Teacher on {', '.join(self.trainer.cfg.DATASETS.TEST)}: {name} {value:.2f}"
+                )
+
+    def _config(self, teacher) -> CfgNode:
+        """The teacher's own input settings on the student's test sets."""
+        ours = self.trainer.cfg
+        cfg = (teacher.cfg or ours).clone()
+        cfg.defrost()
+        cfg.INPUT.FORMAT = teacher.model.input_format
+        cfg.DATASETS = ours.DATASETS
+        cfg.DATALOADER = ours.DATALOADER
+        cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, "teacher")
+        return cfg
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The detector inside a DDP wrapper, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def check_training_config(cfg: CfgNode) -> None:
+    """Check what can be checked before models and data are built, and register the dataset cards.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    distillation_requested(cfg)
+    check_crosskd_config(cfg)
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        raise ConfigError("SOLVER.AMP.ENABLED True needs a GPU, but MODEL.DEVICE is 'cpu'")
+    _check_device_and_data(cfg, ("TRAIN", "TEST"))
+
+
+def check_evaluation_config(cfg: CfgNode) -> None:
+    """As :func:`check_training_config` for an evaluation, which has no teacher and no training
+    data.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    _check_device_and_data(cfg, ("TEST",))
+
+
+def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:
+    _check_device(cfg)
+    register_cards(cfg.DATASETS.CARDS)
+    for key in splits:
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog.list():
+                raise ConfigError(
+                    f"DATASETS.{key}: no data set is called {name!r}; use a name of detectron2's, "
+                    "crosskd_shapes_train, _val or _test, or describe your data in a dataset card "
+                    "and name its file in DATASETS.CARDS"
+                )
+
+
+def _check_device(cfg: CfgNode) -> None:
+    """Refuse a MODEL.DEVICE that this machine or process group can't run.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there is no GPU here; add MODEL.DEVICE cpu"
+        )
+    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and torch.cuda.is_available():
+        raise ConfigError(
+            "MODEL.DEVICE is 'cpu', but detectron2 starts its processes for the GPUs that it "
+            "sees; run with CUDA_VISIBLE_DEVICES= (empty) to train with several CPU processes"
+        )
+
+
+def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
+    """Scale the distillation schedule as ``DefaultTrainer.auto_scale_workers`` scales the solver's.
+
+    Args:
+        cfg: SOLVER.REFERENCE_WORLD_SIZE is the number of workers it was written for, 0 for none.
+        world_size: number of workers.
+
+    Returns:
+        A new config, or ``cfg`` itself if nothing is to be scaled.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, world_size):
+        return cfg
+    cfg = cfg.clone()
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    schedule: Dict[str, int] = cfg.MODEL.CROSSKD.SCHEDULE
+    for key, value in schedule.items():
+        if value > 0:
+            schedule[key] = int(round(value * reference / world_size))
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+@contextlib.contextmanager
+def _ddp_without_device_ids(enabled: bool) -> Iterator[None]:
+    """DDP refuses device_ids for a CPU model; detectron2 always passes them, and offers no place to
+    override that."""
+    if not enabled:
+        yield
+        return
+    original = defaults.create_ddp_model
+    defaults.create_ddp_model = functools.partial(original, device_ids=None)
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = original

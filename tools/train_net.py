@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Train or evaluate a teacher, a plain student or a distilled student from one config file.
+
+Takes detectron2's own arguments:
+
+    python tools/train_net.py --config-file configs/quick/shapes_crosskd_ifc_R_18.yaml [KEY VALUE
+    ...] python tools/train_net.py --config-file ... --resume python tools/train_net.py
+    --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+import logging
+import os
+import sys
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
+from crosskd_ifc.data import resolve_path
+from crosskd_ifc.trainer import check_evaluation_config
+
+
+def setup(args):
+    """The frozen config of a run, from the config file and the command line."""
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    if args.config_file:
+        args.config_file = resolve_path(args.config_file, what="config", key="--config-file")
+        cfg.merge_from_file(args.config_file, allow_unsafe=False)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="crosskd_ifc")
+    return cfg
+
+
+def main(args):
+    cfg = setup(args)
+    if args.eval_only:
+        check_evaluation_config(cfg)
+        model = build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = CrossKDTrainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = CrossKDTrainer(cfg)
+    if not args.resume and trainer.checkpointer.has_checkpoint():
+        logging.getLogger("crosskd_ifc").warning(
+            f"OUTPUT_DIR {os.path.abspath(cfg.OUTPUT_DIR)} holds checkpoints of an earlier run, "
+            "which this run will overwrite; stop it now and add --resume to go on with that one"
+        )
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def invoke_main() -> None:
+    args = default_argument_parser().parse_args()
+    print("Command Line Args:", args)
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    invoke_main()
