@@ -63,9 +63,18 @@ def tiny_cfg(*opts, architecture: str = "CrossKDRCNN") -> CfgNode:
 
 
 def tiny_model(cfg: Optional[CfgNode] = None, *, seed: int = 0):
-    """A detector with weights from a seed, its predictors far from their near-zero start."""
+    """A detector with weights from a seed, its predictors far from their near-zero start.
+
+    The pyramid's levels are scaled to unit deviation: frozen BatchNorm without trained statistics
+    would let activations grow with depth.
+    """
     torch.manual_seed(seed)
     model = build_model(tiny_cfg() if cfg is None else cfg)
+    with torch.no_grad():
+        levels = model.backbone(model.preprocess_image(tiny_batch()).tensor)
+        for i in range(2, 6):
+            output = model.backbone.get_submodule(f"fpn_output{i}")
+            output.weight /= levels[f"p{i}"].std()
     predictor = model.roi_heads.box_predictor
     torch.nn.init.normal_(predictor.cls_score.weight, std=0.5)
     torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
