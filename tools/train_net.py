@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
-from crosskd_ifc.data import resolve_path
+from crosskd_ifc.config import find_config
 from crosskd_ifc.trainer import check_evaluation_config
 
 
@@ -30,7 +30,7 @@ def setup(args):
     cfg = get_cfg()
     add_crosskd_ifc_config(cfg)
     if args.config_file:
-        args.config_file = resolve_path(args.config_file, what="config", key="--config-file")
+        args.config_file, _ = find_config(args.config_file, key="--config-file")
         cfg.merge_from_file(args.config_file, allow_unsafe=False)
     cfg.merge_from_list(args.opts)
     cfg.freeze()

@@ -2,10 +2,12 @@
 model."""
 
 import math
-from typing import Any, Sequence
+from typing import Any, Sequence, Tuple
 
+from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 
+from .data import resolve_path
 from .fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -78,6 +80,32 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # ... up to, not including, this iteration; -1: to the end. The teacher isn't run where the
     # factor is 0.
     _C.SCHEDULE.STOP_ITER = -1
+
+
+def find_config(name: str, *, key: str) -> Tuple[str, str]:
+    """Find a config that a user named: current folder, then ``configs/``, then detectron2's zoo.
+
+    Args:
+        name: a path, or a model-zoo name such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
+        key: the config key or argument that named it, for the error.
+
+    Returns:
+        The file's path, and the model-zoo name if it came from there, else "".
+
+    Raises:
+        ConfigError: listing what was tried.
+    """
+    try:
+        zoo_path = model_zoo.get_config_file(name)
+    except RuntimeError:
+        zoo_path = ""
+    try:
+        tried = () if zoo_path else (f"model zoo: {name}",)
+        return resolve_path(name, what="config", key=key, extra_tried=tried), ""
+    except FileNotFoundError as error:
+        if not zoo_path:
+            raise ConfigError(str(error)) from None
+    return zoo_path, name
 
 
 def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:

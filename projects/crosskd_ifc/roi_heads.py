@@ -21,7 +21,7 @@ class BoxHeadTrace:
     """What one pass of the box head saw and computed; tensors carry their graph.
 
     Attributes:
-        boxes: per image, the proposals' boxes (absolute pixels) from before any
+        proposals: per image, the boxes (``proposal_boxes``, absolute pixels) from before any
             ``TRAIN_ON_PRED_BOXES`` rewriting.
         layers: layer name -> its output, ``pool`` (R, C, P, P), ``convk`` (R, C, P, P), ``fck`` (R,
             D).
@@ -29,10 +29,15 @@ class BoxHeadTrace:
         deltas: (R, 4K) or (R, 4) box deltas of the predictor.
     """
 
-    boxes: List[Boxes] = dataclasses.field(default_factory=list)
+    proposals: List[Instances] = dataclasses.field(default_factory=list)
     layers: Dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     logits: Optional[torch.Tensor] = None
     deltas: Optional[torch.Tensor] = None
+
+    @property
+    def boxes(self) -> List[Boxes]:
+        """The boxes of the proposals, per image."""
+        return [p.proposal_boxes for p in self.proposals]
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -52,7 +57,7 @@ class CrossKDROIHeads(StandardROIHeads):
 
     @contextlib.contextmanager
     def record(self) -> Iterator[BoxHeadTrace]:
-        """Within this context, the next training forward fills the trace that it yields.
+        """Within this context, the next forward fills the trace that it yields.
 
         The parent's own forward runs, once, and forward hooks read its layers, so that nothing is
         computed twice.
@@ -85,5 +90,7 @@ class CrossKDROIHeads(StandardROIHeads):
         if self._trace is not None:
             # TRAIN_ON_PRED_BOXES puts new Boxes into the proposals; these references keep the old
             # ones.
-            self._trace.boxes = [p.proposal_boxes for p in proposals]
+            self._trace.proposals = [
+                Instances(p.image_size, proposal_boxes=p.proposal_boxes) for p in proposals
+            ]
         return super()._forward_box(features, proposals)

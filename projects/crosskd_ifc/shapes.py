@@ -33,24 +33,21 @@ NUM_IMAGES = {"train": 1200, "val": 200, "test": 300}
 
 _VERSION = 1  # raise it with every change of the pictures: it is part of the folder's name
 _SPLIT_IDS = {"train": 0, "val": 1, "test": 2}
+# Colour is a hint at the kind of shape, but not within the two pairs that are hard to tell apart.
+_HUES = dict(zip(CLASSES, (0.1, 0.1, 2.1, 3.9, 3.1, 5.1, 1.0, 1.0)))
 _DISTRACTORS = ("plain_disk", "ellipse", "square", "star4", "half_disk")
-_TEXTURES = ("plain", "stripes", "dots", "checker", "speckle")
+_TEXTURES = ("plain", "plain", "stripes", "dots", "checker", "speckle")
 _MIN_VISIBLE = 0.45  # the fraction of an object that later ones leave visible
 _MIN_PIECE = 12  # square pixels; smaller visible pieces count as hidden
 
 logger = logging.getLogger(__name__)
 
 
-def _color(rng, saturation, value) -> np.ndarray:
-    """Returns an RGB colour in [0, 1] of random hue, shape (3,)."""
+def _color(rng, saturation, value, hue=None) -> np.ndarray:
+    """Returns an RGB colour in [0, 1], shape (3,); ``hue`` in [0, 6), by default a random one."""
     h, s, v = rng.uniform(0, 6), rng.uniform(*saturation), rng.uniform(*value)
+    h = h if hue is None else hue
     return v * (1 - s + s * np.clip(np.abs((h + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1))
-
-
-def _far_color(rng, other, tries, value=(0.3, 1.0)) -> np.ndarray:
-    """The one of ``tries`` random colours that is farthest from ``other``."""
-    colors = [_color(rng, (0.3, 0.95), value) for _ in range(tries)]
-    return max(colors, key=lambda color: ((color - other) ** 2).sum())
 
 
 def _mix(a, b, t) -> np.ndarray:
@@ -114,11 +111,11 @@ def _texture(kind, rng, u, v, period) -> np.ndarray:
     return np.zeros(u.shape)
 
 
-def _background(rng, x, y) -> Tuple[np.ndarray, np.ndarray]:
-    """Returns a canvas of shape (H, W, 3) in [0, 1] and its mean colour."""
+def _background(rng, x, y) -> np.ndarray:
+    """Returns a canvas of shape (H, W, 3) in [0, 1]."""
     n = len(x)
-    a = _color(rng, (0.05, 0.6), (0.25, 0.9))
-    b = np.clip(a + rng.uniform(-0.25, 0.25, 3), 0.05, 0.95)
+    a = _color(rng, (0.05, 0.4), (0.25, 0.85))
+    b = np.clip(a + rng.uniform(-0.15, 0.15, 3), 0.05, 0.95)
     phi = rng.uniform(0, 2 * np.pi)
     ramp = 0.5 + ((x / n - 0.5) * np.cos(phi) + (y / n - 0.5) * np.sin(phi)) * 0.7
     cloud = 0.65 * _value_noise(rng, n, rng.integers(3, 7)) + 0.35 * _value_noise(rng, n, 16)
@@ -126,25 +123,26 @@ def _background(rng, x, y) -> Tuple[np.ndarray, np.ndarray]:
     if rng.random() < 0.5:  # a faint pattern, so that texture alone doesn't mean an object
         u = x * np.cos(phi) + y * np.sin(phi)
         v = y * np.cos(phi) - x * np.sin(phi)
-        kind = _TEXTURES[rng.integers(1, len(_TEXTURES))]
+        kind = _TEXTURES[rng.integers(2, len(_TEXTURES))]
         t = _texture(kind, rng, u, v, rng.uniform(0.05, 0.12) * n)
-        canvas = _mix(canvas, _far_color(rng, a, 2), t * rng.uniform(0.06, 0.28))
-    for _ in range(rng.integers(2, 9)):  # strokes: arcs of large circles
+        canvas = _mix(canvas, _color(rng, (0, 0.5), (0.1, 1)), t * rng.uniform(0.05, 0.25))
+    for _ in range(rng.integers(1, 6)):  # strokes: arcs of large circles
         radius, width = rng.uniform(0.15, 1.2) * n, rng.uniform(0.004, 0.016) * n
         cx, cy = rng.uniform(-0.4, 1.4, 2) * n
         line = np.clip(width + 0.5 - np.abs(np.hypot(x - cx, y - cy) - radius), 0, 1)
-        color, alpha, where = _color(rng, (0.1, 0.9), (0.2, 1)), rng.uniform(0.3, 0.9), line > 0
+        color, alpha, where = _color(rng, (0.1, 0.7), (0.2, 1)), rng.uniform(0.3, 0.8), line > 0
         canvas[where] = _mix(canvas[where], color, line[where] * alpha)
-    return canvas, (a + b) / 2
+    return canvas
 
 
-def _paint(canvas, kind, rng, d, u, v, radius, ground, image_size) -> None:
+def _paint(canvas, kind, rng, d, u, v, radius, image_size) -> None:
     """Paints one shape into ``canvas`` (H, W, 3); ``d``, ``u``, ``v`` (H, W) in pixels."""
     texture = {"striped_disk": "stripes", "dotted_disk": "dots", "plain_disk": "plain"}.get(kind)
     texture = texture or _TEXTURES[rng.integers(len(_TEXTURES))]
     period = max(rng.uniform(0.36, 0.56) * radius, 0.04 * image_size)
-    first = _far_color(rng, ground, 3)
-    second = _far_color(rng, first, 3, value=(0.15, 1.0))
+    hue = _HUES[kind] + rng.normal(0, 0.3) if kind in _HUES and rng.random() < 0.85 else None
+    first = _color(rng, (0.55, 1), (0.55, 1), hue)
+    second = first + (rng.integers(2) - first) * rng.uniform(0.45, 0.8)  # lighter or darker
     fill = _mix(first, second, _texture(texture, rng, u, v, period))
     light = rng.uniform(-0.2, 0.2, 2) / radius
     fill = fill * (1 + light[0] * u + light[1] * v)[..., None]
@@ -169,7 +167,7 @@ def _camera(canvas, rng, x, y) -> np.ndarray:
         p, side = np.pad(canvas, ((1, 1), (1, 1), (0, 0)), "edge"), rng.uniform(0.1, 0.3)
         p = p[:-2] * side + p[1:-1] * (1 - 2 * side) + p[2:] * side
         canvas = p[:, :-2] * side + p[:, 1:-1] * (1 - 2 * side) + p[:, 2:] * side
-    canvas = canvas + rng.normal(0, rng.uniform(0.005, 0.045), canvas.shape)
+    canvas = canvas + rng.normal(0, rng.uniform(0.005, 0.03), canvas.shape)
     return np.clip(np.rint(canvas * 255), 0, 255).astype(np.uint8)
 
 
@@ -218,15 +216,15 @@ def render(
     """
     rng = np.random.default_rng([seed, _SPLIT_IDS[split], index])
     y, x = np.mgrid[:image_size, :image_size] + 0.5
-    canvas, ground = _background(rng, x, y)
+    canvas = _background(rng, x, y)
     kinds = [CLASSES[i] for i in rng.integers(len(CLASSES), size=rng.integers(2, 7))]
-    kinds += [_DISTRACTORS[i] for i in rng.integers(len(_DISTRACTORS), size=rng.integers(0, 4))]
+    kinds += [_DISTRACTORS[i] for i in rng.integers(len(_DISTRACTORS), size=rng.integers(0, 3))]
     drawn = ["background"]
     owner = np.zeros(x.shape, int)  # index into drawn of what each pixel shows
     full = visible = np.zeros(1, int)  # pixels of each of drawn: when painted, and by now
     for kind in (kinds[i] for i in rng.permutation(len(kinds))):
         for _ in range(25):  # if no place is found, the image has one shape less
-            radius = rng.uniform(0.1, 0.27) * image_size
+            radius = rng.uniform(0.13, 0.28) * image_size
             cx, cy = rng.uniform(0.75 * radius, image_size - 0.75 * radius, 2)
             phi, squash = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1)
             reach = 1.07 * radius + 0.1 * image_size  # the shape and its shadow lie within
@@ -239,7 +237,7 @@ def render(
             mask = d > 0
             hidden = np.bincount(owner[window][mask], minlength=len(drawn))
             if (visible - hidden >= _MIN_VISIBLE * full)[1:].all():
-                _paint(canvas[window], kind, rng, d, u, v, radius, ground, image_size)
+                _paint(canvas[window], kind, rng, d, u, v, radius, image_size)
                 owner[window][mask] = len(drawn)
                 drawn.append(kind)
                 full = np.append(full, mask.sum())

@@ -15,11 +15,11 @@ from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from .config import ConfigError, add_crosskd_ifc_config, check_crosskd_config
-from .data import resolve_path
+from .config import ConfigError, add_crosskd_ifc_config, check_crosskd_config, find_config
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +81,15 @@ class Teacher:
         self.model.to(device)
         return self
 
-    def preprocess(self, batched_inputs: Sequence[Mapping[str, torch.Tensor]]):
-        """The teacher's own :class:`ImageList`, from the student's raw images: channel order first,
-        then mean and std."""
-        flipped = [
-            {"image": x["image"].flip(0) if self._swap_channels else x["image"]}
-            for x in batched_inputs
-        ]
-        return self.model.preprocess_image(flipped)
+    def swap_channels(self, batched_inputs: Sequence[Mapping]) -> List[dict]:
+        """The student's raw images in the teacher's channel order, other fields unchanged."""
+        if not self._swap_channels:
+            return list(batched_inputs)
+        return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+
+    def preprocess(self, batched_inputs: Sequence[Mapping]) -> ImageList:
+        """The student's raw images as the teacher's input: channel order first, then mean, std."""
+        return self.model.preprocess_image(self.swap_channels(batched_inputs))
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -172,7 +173,7 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
         ConfigError: if the config can't be found or read, or no weights are named.
     """
     kd = cfg.MODEL.CROSSKD.TEACHER
-    path, zoo_name = _find_config(kd.CONFIG_FILE)
+    path, zoo_name = find_config(kd.CONFIG_FILE, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
     teacher_cfg = get_cfg()
     add_crosskd_ifc_config(teacher_cfg)
     try:
@@ -193,27 +194,6 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
             "with a trained checkpoint; give the file or URL of the teacher's trained weights "
             "(the MODEL.WEIGHTS in its config is only where its own training started)"
         ) from None
-
-
-def _find_config(name: str) -> Tuple[str, str]:
-    """(path, model-zoo name or "") of a teacher's config: current folder, then ``configs/``, then
-    the zoo."""
-    try:
-        zoo_path = model_zoo.get_config_file(name)
-    except RuntimeError:
-        zoo_path = ""
-    try:
-        path = resolve_path(
-            name,
-            what="teacher config",
-            key="MODEL.CROSSKD.TEACHER.CONFIG_FILE",
-            extra_tried=() if zoo_path else (f"model zoo: {name}",),
-        )
-        return path, ""
-    except (FileNotFoundError, ValueError) as error:
-        if not zoo_path:
-            raise ConfigError(str(error)) from None
-    return zoo_path, name
 
 
 class _StrictCheckpointer(DetectionCheckpointer):

@@ -86,7 +86,8 @@ class CrossKDTrainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
         if kind == "coco":
             folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-            return COCOEvaluator(dataset_name, output_dir=folder)
+            # A VOC card is converted each time: a cached file of an earlier run could be stale.
+            return COCOEvaluator(dataset_name, output_dir=folder, allow_cached_coco=False)
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         raise ConfigError(
@@ -199,7 +200,10 @@ def check_evaluation_config(cfg: CfgNode) -> None:
 
 def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:
     _check_device(cfg)
-    register_cards(cfg.DATASETS.CARDS)
+    try:
+        register_cards(cfg.DATASETS.CARDS)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"DATASETS.CARDS: {error}") from error
     for key in splits:
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog.list():
@@ -208,6 +212,19 @@ def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:
                     "crosskd_shapes_train, _val or _test, or describe your data in a dataset card "
                     "and name its file in DATASETS.CARDS"
                 )
+            _check_class_count(cfg, name)
+
+
+def _check_class_count(cfg: CfgNode, name: str) -> None:
+    """Refuse a model with fewer classes than a data set, which fails deep inside the loss."""
+    classes = MetadataCatalog.get(name).get("thing_classes", ())
+    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "CrossKDRCNN"):
+        ours = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        if ours < len(classes):
+            raise ConfigError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {ours}, but data set {name!r} has {len(classes)} "
+                "classes"
+            )
 
 
 def _check_device(cfg: CfgNode) -> None:

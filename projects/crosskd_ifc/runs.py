@@ -1,0 +1,169 @@
+"""Training runs as child processes: skipped when finished, resumed when interrupted, with progress.
+
+Each run is an ordinary ``tools/train_net.py`` run in a folder of its own. A finished one leaves
+``run.json`` there, with its results and a digest of all that they depend on.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Callable, Dict, List, Optional, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+
+from .config import add_crosskd_ifc_config, find_config
+from .visualization import read_metrics
+
+
+class RunFailed(RuntimeError):
+    """A training run ended with an error; the message shows the end of its log."""
+
+
+@dataclasses.dataclass
+class Run:
+    """One ``tools/train_net.py`` run.
+
+    Attributes:
+        name: for people.
+        config: config file.
+        folder: its OUTPUT_DIR.
+        opts: KEY VALUE overrides.
+        needs: runs whose results this one starts from, such as its teacher's.
+    """
+
+    name: str
+    config: str
+    folder: str
+    opts: List[str] = dataclasses.field(default_factory=list)
+    needs: Sequence["Run"] = ()
+
+    def cfg(self) -> CfgNode:
+        """The full config, frozen."""
+        cfg = get_cfg()
+        add_crosskd_ifc_config(cfg)
+        cfg.merge_from_file(find_config(self.config, key="config")[0], allow_unsafe=False)
+        cfg.merge_from_list([*self.opts, "OUTPUT_DIR", self.folder])
+        cfg.freeze()
+        return cfg
+
+    def digest(self) -> str:
+        """A digest of the config and of those it needs; the folder's place doesn't matter."""
+        cfg = self.cfg()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = ""
+        if self.needs:
+            cfg.MODEL.CROSSKD.TEACHER.WEIGHTS = ""
+        text = "".join([cfg.dump(), *(run.digest() for run in self.needs)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def result(self) -> Optional[dict]:
+        """The results of a finished run of this very config, or None."""
+        done = _read_json(self.path("run.json"))
+        return done if done and done["digest"] == self.digest() else None
+
+
+def train(
+    run: Run, train_net: str, *, on_progress: Callable[[int, int, float], None] = lambda *_: None
+) -> dict:
+    """Train and evaluate ``run``, or take its results if it is finished.
+
+    An interrupted run is resumed. A folder that holds a run of another config is moved aside.
+
+    Args:
+        run: what to train.
+        train_net: path of ``tools/train_net.py``.
+        on_progress: called every second with (steps done, steps in all, seconds per step or 0).
+
+    Returns:
+        "AP", "AP50", "iterations", "seconds_per_step" (median), "seconds" (this process's wall
+        time of the run), "peak_memory_gb" and "digest".
+
+    Raises:
+        RunFailed: if the training ended with an error.
+    """
+    done = run.result()
+    if done is not None:
+        return done
+    digest, started = run.digest(), _read_json(run.path("started.json"))
+    if os.path.exists(run.folder) and (started or {}).get("digest") != digest:
+        _move_aside(run.folder)
+    os.makedirs(run.folder, exist_ok=True)
+    _write_json(run.path("started.json"), {"digest": digest})
+
+    steps, start = run.cfg().SOLVER.MAX_ITER, time.monotonic()
+    command = [sys.executable, "-W", "ignore", train_net, "--resume", "--config-file"]
+    command += [find_config(run.config, key="config")[0], *run.opts, "OUTPUT_DIR", run.folder]
+    with open(run.path("console.log"), "ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            while process.poll() is None:
+                on_progress(*_progress(run, steps))
+                time.sleep(1)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode != 0:
+        with open(run.path("console.log"), errors="replace") as f:
+            tail = "".join(f.readlines()[-12:])
+        raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
+    done = {"digest": digest, "seconds": time.monotonic() - start, **_collect(run)}
+    _write_json(run.path("run.json"), done)
+    return done
+
+
+def _progress(run: Run, steps: int):
+    lines = _metrics(run)
+    times = [line["time"] for line in lines[-3:] if "time" in line]
+    done = min(max((line["iteration"] + 1 for line in lines), default=0), steps)
+    return done, steps, times[-1] if times else 0.0
+
+
+def _metrics(run: Run) -> List[dict]:
+    path = run.path("metrics.json")
+    return read_metrics(path) if os.path.exists(path) else []
+
+
+def _collect(run: Run) -> Dict[str, float]:
+    import resource
+
+    lines = _metrics(run)
+    last = [line for line in lines if "bbox/AP" in line][-1]
+    # ru_maxrss is in kilobytes on Linux: the largest child of this process so far.
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
+    return {
+        "AP": last["bbox/AP"],
+        "AP50": last["bbox/AP50"],
+        "iterations": last["iteration"] + 1,
+        "seconds_per_step": float(np.median([x["time"] for x in lines if "time" in x])),
+        "peak_memory_gb": memory,
+    }
+
+
+def _move_aside(folder: str) -> None:
+    n = 1
+    while os.path.exists(f"{folder}.old{n}"):
+        n += 1
+    os.rename(folder, f"{folder}.old{n}")
+
+
+def _read_json(path: str) -> Optional[dict]:
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _write_json(path: str, content: dict) -> None:
+    with open(f"{path}.partial", "w") as f:
+        json.dump(content, f, indent=1)
+    os.replace(f"{path}.partial", path)

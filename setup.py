@@ -1,0 +1,58 @@
+"""Packaging of crosskd_ifc. Imports neither torch nor detectron2: it runs before they are there."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version():
+    """Return `__version__` of the package without importing it."""
+    text = (ROOT / "projects" / "crosskd_ifc" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r"^__version__ = [\"']([^\"']+)[\"']", text, re.MULTILINE).group(1)
+
+
+def read_readme():
+    """Return the long description."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="crosskd-ifc",
+    version=read_version(),
+    description="Cross-head knowledge distillation with intermediate features for Detectron2",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "projects"},
+    packages=find_packages("projects", include=["crosskd_ifc", "crosskd_ifc.*"]),
+    # detectron2 is not on the package index: tools/install_detectron2.py installs it, without what
+    # it requires, so that stands here
+    install_requires=[
+        "cloudpickle",
+        "fvcore>=0.1.5",
+        "hydra-core>=1.1",
+        "iopath>=0.1.7",
+        "matplotlib>=3.5",
+        "numpy>=1.23",
+        "omegaconf>=2.1",
+        "opencv-python>=4.6",
+        "packaging",
+        "Pillow>=9.1",
+        "pycocotools>=2.0.6",
+        "PyYAML>=5.4",
+        "setuptools<82",  # detectron2.model_zoo imports pkg_resources
+        "tabulate",
+        "tensorboard>=2.9",
+        "termcolor>=1.1",
+        "torch>=2.0",
+        "torchvision>=0.15",
+        "tqdm>4.29.0",
+        "yacs>=0.1.8",
+    ],
+    extras_require={"dev": ["black", "flake8", "hypothesis", "isort", "pytest"]},
+)

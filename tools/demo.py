@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""The main job on the built-in data set: teacher, plain student, plain CrossKD, CrossKD-IFC.
+
+Trains and evaluates all four, prints one table, and writes a picture of detections and a plot of
+the curves. Finished stages are skipped, interrupted ones resumed: just run it again.
+
+    make demo
+    python tools/demo.py [--output output/demo] [--seed 1]
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.modeling import build_model
+from tabulate import tabulate
+
+import crosskd_ifc
+from crosskd_ifc.runs import Run, RunFailed, train
+from crosskd_ifc.visualization import compare_on_dataset, plot_curves
+
+TOOLS = os.path.dirname(os.path.abspath(__file__))
+# Title, config and the rough cost of a step beside the plain student's, for the first ETA only.
+ARMS = {
+    "teacher": ("Teacher R50", "faster_rcnn_R_50_shapes", 1.5),
+    "student": ("Student R18, plain", "faster_rcnn_R_18_shapes", 1.0),
+    "crosskd": ("Student R18, CrossKD", "crosskd_R_18_shapes", 1.45),
+    "crosskd_ifc": ("Student R18, CrossKD-IFC", "crosskd_ifc_R_18_shapes", 1.45),
+}
+
+
+class Progress:
+    """One line of progress, with an ETA for the whole demo from the speed of the steps so far."""
+
+    def __init__(self, runs):
+        self.steps = {n: 0 if r.result() else r.cfg().SOLVER.MAX_ITER for n, r in runs.items()}
+        self.unit = 0.0  # seconds of a plain student's step
+        self.last_print = 0.0
+
+    def update(self, name, done, total, seconds_per_step):
+        position = list(ARMS).index(name)
+        cost = ARMS[name][2]
+        self.unit = seconds_per_step / cost or self.unit
+        left = (total - done) * cost
+        left += sum(self.steps[n] * ARMS[n][2] for n in list(ARMS)[position + 1 :])
+        line = f"[{position + 1}/{len(ARMS)}] {ARMS[name][0]}: step {done}/{total}"
+        if self.unit:
+            line += f", {self.unit * cost:.2f} s/step, demo ready in {_clock(left * self.unit)}"
+        if sys.stdout.isatty():
+            print(f"\r{line:<90}", end="", flush=True)
+        elif time.monotonic() - self.last_print > 20:
+            print(line, flush=True)
+            self.last_print = time.monotonic()
+
+    def finish(self, name, result, skipped):
+        note = ", finished earlier" if skipped else f" in {_clock(result['seconds'])}"
+        end = f"[{list(ARMS).index(name) + 1}/{len(ARMS)}] {ARMS[name][0]}: AP {result['AP']:.1f}{note}"
+        print(f"\r{end:<90}" if sys.stdout.isatty() else end, flush=True)
+
+
+def _clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+def build_runs(output, seed):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    common = ["SEED", str(seed), "MODEL.DEVICE", device]
+    runs = {}
+    for name, (title, config, _) in ARMS.items():
+        run = Run(title, f"quick/{config}.yaml", os.path.join(output, name), list(common))
+        if name.startswith("crosskd"):
+            weights = runs["teacher"].path("model_final.pth")
+            run.opts += ["MODEL.CROSSKD.TEACHER.WEIGHTS", weights]
+            run.needs = (runs["teacher"],)
+        runs[name] = run
+    return runs
+
+
+def draw(runs, output):
+    """The picture and the plot; returns their paths."""
+    cfg = runs["crosskd_ifc"].cfg()
+    student = build_model(cfg)
+    DetectionCheckpointer(student).load(runs["crosskd_ifc"].path("model_final.pth"))
+    crosskd_ifc.attach_teacher(student, cfg)
+    name = cfg.DATASETS.TEST[0]
+    picture, plot = os.path.join(output, "detections.png"), os.path.join(output, "curves.png")
+    loader = build_detection_test_loader(cfg, name, num_workers=0)
+    classes = MetadataCatalog.get(name).thing_classes
+    compare_on_dataset(student, loader, DatasetCatalog.get(name), classes, picture)
+    students = {ARMS[n][0]: r.path("metrics.json") for n, r in runs.items() if n != "teacher"}
+    plot_curves(students, plot, title="Built-in data set: three students, same recipe and seed")
+    return picture, plot
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", default=os.path.join("output", "demo"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+
+    runs = build_runs(args.output, args.seed)
+    cfg = runs["student"].cfg()
+    start = time.monotonic()
+    print(f"Data: {cfg.DATASETS.TRAIN[0]}, {len(DatasetCatalog.get(cfg.DATASETS.TRAIN[0]))} images")
+    progress, results = Progress(runs), {}
+    for name, run in runs.items():
+        skipped = run.result() is not None
+        results[name] = train(
+            run,
+            os.path.join(TOOLS, "train_net.py"),
+            on_progress=lambda *state, name=name: progress.update(name, *state),
+        )
+        progress.finish(name, results[name], skipped)
+        model = build_model(run.cfg())
+        results[name]["parameters"] = sum(p.numel() for p in model.parameters())
+    rows = [
+        (
+            ARMS[n][0],
+            r["AP"],
+            r["AP50"],
+            r["iterations"],
+            r["parameters"] / 1e6,
+            r["seconds_per_step"],
+        )
+        for n, r in results.items()
+    ]
+    headers = ("run", "AP", "AP50", "steps", "parameters (M)", "s/step")
+    table = tabulate(
+        rows, headers, tablefmt="github", floatfmt=("", ".1f", ".1f", "d", ".1f", ".2f")
+    )
+    picture, plot = draw(runs, args.output)
+    report = os.path.join(args.output, "results.json")
+    environment = {
+        "seed": args.seed,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": cfg.MODEL.DEVICE,
+        "threads": torch.get_num_threads(),
+    }
+    with open(report, "w") as f:
+        json.dump({"environment": environment, "runs": results}, f, indent=1)
+    print(f"\n{cfg.DATASETS.TEST[0]}, seed {args.seed}, {cfg.MODEL.DEVICE}:\n\n{table}\n")
+    print(f"Detections: {picture}\nCurves:     {plot}\nNumbers:    {report}")
+    print(f"Took {_clock(time.monotonic() - start)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RunFailed as error:
+        sys.exit(f"\nerror: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped; run it again to go on.")
