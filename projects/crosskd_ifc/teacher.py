@@ -11,6 +11,7 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+import yaml
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -64,7 +65,8 @@ class Teacher:
         self.cfg = cfg
         self.description = description
         self.dtype: torch.dtype = getattr(torch, precision)
-        formats = (student_format, model.input_format)
+        # A detector without a format of its own is refused later, by what the student needs.
+        formats = (student_format, getattr(model, "input_format", student_format))
         if formats[0] != formats[1] and set(formats) != {"RGB", "BGR"}:
             raise ConfigError(
                 f"INPUT.FORMAT: the student reads {formats[0]!r} images and the teacher "
@@ -178,7 +180,7 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
     add_crosskd_ifc_config(teacher_cfg)
     try:
         teacher_cfg.merge_from_file(path, allow_unsafe=False)
-    except (KeyError, ValueError) as error:
+    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"MODEL.CROSSKD.TEACHER.CONFIG_FILE {path}: {error}") from error
     try:
         teacher_cfg.merge_from_list(list(kd.OPTS))

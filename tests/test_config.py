@@ -1,0 +1,82 @@
+"""Every setting that can't work is refused before training, naming key, value and choices."""
+
+import pytest
+from common import distilling, tiny_cfg
+from detectron2.config import get_cfg
+
+from crosskd_ifc import ConfigError, add_crosskd_ifc_config
+from crosskd_ifc.config import check_crosskd_config, distillation_requested
+
+K = "MODEL.CROSSKD."
+CASES = {
+    "unknown fusion": ((K + "FUSION.NAME", "blend"), "FUSION.NAME.*'blend'.*'mean', 'none', 'sum'"),
+    "unknown route": (
+        (K + "FUSION.ROUTE", "around"),
+        "FUSION.ROUTE.*'around'.*'direct', 'through'",
+    ),
+    "unknown align": ((K + "FUSION.ALIGN", "whiten"), "FUSION.ALIGN.*'whiten'.*'standardize'"),
+    "unknown box loss": ((K + "LOSS.BOX_TYPE", "l2"), "LOSS.BOX_TYPE.*'l2'.*'l1', 'giou'"),
+    "unknown precision": ((K + "TEACHER.PRECISION", "int8"), "TEACHER.PRECISION.*'int8'"),
+    "unknown class map": ((K + "TEACHER.CLASS_MAP", ("x",)), r"TEACHER.CLASS_MAP.*'x'.*'teacher'"),
+    "negative weight": ((K + "LOSS.CLS_WEIGHT", -0.1), "LOSS.CLS_WEIGHT is -0.1.*>= 0"),
+    "negative box weight": ((K + "LOSS.BOX_WEIGHT", -1.0), "LOSS.BOX_WEIGHT is -1.0.*>= 0"),
+    "NaN weight": ((K + "LOSS.CLS_WEIGHT", float("nan")), "LOSS.CLS_WEIGHT is nan"),
+    "no temperature": ((K + "LOSS.TEMPERATURE", 0.0), "LOSS.TEMPERATURE is 0.0.*> 0"),
+    "infinite temperature": ((K + "LOSS.TEMPERATURE", float("inf")), "LOSS.TEMPERATURE is inf"),
+    "negative start": ((K + "SCHEDULE.START_ITER", -3), "SCHEDULE.START_ITER is -3"),
+    "negative warm-up": ((K + "SCHEDULE.WARMUP_ITERS", -3), "SCHEDULE.WARMUP_ITERS is -3"),
+    "stop before start": (
+        (K + "SCHEDULE.START_ITER", 9, K + "SCHEDULE.STOP_ITER", 9),
+        "SCHEDULE.STOP_ITER is 9.*START_ITER, 9",
+    ),
+    "a tap twice": ((K + "FUSION.IN_FEATURES", ("fc1", "fc1")), "IN_FEATURES.*twice"),
+    "unknown tap": ((K + "FUSION.IN_FEATURES", ("fc9",)), "IN_FEATURES.*'fc9'.*pool, fc1, fc2"),
+    "unknown entry": ((K + "FUSION.ENTRY", "conv1"), "ENTRY.*'conv1'.*pool, fc1, fc2"),
+    "none with two taps": (
+        (K + "FUSION.NAME", "none", K + "FUSION.IN_FEATURES", ("fc1", "fc2")),
+        "FUSION.*'none' takes exactly one tap, 2 given",
+    ),
+    "a through tap deeper than the entry": (
+        (K + "FUSION.ROUTE", "through", K + "FUSION.ENTRY", "fc1"),
+        r"IN_FEATURES.*\['fc2'\] lie deeper than ENTRY 'fc1'.*ROUTE direct",
+    ),
+    "shapes that nothing bridges": (
+        (K + "FUSION.IN_FEATURES", ("fc1",), K + "FUSION.NAME", "none", K + "FUSION.ENTRY", "pool"),
+        r"student's 'fc1' \(16,\) can't enter the teacher's 'pool' \(8, 7, 7\)",
+    ),
+    "a stock ROI head": (
+        ("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+        "ROI_HEADS.NAME.*StandardROIHeads.*CrossKDROIHeads",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_setting_is_refused_when_the_teacher_is_attached(case):
+    opts, message = CASES[case]
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        distilling(*opts)
+
+
+def test_through_needs_the_tap_in_the_teacher_too():
+    conv = ("MODEL.ROI_BOX_HEAD.NUM_CONV", 1)
+    taps = (K + "FUSION.IN_FEATURES", ("conv1",), K + "FUSION.NAME", "none")
+    with pytest.raises(ConfigError, match="IN_FEATURES.*teacher.*no layer 'conv1'"):
+        distilling(*conv, *taps, K + "FUSION.ROUTE", "through")
+
+
+def test_the_defaults_are_valid_and_ask_for_nothing_of_a_stock_architecture():
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    check_crosskd_config(cfg)
+    assert not distillation_requested(cfg)
+
+
+def test_architecture_and_teacher_settings_must_agree():
+    with pytest.raises(ConfigError, match="TEACHER.CONFIG_FILE is empty.*CrossKDRCNN"):
+        distillation_requested(tiny_cfg())
+    stock = tiny_cfg(K + "TEACHER.CONFIG_FILE", "t.yaml", architecture="GeneralizedRCNN")
+    with pytest.raises(ConfigError, match="META_ARCHITECTURE is 'GeneralizedRCNN'.*CrossKDRCNN"):
+        distillation_requested(stock)
+    assert not distillation_requested(tiny_cfg(K + "ENABLED", False))
+    assert distillation_requested(tiny_cfg(K + "TEACHER.CONFIG_FILE", "t.yaml"))
