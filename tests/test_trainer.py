@@ -1,0 +1,171 @@
+"""The trainer's own parts: schedule, evaluators, data, refusals, and every config in configs/."""
+
+import glob
+import os
+
+import pytest
+import torch
+from common import tiny_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
+
+from crosskd_ifc import ConfigError, CrossKDTrainer, Teacher
+from crosskd_ifc.runs import Run
+from crosskd_ifc.teacher import load_teacher_config
+from crosskd_ifc.trainer import DistillationSchedule, check_training_config, scale_schedule
+
+CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs")
+S = "MODEL.CROSSKD.SCHEDULE."
+
+
+def test_the_schedule_starts_rises_linearly_and_stops():
+    schedule = DistillationSchedule(start=2, warmup=4, stop=8)
+    factors = [schedule.factor(i) for i in range(10)]
+    assert factors == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 0, 0]
+    assert [DistillationSchedule().factor(i) for i in (0, 10**6)] == [1, 1]
+
+
+def test_the_schedule_scales_with_the_reference_world_size_like_the_solver():
+    opts = (S + "START_ITER", 100, S + "WARMUP_ITERS", 50, "SOLVER.REFERENCE_WORLD_SIZE", 8)
+    cfg = tiny_cfg(*opts, "SOLVER.IMS_PER_BATCH", 16, "SOLVER.MAX_ITER", 1000)
+    ours = scale_schedule(cfg, 2).MODEL.CROSSKD.SCHEDULE
+    stock = DefaultTrainer.auto_scale_workers(cfg, 2)
+    assert stock.SOLVER.MAX_ITER == 4000
+    assert (ours.START_ITER, ours.WARMUP_ITERS, ours.STOP_ITER) == (400, 200, -1)
+    assert scale_schedule(cfg, 8) is cfg
+    assert cfg.MODEL.CROSSKD.SCHEDULE.START_ITER == 100
+
+
+@pytest.fixture
+def dataset():
+    """Registers a data set of dicts under a name; forgotten afterwards."""
+    names = []
+
+    def register(dicts, **metadata):
+        name = f"trainer_test_{len(names)}"
+        names.append(name)
+        DatasetCatalog.register(name, lambda: dicts)
+        MetadataCatalog.get(name).set(thing_classes=["a", "b", "c"], **metadata)
+        return name
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def picture(index, *boxes):
+    return {
+        "file_name": f"{index}.png",
+        "image_id": index,
+        "height": 64,
+        "width": 64,
+        "annotations": [
+            {"bbox": list(b), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+            for b in boxes
+        ],
+    }
+
+
+def test_the_evaluator_follows_the_data_sets_type(dataset, tmp_path):
+    cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path))
+    coco = dataset([picture(0, (1, 2, 9, 9))], evaluator_type="coco")
+    assert isinstance(CrossKDTrainer.build_evaluator(cfg, coco), COCOEvaluator)
+    voc = dataset([], evaluator_type="pascal_voc", dirname=str(tmp_path), split="test", year=2007)
+    assert isinstance(CrossKDTrainer.build_evaluator(cfg, voc), PascalVOCDetectionEvaluator)
+    other = dataset([], evaluator_type="lvis")
+    with pytest.raises(ConfigError, match="DATASETS.TEST.*'lvis'.*'coco', 'pascal_voc'"):
+        CrossKDTrainer.build_evaluator(cfg, other)
+
+
+def test_the_training_data_loses_boxes_without_area_and_images_left_empty(dataset, caplog):
+    good, flat = (1.0, 2.0, 9.0, 9.0), (5.0, 5.0, 5.0, 20.0)
+    name = dataset([picture(0, good, flat), picture(1, flat), picture(2, good)])
+    cfg = tiny_cfg("DATASETS.TRAIN", (name,))
+    loader = CrossKDTrainer.build_train_loader(cfg)
+    kept = _dicts_of(loader)
+    assert [(d["image_id"], len(d["annotations"])) for d in kept] == [(0, 1), (2, 1)]
+    assert "2" in caplog.text and "0.png" in caplog.text
+
+
+def _dicts_of(loader):
+    """The dicts behind detectron2's loader, before the mapper."""
+    node = loader
+    while not hasattr(node, "_map_func"):
+        node = node.dataset
+    return [node._dataset[i] for i in range(len(node._dataset))]
+
+
+REFUSED = {
+    "AMP on the CPU": (("SOLVER.AMP.ENABLED", True), "SOLVER.AMP.ENABLED.*MODEL.DEVICE"),
+    "an unknown data set": (("DATASETS.TRAIN", ("no_such",)), "DATASETS.TRAIN.*'no_such'.*CARDS"),
+    "an unknown test set": (("DATASETS.TEST", ("no_such",)), "DATASETS.TEST.*'no_such'"),
+    "a missing card": (("DATASETS.CARDS", ("no_such.yaml",)), "(?s)DATASETS.CARDS.*no_such.yaml"),
+    "too few classes": (
+        ("DATASETS.TRAIN", ("crosskd_shapes_train",)),
+        "NUM_CLASSES is 3.*crosskd_shapes_train.* 8",
+    ),
+    "no teacher": (("MODEL.CROSSKD.ENABLED", True), "TEACHER.CONFIG_FILE is empty"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_training_is_refused_before_anything_is_built(case):
+    opts, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        CrossKDTrainer(tiny_cfg("MODEL.CROSSKD.ENABLED", False, *opts))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_config_without_a_gpu_says_what_to_add():
+    with pytest.raises(ConfigError, match="MODEL.DEVICE is 'cuda'.*MODEL.DEVICE cpu"):
+        check_training_config(tiny_cfg("MODEL.DEVICE", "cuda", "MODEL.CROSSKD.ENABLED", False))
+
+
+def config_files():
+    files = sorted(glob.glob(os.path.join(CONFIGS, "**", "*.yaml"), recursive=True))
+    relative = [os.path.relpath(f, CONFIGS) for f in files]
+    return [f for f in relative if not f.startswith("datasets")]
+
+
+@pytest.mark.parametrize("config", config_files())
+def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
+    cfg = Run("", config, str(tmp_path), ["MODEL.DEVICE", "meta"]).cfg()
+    assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= set(DatasetCatalog.list())
+    with torch.device("meta"):
+        model = build_model(cfg)
+        if not cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE:
+            return
+        teacher_cfg, weights = load_teacher_config(cfg)
+        assert weights.startswith("https://") or weights.startswith("output/")
+        teacher_cfg.MODEL.DEVICE = "meta"
+        teacher = Teacher(build_model(teacher_cfg), student_format=cfg.INPUT.FORMAT)
+        model.set_teacher(teacher, cfg)
+    if "_ifc_" in config or "crosskd_R" in config:
+        assert not list(model.fusion.parameters())
+
+
+@pytest.mark.parametrize("config", [c for c in config_files() if "crosskd" in c])
+def test_a_distilled_students_baseline_differs_in_nothing_but_the_distillation(config):
+    folder = os.path.dirname(config)
+    baseline = [
+        c
+        for c in config_files()
+        if os.path.dirname(c) == folder
+        and "faster_rcnn_R_" in c
+        and _student(c) == _student(config)
+    ]
+    assert len(baseline) == 1
+    ours, theirs = (Run("", c, "").cfg() for c in (config, baseline[0]))
+    for cfg in (ours, theirs):
+        cfg.defrost()
+        cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.ROI_HEADS.NAME = ""
+        del cfg.MODEL["CROSSKD"]
+    assert ours == theirs
+
+
+def _student(config):
+    return os.path.basename(config).split("_R_")[1].split("_")[0].replace(".yaml", "")
