@@ -1,4 +1,4 @@
-"""Two-stage distillation: identities between student, teacher and cross-head, and the contracts of the model."""
+"""Two-stage distillation: identities of student, teacher and cross-head; the model's contracts."""
 
 import copy
 import itertools

@@ -142,7 +142,7 @@ def _collect(run: Run) -> Dict[str, float]:
     return {
         "AP": last["bbox/AP"],
         "AP50": last["bbox/AP50"],
-        "iterations": last["iteration"] + 1,
+        "iterations": run.cfg().SOLVER.MAX_ITER,
         "seconds_per_step": float(np.median([x["time"] for x in lines if "time" in x])),
         "peak_memory_gb": memory,
     }

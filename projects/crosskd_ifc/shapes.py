@@ -37,7 +37,7 @@ _SPLIT_IDS = {"train": 0, "val": 1, "test": 2}
 _HUES = dict(zip(CLASSES, (0.1, 0.1, 2.1, 3.9, 3.1, 5.1, 1.0, 1.0)))
 _DISTRACTORS = ("plain_disk", "ellipse", "square", "star4", "half_disk")
 _TEXTURES = ("plain", "plain", "stripes", "dots", "checker", "speckle")
-_MIN_VISIBLE = 0.45  # the fraction of an object that later ones leave visible
+_MIN_VISIBLE = 0.55  # the fraction of an object that later ones leave visible
 _MIN_PIECE = 12  # square pixels; smaller visible pieces count as hidden
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def render(
     full = visible = np.zeros(1, int)  # pixels of each of drawn: when painted, and by now
     for kind in (kinds[i] for i in rng.permutation(len(kinds))):
         for _ in range(25):  # if no place is found, the image has one shape less
-            radius = rng.uniform(0.13, 0.28) * image_size
+            radius = rng.uniform(0.11, 0.25) * image_size
             cx, cy = rng.uniform(0.75 * radius, image_size - 0.75 * radius, 2)
             phi, squash = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1)
             reach = 1.07 * radius + 0.1 * image_size  # the shape and its shadow lie within

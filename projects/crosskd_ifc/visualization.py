@@ -200,7 +200,7 @@ def plot_curves(
     for i, (label, file) in enumerate(runs.items()):
         lines = read_metrics(file)
         for axis, key in zip(axes, panels):
-            points = [(line["iteration"] + 1, line[key]) for line in lines if key in line]
+            points = [(line["iteration"], line[key]) for line in lines if key in line]
             if points:
                 marker = "o" if key == metric else ""
                 axis.plot(*zip(*points), marker=marker, label=label, color=f"C{i}")

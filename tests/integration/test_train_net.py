@@ -1,0 +1,207 @@
+"""tools/train_net.py from end to end, on a handful of pictures of the built-in kind."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from common import tiny_cfg, tiny_model
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor, default_argument_parser
+from detectron2.modeling import build_model
+
+from crosskd_ifc import ConfigError
+from crosskd_ifc.shapes import CLASSES, generate
+
+ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
+TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
+CLASS_COUNT = ("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES))
+# What training from scratch needs.
+TRAINABLE = (
+    *("MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0),
+    *("SOLVER.CLIP_GRADIENTS.ENABLED", True, *CLASS_COUNT),
+)
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location("train_net", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train_net = load_script(TRAIN_NET)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Folder with a data set, its card, and a teacher's config and weights."""
+    folder = tmp_path_factory.mktemp("train_net")
+    generate(str(folder / "data"), num_images={"train": 6, "test": 4}, image_size=64, seed=3)
+    card = {
+        "name": "tinyshapes",
+        "format": "coco",
+        "root": "data",
+        "splits": {s: {"json": f"annotations/{s}.json", "images": s} for s in ("train", "test")},
+        "classes": list(CLASSES),
+        "evaluator": "coco",
+    }
+    (folder / "card.yaml").write_text(yaml.safe_dump(card))
+    cfg = tiny_cfg(*TRAINABLE, architecture="GeneralizedRCNN")
+    (folder / "teacher.yaml").write_text(cfg.dump())
+    DetectionCheckpointer(tiny_model(cfg, seed=7), str(folder)).save("teacher")
+    return folder
+
+
+def write_config(files, folder, *opts):
+    """A student's config file that distils from the teacher, 4 steps."""
+    settings = {
+        "MODEL.CROSSKD.TEACHER.CONFIG_FILE": str(files / "teacher.yaml"),
+        "MODEL.CROSSKD.TEACHER.WEIGHTS": str(files / "teacher.pth"),
+        "MODEL.CROSSKD.FUSION.IN_FEATURES": ("pool", "fc1", "fc2"),
+        "DATASETS.CARDS": (str(files / "card.yaml"),),
+        "DATASETS.TRAIN": ("tinyshapes_train",),
+        "DATASETS.TEST": ("tinyshapes_test",),
+        "SOLVER.MAX_ITER": 4,
+        "SOLVER.STEPS": (3,),
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+        "TEST.EVAL_PERIOD": 4,
+        "OUTPUT_DIR": str(folder / "run"),
+        "SEED": 5,
+    }
+    cfg = tiny_cfg(*TRAINABLE, *(x for pair in settings.items() for x in pair), *opts)
+    path = folder / "student.yaml"
+    path.write_text(cfg.dump())
+    return str(path), folder / "run"
+
+
+def run(config, *arguments):
+    return train_net.main(
+        default_argument_parser().parse_args(["--config-file", config, *map(str, arguments)])
+    )
+
+
+def metrics(folder):
+    with open(folder / "metrics.json") as f:
+        return [json.loads(line) for line in f]
+
+
+def test_a_distilled_run_trains_resumes_evaluates_and_deploys(files, tmp_path):
+    config, out = write_config(files, tmp_path)
+    run(config, "SOLVER.MAX_ITER", 2)
+    first = torch.load(out / "model_final.pth", weights_only=False)
+    assert first["iteration"] == 1
+
+    run(config, "--resume")
+    last = torch.load(out / "model_final.pth", weights_only=False)
+    state = last["trainer"]
+    assert last["iteration"] == 3 and state["hooks"]["LRScheduler"]["last_epoch"] == 4
+    assert all(x["momentum_buffer"].any() for x in _momenta(state))
+    lines = metrics(out)
+    steps = [line["iteration"] for line in lines if "total_loss" in line]
+    assert steps[0] == 1 and steps[-1] >= 3
+    assert {"loss_cls_kd", "loss_box_reg_kd"} <= set(lines[-1])
+
+    # Keys: the student's own, and adapters; all of them fit stock detectron2.
+    model = build_model(tiny_cfg(*TRAINABLE, architecture="GeneralizedRCNN"))
+    missing, unexpected = model.load_state_dict(last["model"], strict=False)
+    assert not missing and unexpected and all(k.startswith("fusion.") for k in unexpected)
+
+    # Evaluation gives training's last AP, and needs no teacher.
+    gone = ("MODEL.CROSSKD.TEACHER.WEIGHTS", "gone.pth", "MODEL.CROSSKD.TEACHER.CONFIG_FILE", "x")
+    weights = ("MODEL.WEIGHTS", out / "model_final.pth")
+    results = run(config, "--eval-only", *weights, *gone, "OUTPUT_DIR", tmp_path / "eval")
+    assert results["bbox"]["AP"] == pytest.approx(lines[-1]["bbox/AP"], nan_ok=True)
+
+    # So does DefaultPredictor, on the config that the run wrote.
+    cfg = tiny_cfg()
+    cfg.merge_from_file(str(out / "config.yaml"))
+    cfg.merge_from_list([*map(str, weights), *gone])
+    image = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8).numpy()
+    assert "instances" in DefaultPredictor(cfg)(image)
+
+
+def _momenta(state):
+    return state["_trainer"]["optimizer"]["state"].values()
+
+
+def test_the_teacher_is_evaluated_before_the_first_step_and_statistics_are_logged(files, tmp_path):
+    config, out = write_config(
+        files, tmp_path, "MODEL.CROSSKD.TEACHER.EVAL_AT_START", True, "SOLVER.MAX_ITER", 20
+    )
+    run(config, "TEST.EVAL_PERIOD", 0)
+    lines = metrics(out)
+    logged = {k: v for line in lines for k, v in line.items()}
+    assert "teacher/bbox/AP" in logged and "bbox/AP" in logged
+    assert {"crosskd/teacher_confidence", "crosskd/agreement_cross_head"} <= set(logged)
+    assert logged["crosskd/factor"] == 1 and logged["crosskd/num_rois"] > 0
+    assert list(out.glob("events.out.tfevents*"))
+
+
+def test_the_schedule_is_followed_in_training(files, tmp_path):
+    start = ("MODEL.CROSSKD.SCHEDULE.START_ITER", 20, "SOLVER.MAX_ITER", 40)
+    config, out = write_config(files, tmp_path, *start)
+    run(config, "TEST.EVAL_PERIOD", 0)
+    values = {line["iteration"]: line for line in metrics(out) if "loss_cls_kd" in line}
+    assert values[19]["loss_cls_kd"] == 0 and values[19]["crosskd/factor"] == 0
+    assert values[39]["loss_cls_kd"] > 0 and values[39]["crosskd/factor"] == 1
+
+
+def test_a_plain_config_trains_with_the_same_script(files, tmp_path):
+    config, out = write_config(files, tmp_path)
+    stock = (
+        "MODEL.META_ARCHITECTURE",
+        "GeneralizedRCNN",
+        "MODEL.ROI_HEADS.NAME",
+        "StandardROIHeads",
+    )
+    run(config, *stock, "MODEL.CROSSKD.TEACHER.CONFIG_FILE", "", "SOLVER.MAX_ITER", 1)
+    assert not any("kd" in key for key in metrics(out)[-1])
+
+
+def test_expected_results_are_honoured(files, tmp_path):
+    config, out = write_config(files, tmp_path, "SOLVER.MAX_ITER", 1)
+    expect = "TEST.EXPECTED_RESULTS", "[['bbox','AP',99.0,0.1]]"
+    with pytest.raises(SystemExit):
+        run(config, *expect)
+    with pytest.raises(SystemExit):
+        run(config, "--eval-only", "MODEL.WEIGHTS", out / "model_final.pth", *expect)
+
+
+def test_two_processes_on_the_cpu_train_and_evaluate_together(files, tmp_path):
+    config, out = write_config(files, tmp_path)
+    command = [sys.executable, TRAIN_NET, "--num-gpus", "2", "--config-file", config]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert any("bbox/AP" in line for line in metrics(out))
+    model = torch.load(out / "model_final.pth", weights_only=False)["model"]
+    assert not any(k.startswith("module.") for k in model)
+
+
+def test_a_wrong_setting_ends_the_script_with_one_line(files, tmp_path):
+    config, _ = write_config(files, tmp_path)
+    command = [sys.executable, TRAIN_NET, "--config-file", config]
+    command += ["MODEL.CROSSKD.FUSION.NAME", "blend"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: MODEL.CROSSKD.FUSION.NAME is 'blend'" in done.stderr
+
+
+def test_a_missing_config_file_lists_what_was_tried():
+    with pytest.raises(ConfigError, match="(?s)--config-file.*Tried.*configs"):
+        run("no/such.yaml")
+
+
+def test_the_run_writes_a_config_that_stock_detectron2_reads_but_for_our_keys(files, tmp_path):
+    config, out = write_config(files, tmp_path, "SOLVER.MAX_ITER", 1)
+    run(config)
+    content = yaml.safe_load((out / "config.yaml").read_text())
+    del content["MODEL"]["CROSSKD"], content["DATASETS"]["CARDS"]
+    (tmp_path / "stock.yaml").write_text(yaml.safe_dump(content))
+    get_cfg().merge_from_file(str(tmp_path / "stock.yaml"))
