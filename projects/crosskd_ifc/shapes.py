@@ -52,7 +52,9 @@ def _color(rng, saturation, value, hue=None) -> np.ndarray:
 
 def _mix(a, b, t) -> np.ndarray:
     """Goes from ``a`` to ``b``, colours (3,) or pictures (H, W, 3), by ``t`` (H, W)."""
-    return a + (b - a) * t[..., None]
+    out = (b - a) * t[..., None]
+    out += a
+    return out
 
 
 def _value_noise(rng, n, cells) -> np.ndarray:
@@ -161,14 +163,18 @@ def _camera(canvas, rng, x, y) -> np.ndarray:
     a, b = x / n - 0.5, y / n - 0.5
     light = 1 + strength * (a * np.cos(phi) + b * np.sin(phi))
     light = light - rng.uniform(0, 0.5) * (a * a + b * b)
-    canvas = canvas * light[..., None] * rng.uniform(0.93, 1.07, 3)
-    canvas = np.clip(0.5 + (canvas - 0.5) * rng.uniform(0.6, 1.1) + rng.uniform(-0.1, 0.1), 0, 1)
+    canvas *= light[..., None] * rng.uniform(0.93, 1.07, 3)
+    contrast, brightness = rng.uniform(0.6, 1.1), rng.uniform(-0.1, 0.1)
+    canvas *= contrast
+    canvas += 0.5 * (1 - contrast) + brightness
+    np.clip(canvas, 0, 1, out=canvas)
     if rng.random() < 0.35:
         p, side = np.pad(canvas, ((1, 1), (1, 1), (0, 0)), "edge"), rng.uniform(0.1, 0.3)
         p = p[:-2] * side + p[1:-1] * (1 - 2 * side) + p[2:] * side
         canvas = p[:, :-2] * side + p[:, 1:-1] * (1 - 2 * side) + p[:, 2:] * side
-    canvas = canvas + rng.normal(0, rng.uniform(0.005, 0.03), canvas.shape)
-    return np.clip(np.rint(canvas * 255), 0, 255).astype(np.uint8)
+    canvas += rng.normal(0, rng.uniform(0.005, 0.03), canvas.shape)
+    canvas *= 255
+    return np.clip(np.rint(canvas, out=canvas), 0, 255, out=canvas).astype(np.uint8)
 
 
 def _polygons(mask) -> List[np.ndarray]:
