@@ -1,0 +1,53 @@
+"""Splitting a box head by layers."""
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
+
+from crosskd_ifc.cross_head import BoxHeadLayers
+
+HEADS = {
+    "two fc": dict(conv_dims=[], fc_dims=[6, 5]),
+    "two conv, two fc": dict(conv_dims=[4, 8], fc_dims=[6, 5]),
+    "with norm": dict(conv_dims=[32, 32], fc_dims=[6], conv_norm="GN"),
+    "conv only": dict(conv_dims=[4, 4], fc_dims=[]),
+    "one fc": dict(conv_dims=[], fc_dims=[6]),
+}
+
+
+def head_and_input(name):
+    torch.manual_seed(0)
+    head = FastRCNNConvFCHead(ShapeSpec(channels=3, height=7, width=7), **HEADS[name])
+    return head, torch.randn(2, 3, 7, 7)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_split_at_any_layer_and_joined_is_the_head(name):
+    head, x = head_and_input(name)
+    layers = BoxHeadLayers(head, (7, 7))
+    for cut in layers.names:
+        joined = layers.run(layers.run(x, "pool", cut), cut)
+        assert torch.equal(joined, head(x)), cut
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_names_and_shapes_are_those_of_the_layers_outputs(name):
+    head, x = head_and_input(name)
+    layers = BoxHeadLayers(head, (7, 7))
+    convs, fcs = len(HEADS[name]["conv_dims"]), len(HEADS[name]["fc_dims"])
+    expected = [f"conv{i + 1}" for i in range(convs)] + [f"fc{i + 1}" for i in range(fcs)]
+    assert layers.names == ["pool", *expected] and layers.last == layers.names[-1]
+    outputs = layers.trace(x)
+    assert {n: tuple(o.shape[1:]) for n, o in outputs.items()} == layers.shapes
+    assert all((o >= 0).all() for n, o in outputs.items() if n != "pool")  # after the ReLU
+
+
+def test_running_to_the_same_layer_is_the_identity():
+    head, x = head_and_input("two fc")
+    assert BoxHeadLayers(head, (7, 7)).run(x, "pool", "pool") is x
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(TypeError, match="Linear.*FastRCNNConvFCHead"):
+        BoxHeadLayers(torch.nn.Linear(2, 2), (7, 7))
