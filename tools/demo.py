@@ -60,7 +60,8 @@ class Progress:
 
     def finish(self, name, result, skipped):
         note = ", finished earlier" if skipped else f" in {_clock(result['seconds'])}"
-        end = f"[{list(ARMS).index(name) + 1}/{len(ARMS)}] {ARMS[name][0]}: AP {result['AP']:.1f}{note}"
+        end = f"[{list(ARMS).index(name) + 1}/{len(ARMS)}] {ARMS[name][0]}: "
+        end += f"AP {result['AP']:.1f}{note}"
         print(f"\r{end:<90}" if sys.stdout.isatty() else end, flush=True)
 
 

@@ -6,16 +6,21 @@ fills the backbone of an FPN (``backbone.bottom_up.res5``) in any detector and a
 res5 is part of the ROI heads. Names with a prefix would fit only one of them.
 """
 
-import contextlib
 import os
 import re
-import tempfile
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
 import torch
 import torchvision
 from detectron2.config import CfgNode as CN
-from detectron2.utils.file_io import PathManager
+
+from .checkpoints import (
+    describe_mismatch,
+    is_state_dict,
+    load_torch_file,
+    refuse_overwriting,
+    staging_folder,
+)
 
 DEPTHS = (18, 34, 50, 101)
 # torchvision's ImageNet statistics on the scale of detectron2's images, 0 to 255; R, G, B.
@@ -137,77 +142,6 @@ def required_config(depth: int, *, fold_input: bool) -> CN:
     config.MODEL.PIXEL_STD = [1.0, 1.0, 1.0] if fold_input else list(PIXEL_STD)
     config.INPUT.FORMAT = "BGR" if fold_input else "RGB"
     return config
-
-
-def load_torch_file(path: str) -> Any:
-    """The content of a file written by ``torch.save``: tensors and plain values only, on the CPU.
-
-    Args:
-        path: a path or URL.
-
-    Raises:
-        FileNotFoundError: if it doesn't exist.
-        ValueError: if torch can't read it, or not without running code from it.
-    """
-    local = PathManager.get_local_path(path)
-    if not os.path.isfile(local):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return torch.load(local, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises what it likes on foreign bytes
-        raise ValueError(
-            f"{path}: torch can't read it as tensors and plain values ({type(error).__name__})"
-        ) from error
-
-
-def is_state_dict(x: Any) -> bool:
-    """Whether this maps names to tensors."""
-    return isinstance(x, Mapping) and all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in x.items()
-    )
-
-
-def describe_mismatch(found: Mapping[str, torch.Tensor], expected: Mapping[str, Any]) -> str:
-    """In what names and shapes of ``found`` differ from ``expected`` (name -> tensor), or ""."""
-    shapes = [
-        f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}"
-        for k in found
-        if k in expected and found[k].shape != expected[k].shape
-    ]
-    problems = []
-    for what, names in (
-        ("missing", [k for k in expected if k not in found]),
-        ("unexpected", [k for k in found if k not in expected]),
-        ("of another shape", shapes),
-    ):
-        if names:
-            more = f", ... ({len(names)} in all)" if len(names) > 3 else ""
-            problems.append(f"{what}: {', '.join(names[:3])}{more}")
-    return "; ".join(problems)
-
-
-def refuse_overwriting(out: str, *, sources: Sequence[str], force: bool) -> None:
-    """Refuse an ``out`` that exists, without ``force``, or that is one of the ``sources``.
-
-    Raises:
-        FileExistsError: naming the file.
-    """
-    if not os.path.lexists(out):
-        return
-    if any(os.path.exists(s) and os.path.exists(out) and os.path.samefile(s, out) for s in sources):
-        raise FileExistsError(f"{out}: this would overwrite the input; give another OUT")
-    if not force:
-        raise FileExistsError(f"{out} exists; give another OUT, or --force to replace it")
-
-
-@contextlib.contextmanager
-def staging_folder(parent: str) -> Iterator[str]:
-    """A temporary folder in ``parent``, from which complete files are moved to their place."""
-    PathManager.mkdirs(parent)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=parent) as folder:
-        yield folder
 
 
 def _is_dropped(name: str) -> bool:

@@ -13,14 +13,15 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from .config import ConfigError, add_crosskd_ifc_config
-from .convert import (
+from .checkpoints import (
+    ADAPTER_PREFIX,
     describe_mismatch,
     is_state_dict,
     load_torch_file,
     refuse_overwriting,
     staging_folder,
 )
+from .config import ConfigError, add_crosskd_ifc_config
 from .data import resolve_path
 
 # Config key -> this project's classes and the stock ones that they are in evaluation.
@@ -30,7 +31,6 @@ STOCK_NAMES = {
 }
 # Below MODEL: with lower thresholds even noise is detected, so that there is something to compare.
 _THRESHOLDS = ("ROI_HEADS.SCORE_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST")
-_ADAPTER_PREFIX = "fusion."
 _HEADER = """\
 # A student exported by CrossKD-IFC: a model of stock detectron2.
 # MODEL.WEIGHTS is an absolute path: change it if you move the files.
@@ -195,7 +195,7 @@ def _student_state(
             f"{checkpoint}: not a training checkpoint, it holds no weights named 'model'"
         )
     expected = stock.state_dict()
-    adapters = [k for k in state if k.startswith(_ADAPTER_PREFIX) and k not in expected]
+    adapters = [k for k in state if k.startswith(ADAPTER_PREFIX) and k not in expected]
     state = {k: v for k, v in state.items() if k not in adapters}
     problem = describe_mismatch(state, expected)
     if problem:

@@ -36,7 +36,7 @@ _SPLIT_IDS = {"train": 0, "val": 1, "test": 2}
 # Colour is a hint at the kind of shape, but not within the two pairs that are hard to tell apart.
 _HUES = dict(zip(CLASSES, (0.1, 0.1, 2.1, 3.9, 3.1, 5.1, 1.0, 1.0)))
 _DISTRACTORS = ("plain_disk", "ellipse", "square", "star4", "half_disk")
-_TEXTURES = ("plain", "plain", "stripes", "dots", "checker", "speckle")
+_TEXTURES = ("plain",) * 3 + ("stripes", "dots", "checker", "speckle")
 _MIN_VISIBLE = 0.55  # the fraction of an object that later ones leave visible
 _MIN_PIECE = 12  # square pixels; smaller visible pieces count as hidden
 
@@ -116,8 +116,8 @@ def _texture(kind, rng, u, v, period) -> np.ndarray:
 def _background(rng, x, y) -> np.ndarray:
     """Returns a canvas of shape (H, W, 3) in [0, 1]."""
     n = len(x)
-    a = _color(rng, (0.05, 0.4), (0.25, 0.85))
-    b = np.clip(a + rng.uniform(-0.15, 0.15, 3), 0.05, 0.95)
+    a = _color(rng, (0.0, 0.3), (0.25, 0.85))
+    b = np.clip(a + rng.uniform(-0.12, 0.12, 3), 0.05, 0.95)
     phi = rng.uniform(0, 2 * np.pi)
     ramp = 0.5 + ((x / n - 0.5) * np.cos(phi) + (y / n - 0.5) * np.sin(phi)) * 0.7
     cloud = 0.65 * _value_noise(rng, n, rng.integers(3, 7)) + 0.35 * _value_noise(rng, n, 16)
@@ -125,14 +125,14 @@ def _background(rng, x, y) -> np.ndarray:
     if rng.random() < 0.5:  # a faint pattern, so that texture alone doesn't mean an object
         u = x * np.cos(phi) + y * np.sin(phi)
         v = y * np.cos(phi) - x * np.sin(phi)
-        kind = _TEXTURES[rng.integers(2, len(_TEXTURES))]
+        kind = _TEXTURES[rng.integers(3, len(_TEXTURES))]
         t = _texture(kind, rng, u, v, rng.uniform(0.05, 0.12) * n)
         canvas = _mix(canvas, _color(rng, (0, 0.5), (0.1, 1)), t * rng.uniform(0.05, 0.25))
     for _ in range(rng.integers(1, 6)):  # strokes: arcs of large circles
         radius, width = rng.uniform(0.15, 1.2) * n, rng.uniform(0.004, 0.016) * n
         cx, cy = rng.uniform(-0.4, 1.4, 2) * n
         line = np.clip(width + 0.5 - np.abs(np.hypot(x - cx, y - cy) - radius), 0, 1)
-        color, alpha, where = _color(rng, (0.1, 0.7), (0.2, 1)), rng.uniform(0.3, 0.8), line > 0
+        color, alpha, where = _color(rng, (0, 0.6), (0.2, 1)), rng.uniform(0.3, 0.8), line > 0
         canvas[where] = _mix(canvas[where], color, line[where] * alpha)
     return canvas
 
@@ -142,7 +142,7 @@ def _paint(canvas, kind, rng, d, u, v, radius, image_size) -> None:
     texture = {"striped_disk": "stripes", "dotted_disk": "dots", "plain_disk": "plain"}.get(kind)
     texture = texture or _TEXTURES[rng.integers(len(_TEXTURES))]
     period = max(rng.uniform(0.36, 0.56) * radius, 0.04 * image_size)
-    hue = _HUES[kind] + rng.normal(0, 0.3) if kind in _HUES and rng.random() < 0.85 else None
+    hue = _HUES[kind] + rng.normal(0, 0.2) if kind in _HUES else None
     first = _color(rng, (0.55, 1), (0.55, 1), hue)
     second = first + (rng.integers(2) - first) * rng.uniform(0.45, 0.8)  # lighter or darker
     fill = _mix(first, second, _texture(texture, rng, u, v, period))
@@ -159,12 +159,12 @@ def _paint(canvas, kind, rng, d, u, v, radius, image_size) -> None:
 def _camera(canvas, rng, x, y) -> np.ndarray:
     """Light from one side, vignette, contrast, colour cast, blur and noise; returns uint8."""
     n = len(x)
-    phi, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.6)
+    phi, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.5)
     a, b = x / n - 0.5, y / n - 0.5
     light = 1 + strength * (a * np.cos(phi) + b * np.sin(phi))
     light = light - rng.uniform(0, 0.5) * (a * a + b * b)
     canvas *= light[..., None] * rng.uniform(0.93, 1.07, 3)
-    contrast, brightness = rng.uniform(0.6, 1.1), rng.uniform(-0.1, 0.1)
+    contrast, brightness = rng.uniform(0.75, 1.15), rng.uniform(-0.08, 0.08)
     canvas *= contrast
     canvas += 0.5 * (1 - contrast) + brightness
     np.clip(canvas, 0, 1, out=canvas)
@@ -223,7 +223,7 @@ def render(
     rng = np.random.default_rng([seed, _SPLIT_IDS[split], index])
     y, x = np.mgrid[:image_size, :image_size] + 0.5
     canvas = _background(rng, x, y)
-    kinds = [CLASSES[i] for i in rng.integers(len(CLASSES), size=rng.integers(2, 7))]
+    kinds = [CLASSES[i] for i in rng.integers(len(CLASSES), size=rng.integers(3, 8))]
     kinds += [_DISTRACTORS[i] for i in rng.integers(len(_DISTRACTORS), size=rng.integers(0, 3))]
     drawn = ["background"]
     owner = np.zeros(x.shape, int)  # index into drawn of what each pixel shows

@@ -20,13 +20,10 @@ from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from .checkpoints import ADAPTER_PREFIX, describe_problems
 from .config import ConfigError, add_crosskd_ifc_config, check_crosskd_config, find_config
 
 logger = logging.getLogger(__name__)
-
-# Parameters of a student's own distillation; a distilled student may become a teacher, which needs
-# none of them.
-_ADAPTER_PREFIX = "fusion."
 
 
 class Teacher:
@@ -213,25 +210,22 @@ class _StrictCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
-        problems: List[str] = []
-        shapes = [
-            f"{k} {a} in the file, {b} in the model" for k, a, b in incompatible.incorrect_shapes
-        ]
-        wrong_shape = {k for k, _, _ in incompatible.incorrect_shapes}
-        missing = [k for k in incompatible.missing_keys if k not in wrong_shape]
-        unexpected = [k for k in incompatible.unexpected_keys if not k.startswith(_ADAPTER_PREFIX)]
-        for what, keys in (
-            ("missing in the file", missing),
-            ("not in the model", unexpected),
-            ("of another shape", shapes),
-        ):
-            if keys:
-                more = f", ... ({len(keys)} in all)" if len(keys) > 3 else ""
-                problems.append(f"{what}: {', '.join(keys[:3])}{more}")
+        # fvcore reports a key of another shape as missing, too.
+        other_shape = {k for k, _, _ in incompatible.incorrect_shapes}
+        problems = describe_problems(
+            missing=[k for k in incompatible.missing_keys if k not in other_shape],
+            unexpected=[
+                k for k in incompatible.unexpected_keys if not k.startswith(ADAPTER_PREFIX)
+            ],
+            wrong_shapes=[
+                f"{k} {found} instead of {expected}"
+                for k, found, expected in incompatible.incorrect_shapes
+            ],
+        )
         if problems:
             raise ConfigError(
                 f"MODEL.CROSSKD.TEACHER.WEIGHTS {self._source!r} does not fit the model of "
-                f"TEACHER.CONFIG_FILE (with TEACHER.OPTS). Weights {'; '.join(problems)}"
+                f"TEACHER.CONFIG_FILE (with TEACHER.OPTS). Weights {problems}"
             )
         return incompatible
 
