@@ -117,6 +117,8 @@ def test_a_distilled_run_trains_resumes_evaluates_and_deploys(files, tmp_path):
     weights = ("MODEL.WEIGHTS", out / "model_final.pth")
     results = run(config, "--eval-only", *weights, *gone, "OUTPUT_DIR", tmp_path / "eval")
     assert results["bbox"]["AP"] == pytest.approx(lines[-1]["bbox/AP"], nan_ok=True)
+    detections = "inference/coco_instances_results.json"
+    assert (out / detections).read_text() == (tmp_path / "eval" / detections).read_text() != "[]"
 
     # So does DefaultPredictor, on the config that the run wrote.
     cfg = tiny_cfg()
