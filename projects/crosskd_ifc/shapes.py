@@ -6,7 +6,7 @@ and objects hide each other.
 
 Shape shorthand and format:
     H, W: height and width of an image in pixels, both ``image_size``
-    R: number of objects in an image, at most 6
+    R: number of objects in an image, at most 7
     x, y: pixel coordinates, x to the right; the centre of the first pixel is (0.5, 0.5)
     Images are uint8 RGB. Annotations are COCO dicts: ``bbox`` is (x, y, width, height) in absolute
     pixels, tight around the visible part; ``segmentation`` is a list of polygons of that part.
@@ -31,12 +31,13 @@ __all__ = ["CLASSES", "NUM_IMAGES", "generate", "register_shapes", "render"]
 CLASSES = ("striped_disk", "dotted_disk", "ring", "crescent", "triangle", "cross", "star5", "star6")
 NUM_IMAGES = {"train": 1200, "val": 200, "test": 300}
 
-_VERSION = 1  # raise it with every change of the pictures: it is part of the folder's name
+_VERSION = 1  # part of the folder's name: raise it whenever the pictures change
 _SPLIT_IDS = {"train": 0, "val": 1, "test": 2}
 # Colour is a hint at the kind of shape, but not within the two pairs that are hard to tell apart.
 _HUES = dict(zip(CLASSES, (0.1, 0.1, 2.1, 3.9, 3.1, 5.1, 1.0, 1.0)))
 _DISTRACTORS = ("plain_disk", "ellipse", "square", "star4", "half_disk")
-_TEXTURES = ("plain",) * 3 + ("stripes", "dots", "checker", "speckle")
+_PATTERNS = ("stripes", "dots", "checker", "speckle")
+_TEXTURES = ("plain",) * 3 + _PATTERNS
 _MIN_VISIBLE = 0.55  # the fraction of an object that later ones leave visible
 _MIN_PIECE = 12  # square pixels; smaller visible pieces count as hidden
 
@@ -125,7 +126,7 @@ def _background(rng, x, y) -> np.ndarray:
     if rng.random() < 0.5:  # a faint pattern, so that texture alone doesn't mean an object
         u = x * np.cos(phi) + y * np.sin(phi)
         v = y * np.cos(phi) - x * np.sin(phi)
-        kind = _TEXTURES[rng.integers(3, len(_TEXTURES))]
+        kind = _PATTERNS[rng.integers(len(_PATTERNS))]
         t = _texture(kind, rng, u, v, rng.uniform(0.05, 0.12) * n)
         canvas = _mix(canvas, _color(rng, (0, 0.5), (0.1, 1)), t * rng.uniform(0.05, 0.25))
     for _ in range(rng.integers(1, 6)):  # strokes: arcs of large circles
