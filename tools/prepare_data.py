@@ -4,7 +4,7 @@
     python tools/prepare_data.py check configs/datasets/bccd.yaml   # a dataset card
     python tools/prepare_data.py check voc_2007_train               # a registered data set
 
-Every image is decoded in full, about 100 to 300 per second on one core. Exit status: 0 no errors
+Every image is decoded in full, on one core. Exit status: 0 no errors
 (there may be warnings), 1 errors were found, 2 the data set can't be checked.
 """
 

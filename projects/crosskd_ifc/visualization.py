@@ -209,7 +209,8 @@ def plot_curves(
         axis.set_xlabel("iteration")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=9)
+        if axis.lines:
+            axis.legend(fontsize=9)
     if title:
         figure.suptitle(title)
     _save(figure, path)
