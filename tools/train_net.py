@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
-from crosskd_ifc.config import find_config
+from crosskd_ifc.config import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.trainer import check_evaluation_config
 
 
@@ -31,8 +31,8 @@ def setup(args):
     add_crosskd_ifc_config(cfg)
     if args.config_file:
         args.config_file, _ = find_config(args.config_file, key="--config-file")
-        cfg.merge_from_file(args.config_file, allow_unsafe=False)
-    cfg.merge_from_list(args.opts)
+        merge_from_file(cfg, args.config_file, key="--config-file")
+    merge_from_list(cfg, args.opts, key="command line")
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="crosskd_ifc")

@@ -4,6 +4,7 @@ model."""
 import math
 from typing import Any, Sequence, Tuple
 
+import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 
@@ -106,6 +107,45 @@ def find_config(name: str, *, key: str) -> Tuple[str, str]:
         if not zoo_path:
             raise ConfigError(str(error)) from None
     return zoo_path, name
+
+
+def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
+    """``cfg.merge_from_file`` through safe YAML, with errors that say where they come from.
+
+    Args:
+        cfg: the config to merge into.
+        path: YAML file.
+        key: the config key or argument that named it, for the error.
+
+    Raises:
+        ConfigError: if the file is no config of known keys and fitting types.
+    """
+    try:
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except (AssertionError, AttributeError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{key} {path}: {_text(error)}") from error
+
+
+def merge_from_list(cfg: CN, opts: Sequence, *, key: str) -> None:
+    """``cfg.merge_from_list`` with errors that say where they come from.
+
+    Args:
+        cfg: the config to merge into.
+        opts: KEY, VALUE, ...
+        key: the config key or argument that held them, for the error.
+
+    Raises:
+        ConfigError: for an unknown key, a value of another type, or an odd number of items.
+    """
+    try:
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f"{key}: {_text(error)}") from error
+
+
+def _text(error: Exception) -> str:
+    # A KeyError shows the repr of its argument.
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Callable, Dict, List, Optional, Sequence
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
 
-from .config import add_crosskd_ifc_config, find_config
+from .config import add_crosskd_ifc_config, find_config, merge_from_file, merge_from_list
 from .visualization import read_metrics
 
 
@@ -46,8 +46,8 @@ class Run:
         """The full config, frozen."""
         cfg = get_cfg()
         add_crosskd_ifc_config(cfg)
-        cfg.merge_from_file(find_config(self.config, key="config")[0], allow_unsafe=False)
-        cfg.merge_from_list([*self.opts, "OUTPUT_DIR", self.folder])
+        merge_from_file(cfg, find_config(self.config, key=self.name)[0], key=self.name)
+        merge_from_list(cfg, [*self.opts, "OUTPUT_DIR", self.folder], key=self.name)
         cfg.freeze()
         return cfg
 
@@ -100,7 +100,7 @@ def train(
 
     steps, start = run.cfg().SOLVER.MAX_ITER, time.monotonic()
     command = [sys.executable, "-W", "ignore", train_net, "--resume", "--config-file"]
-    command += [find_config(run.config, key="config")[0], *run.opts, "OUTPUT_DIR", run.folder]
+    command += [find_config(run.config, key=run.name)[0], *run.opts, "OUTPUT_DIR", run.folder]
     with open(run.path("console.log"), "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:

@@ -11,7 +11,6 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-import yaml
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -21,7 +20,14 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from .checkpoints import ADAPTER_PREFIX, describe_problems
-from .config import ConfigError, add_crosskd_ifc_config, check_crosskd_config, find_config
+from .config import (
+    ConfigError,
+    add_crosskd_ifc_config,
+    check_crosskd_config,
+    find_config,
+    merge_from_file,
+    merge_from_list,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -175,14 +181,8 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
     path, zoo_name = find_config(kd.CONFIG_FILE, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
     teacher_cfg = get_cfg()
     add_crosskd_ifc_config(teacher_cfg)
-    try:
-        teacher_cfg.merge_from_file(path, allow_unsafe=False)
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"MODEL.CROSSKD.TEACHER.CONFIG_FILE {path}: {error}") from error
-    try:
-        teacher_cfg.merge_from_list(list(kd.OPTS))
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f"MODEL.CROSSKD.TEACHER.OPTS {tuple(kd.OPTS)}: {error}") from error
+    merge_from_file(teacher_cfg, path, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
+    merge_from_list(teacher_cfg, kd.OPTS, key=f"MODEL.CROSSKD.TEACHER.OPTS {tuple(kd.OPTS)}")
     if kd.WEIGHTS:
         return teacher_cfg, kd.WEIGHTS
     try:

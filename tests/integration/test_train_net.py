@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -186,13 +187,21 @@ def test_two_processes_on_the_cpu_train_and_evaluate_together(files, tmp_path):
     assert not any(k.startswith("module.") for k in model)
 
 
-def test_a_wrong_setting_ends_the_script_with_one_line(files, tmp_path):
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (("MODEL.CROSSKD.FUSION.NAME", "blend"), "error: MODEL.CROSSKD.FUSION.NAME is 'blend'"),
+        (("MODEL.CROSSKD.NAME", "x"), "error: command line: Non-existent key: MODEL.CROSSKD.NAME"),
+        (("SOLVER.MAX_ITER", "many"), "error: command line: Type mismatch .* SOLVER.MAX_ITER"),
+    ],
+    ids=["value", "key", "type"],
+)
+def test_a_wrong_setting_ends_the_script_with_one_line(files, tmp_path, opts, message):
     config, _ = write_config(files, tmp_path)
-    command = [sys.executable, TRAIN_NET, "--config-file", config]
-    command += ["MODEL.CROSSKD.FUSION.NAME", "blend"]
+    command = [sys.executable, TRAIN_NET, "--config-file", config, *opts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: MODEL.CROSSKD.FUSION.NAME is 'blend'" in done.stderr
+    assert re.search(message, done.stderr)
 
 
 def test_a_missing_config_file_lists_what_was_tried():
