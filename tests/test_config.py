@@ -30,6 +30,7 @@ CASES = {
         "SCHEDULE.STOP_ITER is 9.*START_ITER, 9",
     ),
     "a tap twice": ((K + "FUSION.IN_FEATURES", ("fc1", "fc1")), "IN_FEATURES.*twice"),
+    "taps that are no names": ((K + "FUSION.IN_FEATURES", (["fc1"],)), "IN_FEATURES.*layer names"),
     "unknown tap": ((K + "FUSION.IN_FEATURES", ("fc9",)), "IN_FEATURES.*'fc9'.*pool, fc1, fc2"),
     "unknown entry": ((K + "FUSION.ENTRY", "conv1"), "ENTRY.*'conv1'.*pool, fc1, fc2"),
     "none with two taps": (

@@ -48,6 +48,20 @@ def test_running_to_the_same_layer_is_the_identity():
     assert BoxHeadLayers(head, (7, 7)).run(x, "pool", "pool") is x
 
 
+def test_a_head_that_computes_more_than_its_layers_is_refused():
+    class Scaled(FastRCNNConvFCHead):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    scaled = Scaled(ShapeSpec(channels=3, height=7, width=7), conv_dims=[], fc_dims=[6])
+    with pytest.raises(TypeError, match="Scaled"):
+        BoxHeadLayers(scaled, (7, 7))
+    longer, _ = head_and_input("one fc")
+    longer.add_module("projection", torch.nn.Linear(6, 6))
+    with pytest.raises(TypeError, match="projection"):
+        BoxHeadLayers(longer, (7, 7))
+
+
 def test_an_unknown_head_is_refused():
     with pytest.raises(TypeError, match="Linear.*FastRCNNConvFCHead"):
         BoxHeadLayers(torch.nn.Linear(2, 2), (7, 7))

@@ -284,6 +284,8 @@ def test_a_teacher_with_other_classes_is_refused_unless_accepted_and_then_distil
     with pytest.raises(ConfigError, match="NUM_CLASSES.*3 classes.*7.*TEACHER.CLASS_MAP"):
         distilling(teacher_opts=more)
     accept = ("MODEL.CROSSKD.TEACHER.CLASS_MAP", ("teacher",))
+    with pytest.raises(ConfigError, match="TEACHER.EVAL_AT_START.*3.*7"):
+        distilling(*accept, "MODEL.CROSSKD.TEACHER.EVAL_AT_START", True, teacher_opts=more)
     student, _ = distilling(*accept, teacher_opts=more)
     trace, targets, _, cross = recorded(student, tiny_batch())
     assert cross.logits.shape == targets.logits.shape == (len(trace.logits), 8)

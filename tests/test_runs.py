@@ -45,7 +45,7 @@ def test_a_finished_run_is_not_trained_again(train, tmp_path):
     first, second = train(make_run(folder)), train(make_run(folder))
     assert first == second and len(calls(folder)) == 1
     assert (first["AP"], first["AP50"], first["iterations"]) == (12.5, 30.0, 10)
-    assert first["seconds_per_step"] == 0.5 and first["peak_memory_gb"] > 0
+    assert first["seconds_per_step"] == 0.5 and first["peak_memory_gb"] >= 0
 
 
 def test_an_interrupted_run_is_resumed_in_its_folder(train, tmp_path):

@@ -80,10 +80,24 @@ def test_weights_that_do_not_fit_are_refused_naming_the_key(teacher_files, chang
 
 def test_missing_weights_are_an_error_never_a_random_teacher(teacher_files):
     os.remove(teacher_files[1])
-    with pytest.raises(ConfigError, match="TEACHER.WEIGHTS.*does not exist"):
+    with pytest.raises(ConfigError, match="TEACHER.WEIGHTS.*there is no file"):
         attach(student_cfg(teacher_files))
     with pytest.raises(ConfigError, match="TEACHER.WEIGHTS is empty.*no model-zoo name"):
         attach(student_cfg(teacher_files, T + "WEIGHTS", ""))
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all"], ids=["empty", "foreign"])
+def test_a_file_that_holds_no_weights_is_refused_naming_the_key(teacher_files, content):
+    with open(teacher_files[1], "wb") as f:
+        f.write(content)
+    with pytest.raises(ConfigError, match="TEACHER.WEIGHTS.*can't be read as weights"):
+        attach(student_cfg(teacher_files))
+
+
+@pytest.mark.parametrize("opts", [("MODEL.META_ARCHITECTURE", "Typo"), ("MODEL.RESNETS.DEPTH", 18)])
+def test_a_config_that_builds_no_model_is_refused_naming_the_keys(teacher_files, opts):
+    with pytest.raises(ConfigError, match="TEACHER.CONFIG_FILE.*TEACHER.OPTS.*builds no model"):
+        attach(student_cfg(teacher_files, T + "OPTS", opts))
 
 
 def test_a_config_that_is_nowhere_lists_what_was_tried(teacher_files):
@@ -95,6 +109,8 @@ def test_a_config_that_is_nowhere_lists_what_was_tried(teacher_files):
 def test_a_broken_config_or_override_names_its_key(teacher_files):
     with pytest.raises(ConfigError, match="TEACHER.OPTS.*NO_SUCH"):
         attach(student_cfg(teacher_files, T + "OPTS", ("MODEL.NO_SUCH", 1)))
+    with pytest.raises(ConfigError, match="TEACHER.OPTS"):
+        attach(student_cfg(teacher_files, T + "OPTS", (3, 4)))
     with open(teacher_files[0], "a") as f:
         f.write("NO_SUCH_KEY: 1\n")
     with pytest.raises(ConfigError, match="TEACHER.CONFIG_FILE.*NO_SUCH_KEY"):

@@ -88,7 +88,7 @@ def test_the_training_data_loses_boxes_without_area_and_images_left_empty(datase
     loader = CrossKDTrainer.build_train_loader(cfg)
     kept = _dicts_of(loader)
     assert [(d["image_id"], len(d["annotations"])) for d in kept] == [(0, 1), (2, 1)]
-    assert "2" in caplog.text and "0.png" in caplog.text
+    assert "ropped 2 boxes" in caplog.text and "0.png" in caplog.text
 
 
 def _dicts_of(loader):
@@ -108,6 +108,10 @@ REFUSED = {
         ("DATASETS.TRAIN", ("crosskd_shapes_train",)),
         "NUM_CLASSES is 3.*crosskd_shapes_train.* 8",
     ),
+    "too many classes": (
+        ("DATASETS.TEST", ("crosskd_shapes_test",), "MODEL.ROI_HEADS.NUM_CLASSES", 80),
+        "NUM_CLASSES is 80.*crosskd_shapes_test.* 8",
+    ),
     "no teacher": (("MODEL.CROSSKD.ENABLED", True), "TEACHER.CONFIG_FILE is empty"),
 }
 
@@ -117,6 +121,28 @@ def test_training_is_refused_before_anything_is_built(case):
     opts, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message):
         CrossKDTrainer(tiny_cfg("MODEL.CROSSKD.ENABLED", False, *opts))
+
+
+def test_a_test_set_without_an_evaluator_is_refused_before_training(dataset):
+    lvis = dataset([picture(0, (1, 2, 9, 9))], evaluator_type="lvis")
+    cfg = tiny_cfg(
+        "MODEL.CROSSKD.ENABLED", False, "DATASETS.TRAIN", (lvis,), "DATASETS.TEST", (lvis,)
+    )
+    with pytest.raises(ConfigError, match="DATASETS.TEST.*'lvis'"):
+        CrossKDTrainer(cfg)
+
+
+def test_a_schedule_that_never_starts_is_refused():
+    opts = (
+        "MODEL.CROSSKD.TEACHER.CONFIG_FILE",
+        "t.yaml",
+        S + "START_ITER",
+        9,
+        "SOLVER.MAX_ITER",
+        9,
+    )
+    with pytest.raises(ConfigError, match="SCHEDULE.START_ITER is 9.*SOLVER.MAX_ITER, 9"):
+        CrossKDTrainer(tiny_cfg(*opts))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -28,10 +28,10 @@ from crosskd_ifc.visualization import compare_on_dataset, plot_curves
 TOOLS = os.path.dirname(os.path.abspath(__file__))
 # Title, config and the rough cost of a step beside the plain student's, for the first ETA only.
 ARMS = {
-    "teacher": ("Teacher R50", "faster_rcnn_R_50_shapes", 1.5),
+    "teacher": ("Teacher R34", "faster_rcnn_R_34_shapes", 1.6),
     "student": ("Student R18, plain", "faster_rcnn_R_18_shapes", 1.0),
-    "crosskd": ("Student R18, CrossKD", "crosskd_R_18_shapes", 1.45),
-    "crosskd_ifc": ("Student R18, CrossKD-IFC", "crosskd_ifc_R_18_shapes", 1.45),
+    "crosskd": ("Student R18, CrossKD", "crosskd_R_18_shapes", 1.5),
+    "crosskd_ifc": ("Student R18, CrossKD-IFC", "crosskd_ifc_R_18_shapes", 1.5),
 }
 
 
@@ -87,8 +87,8 @@ def draw(runs, output):
     """The picture and the plot; returns their paths."""
     cfg = runs["crosskd_ifc"].cfg()
     student = build_model(cfg)
+    crosskd_ifc.attach_teacher(student, cfg)  # first: it adds the adapters, if there are any
     DetectionCheckpointer(student).load(runs["crosskd_ifc"].path("model_final.pth"))
-    crosskd_ifc.attach_teacher(student, cfg)
     name = cfg.DATASETS.TEST[0]
     picture, plot = os.path.join(output, "detections.png"), os.path.join(output, "curves.png")
     loader = build_detection_test_loader(cfg, name, num_workers=0)

@@ -3,9 +3,9 @@
 
 Takes detectron2's own arguments:
 
-    python tools/train_net.py --config-file configs/quick/shapes_crosskd_ifc_R_18.yaml [KEY VALUE
-    ...] python tools/train_net.py --config-file ... --resume python tools/train_net.py
-    --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+    python tools/train_net.py --config-file CONFIG [--num-gpus 8] [KEY VALUE ...]
+    python tools/train_net.py --config-file CONFIG --resume
+    python tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS model_final.pth
 """
 
 import logging
@@ -19,14 +19,15 @@ from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.config import find_config, merge_from_file, merge_from_list
-from crosskd_ifc.trainer import check_evaluation_config
+from crosskd_ifc.trainer import check_evaluation_config, check_training_config
 
 
 def setup(args):
-    """The frozen config of a run, from the config file and the command line."""
+    """The frozen, checked config of a run, from the config file and the command line."""
     cfg = get_cfg()
     add_crosskd_ifc_config(cfg)
     if args.config_file:
@@ -34,15 +35,15 @@ def setup(args):
         merge_from_file(cfg, args.config_file, key="--config-file")
     merge_from_list(cfg, args.opts, key="command line")
     cfg.freeze()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="crosskd_ifc")
+    (check_evaluation_config if args.eval_only else check_training_config)(cfg)
     return cfg
 
 
 def main(args):
     cfg = setup(args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="crosskd_ifc")
     if args.eval_only:
-        check_evaluation_config(cfg)
         model = build_model(cfg)
         DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
@@ -63,18 +64,15 @@ def main(args):
 
 def invoke_main() -> None:
     args = default_argument_parser().parse_args()
-    print("Command Line Args:", args)
     try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        setup(args)  # here too, so that a mistake shows once and not in every process
+        machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
+        launch(main, args.num_gpus, dist_url=args.dist_url, args=(args,), **machines)
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    except ProcessRaisedException as error:
+        _, found, message = str(error).rpartition("crosskd_ifc.config.ConfigError: ")
+        sys.exit(f"error: {message.strip()}" if found else str(error))
 
 
 if __name__ == "__main__":

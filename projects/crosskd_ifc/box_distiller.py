@@ -12,6 +12,7 @@ from typing import Dict, List, Mapping, Tuple
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, StandardROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
@@ -70,7 +71,7 @@ class BoxDistiller:
         kd = cfg.MODEL.CROSSKD
         _check_student(student)
         _check_teacher(teacher)
-        _check_classes(student, teacher, tuple(kd.TEACHER.CLASS_MAP))
+        _check_classes(student, teacher, kd.TEACHER)
         return {
             "teacher": teacher,
             "fusion": _build_fusion(kd.FUSION, student, teacher),
@@ -235,13 +236,20 @@ def _check_teacher(teacher: Teacher) -> None:
         refuse(
             "classifies with sigmoids (USE_SIGMOID_CE); the losses compare softmax probabilities"
         )
-    if len(predictor.box2box_transform.weights) != 4:
-        refuse("predicts rotated boxes; axis-aligned ones are needed")
+    if type(predictor.box2box_transform) is not Box2BoxTransform:
+        kind = type(predictor.box2box_transform).__name__
+        refuse(f"encodes boxes by {kind}; Box2BoxTransform (axis-aligned deltas) is needed")
 
 
-def _check_classes(student: GeneralizedRCNN, teacher: Teacher, class_map: Tuple[str, ...]) -> None:
+def _check_classes(student: GeneralizedRCNN, teacher: Teacher, kd: CfgNode) -> None:
+    """Args: kd: the node MODEL.CROSSKD.TEACHER."""
     ours, theirs = student.roi_heads.num_classes, teacher.model.roi_heads.num_classes
-    if ours != theirs and class_map != TEACHER_CLASSES:
+    if ours != theirs and kd.EVAL_AT_START:
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a teacher of the student's {ours} "
+            f"classes, this one ({teacher.description}) has {theirs}; set it to False"
+        )
+    if ours != theirs and tuple(kd.CLASS_MAP) != TEACHER_CLASSES:
         raise ConfigError(
             f"MODEL.ROI_HEADS.NUM_CLASSES: the student has {ours} classes and the teacher "
             f"({teacher.description}) {theirs}. If that is meant, set "

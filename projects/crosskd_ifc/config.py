@@ -19,6 +19,19 @@ META_ARCHITECTURES = ("CrossKDRCNN",)
 TEACHER_CLASSES = ("teacher",)
 
 
+# What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
+_MERGE_ERRORS = (
+    AssertionError,
+    AttributeError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+    yaml.YAMLError,
+)
+
+
 class ConfigError(ValueError):
     """A setting that can't work; the message names the config key, what was given and what is
     possible."""
@@ -34,8 +47,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.ENABLED = True
 
     _C.TEACHER = CN()
-    # The teacher's own config: a file, or a model-zoo name such as COCO-
-    # Detection/faster_rcnn_R_50_FPN_1x.yaml.
+    # The teacher's own config: a file, or a model-zoo name such as
+    # COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
     _C.TEACHER.CONFIG_FILE = ""
     # The teacher's trained weights, a file or URL. Empty: the zoo's checkpoint, for a model-zoo
     # name only.
@@ -122,7 +135,7 @@ def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
     """
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
-    except (AssertionError, AttributeError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
+    except _MERGE_ERRORS as error:
         raise ConfigError(f"{key} {path}: {_text(error)}") from error
 
 
@@ -139,7 +152,7 @@ def merge_from_list(cfg: CN, opts: Sequence, *, key: str) -> None:
     """
     try:
         cfg.merge_from_list(list(opts))
-    except (AssertionError, KeyError, ValueError) as error:
+    except _MERGE_ERRORS as error:
         raise ConfigError(f"{key}: {_text(error)}") from error
 
 
@@ -178,6 +191,11 @@ def check_crosskd_config(cfg: CN) -> None:
             f"() (equal class counts) or {TEACHER_CLASSES} (the teacher may have other classes)"
         )
     taps = tuple(kd.FUSION.IN_FEATURES)
+    if not all(isinstance(tap, str) for tap in taps):
+        raise ConfigError(
+            f"MODEL.CROSSKD.FUSION.IN_FEATURES is {taps}; it must be a list of layer names, such "
+            "as ('fc1', 'fc2')"
+        )
     if len(set(taps)) != len(taps):
         raise ConfigError(f"MODEL.CROSSKD.FUSION.IN_FEATURES names a layer twice: {taps}")
     for key in ("CLS_WEIGHT", "BOX_WEIGHT"):

@@ -3,6 +3,7 @@
 Shape shorthand: R RoIs, C channels, (P, P) pooler resolution, D width of a fully connected layer.
 """
 
+import re
 from typing import Dict, List, Tuple
 
 import torch
@@ -29,15 +30,19 @@ class BoxHeadLayers:
         Raises:
             TypeError: if the head is of another type, whose layers are not known.
         """
-        if not isinstance(box_head, FastRCNNConvFCHead):
+        # A subclass with another forward or more children computes something else than its layers.
+        names = dict(box_head.named_children())
+        if getattr(type(box_head), "forward", None) is not FastRCNNConvFCHead.forward or not all(
+            re.fullmatch(r"(conv|fc|fc_relu)\d+|flatten", name) for name in names
+        ):
             raise TypeError(
-                f"box head {type(box_head).__name__} has no known layers to tap or enter; "
-                "use FastRCNNConvFCHead (MODEL.ROI_BOX_HEAD.NAME)"
+                f"box head {type(box_head).__name__} ({', '.join(names)}) has no known layers to "
+                "tap or enter; use FastRCNNConvFCHead (MODEL.ROI_BOX_HEAD.NAME)"
             )
         self._layers: Dict[str, List[nn.Module]] = {}
         self.shapes: Dict[str, Shape] = {}
         prefix: List[nn.Module] = []
-        for name, module in box_head.named_children():
+        for name, module in names.items():
             if name.startswith("conv"):
                 channels, size = module.in_channels, tuple(pooler_resolution)
                 self.shapes.setdefault("pool", (channels, *size))

@@ -66,14 +66,16 @@ class CrossKDRCNN(GeneralizedRCNN):
         Returns:
             As ``forward`` in evaluation; classes are the teacher's.
         """
+        if self._distiller is None:
+            raise RuntimeError("cross_head_inference needs a teacher: call attach_teacher first")
         with self.roi_heads.record() as trace:
             self.inference(batched_inputs, do_postprocess=False)
         results = self._distiller.detect(batched_inputs, trace)
         return self._postprocess(results, batched_inputs, [r.image_size for r in results])
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, *args, **kwargs):
         # Called by to(), cuda(), half(), ...: the teacher follows the device, not the precision.
-        module = super()._apply(fn, recurse)
+        module = super()._apply(*args, **kwargs)
         if self.teacher is not None:
             self.teacher.to(self.device)
         return module

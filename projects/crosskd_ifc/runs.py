@@ -83,8 +83,8 @@ def train(
         on_progress: called every second with (steps done, steps in all, seconds per step or 0).
 
     Returns:
-        "AP", "AP50", "iterations", "seconds_per_step" (median), "seconds" (this process's wall
-        time of the run), "peak_memory_gb" and "digest".
+        "AP", "AP50", "iterations", "seconds_per_step" (median), "seconds" (wall time since the last
+        start), "peak_memory_gb" (of the training process, 0 where there is no /proc) and "digest".
 
     Raises:
         RunFailed: if the training ended with an error.
@@ -98,7 +98,7 @@ def train(
     os.makedirs(run.folder, exist_ok=True)
     _write_json(run.path("started.json"), {"digest": digest})
 
-    steps, start = run.cfg().SOLVER.MAX_ITER, time.monotonic()
+    steps, start, memory = run.cfg().SOLVER.MAX_ITER, time.monotonic(), 0.0
     command = [sys.executable, "-W", "ignore", train_net, "--resume", "--config-file"]
     command += [find_config(run.config, key=run.name)[0], *run.opts, "OUTPUT_DIR", run.folder]
     with open(run.path("console.log"), "ab") as log:
@@ -106,6 +106,7 @@ def train(
         try:
             while process.poll() is None:
                 on_progress(*_progress(run, steps))
+                memory = max(memory, _peak_memory_gb(process.pid))
                 time.sleep(1)
         finally:
             if process.poll() is None:
@@ -115,7 +116,8 @@ def train(
         with open(run.path("console.log"), errors="replace") as f:
             tail = "".join(f.readlines()[-12:])
         raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
-    done = {"digest": digest, "seconds": time.monotonic() - start, **_collect(run)}
+    done = {"digest": digest, "seconds": time.monotonic() - start, "peak_memory_gb": memory}
+    done.update(_collect(run))
     _write_json(run.path("run.json"), done)
     return done
 
@@ -127,24 +129,29 @@ def _progress(run: Run, steps: int):
     return done, steps, times[-1] if times else 0.0
 
 
+def _peak_memory_gb(pid: int) -> float:
+    """The most memory that a process has had resident so far."""
+    try:
+        with open(f"/proc/{pid}/status") as f:
+            lines = [line for line in f if line.startswith("VmHWM")]
+    except OSError:
+        return 0.0
+    return int(lines[0].split()[1]) / 1024**2 if lines else 0.0
+
+
 def _metrics(run: Run) -> List[dict]:
     path = run.path("metrics.json")
     return read_metrics(path) if os.path.exists(path) else []
 
 
 def _collect(run: Run) -> Dict[str, float]:
-    import resource
-
     lines = _metrics(run)
     last = [line for line in lines if "bbox/AP" in line][-1]
-    # ru_maxrss is in kilobytes on Linux: the largest child of this process so far.
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
     return {
         "AP": last["bbox/AP"],
         "AP50": last["bbox/AP50"],
         "iterations": run.cfg().SOLVER.MAX_ITER,
         "seconds_per_step": float(np.median([x["time"] for x in lines if "time" in x])),
-        "peak_memory_gb": memory,
     }
 
 

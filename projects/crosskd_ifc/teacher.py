@@ -18,6 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoints import ADAPTER_PREFIX, describe_problems
 from .config import (
@@ -137,13 +138,15 @@ def attach_teacher(
         ConfigError: if a setting can't work or student and teacher don't fit each other.
     """
     check_crosskd_config(cfg)
+    if isinstance(model, DistributedDataParallel):
+        raise ConfigError("attach the teacher to the model before it is wrapped in DDP")
     if not hasattr(model, "set_teacher"):
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE: {type(model).__name__} can't distil; use CrossKDRCNN in "
             "place of GeneralizedRCNN"
         )
     kd = cfg.MODEL.CROSSKD
-    with _same_random_state():
+    with _same_random_state(model.device):
         options = {"student_format": cfg.INPUT.FORMAT, "precision": kd.TEACHER.PRECISION}
         if teacher is None:
             built = _build_teacher(cfg, model.device, options)
@@ -162,8 +165,14 @@ def _build_teacher(cfg: CfgNode, device: torch.device, options: Dict[str, str]) 
         )
     teacher_cfg, weights = load_teacher_config(cfg)
     teacher_cfg.MODEL.DEVICE = str(device)
-    model = build_model(teacher_cfg)
-    _StrictCheckpointer(model).load(weights)
+    try:
+        model = build_model(teacher_cfg)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.CONFIG_FILE {kd.CONFIG_FILE!r} with TEACHER.OPTS "
+            f"{tuple(kd.OPTS)} builds no model: {type(error).__name__} {error}"
+        ) from error
+    _load_strictly(model, weights)
     description = f"{type(model).__name__} from {kd.CONFIG_FILE} with weights {weights}"
     return Teacher(model, cfg=teacher_cfg, description=description, **options)
 
@@ -195,18 +204,33 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
         ) from None
 
 
+def _load_strictly(model: nn.Module, weights: str) -> None:
+    """Load a file or URL into ``model``; whatever is wrong with it is a :class:`ConfigError`."""
+    local = weights.split("?")[0]
+    if "://" not in local and not PathManager.isfile(local):
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.WEIGHTS: there is no file {local!r}; train the teacher first, "
+            "or give the file of its trained weights"
+        )
+    try:
+        _StrictCheckpointer(model).load(weights)
+    except ConfigError as error:
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.WEIGHTS {weights!r} does not fit the model of "
+            f"TEACHER.CONFIG_FILE (with TEACHER.OPTS). Weights {error}"
+        ) from None
+    except (
+        Exception
+    ) as error:  # on foreign bytes and failed downloads, readers raise what they like
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.WEIGHTS {weights!r} can't be read as weights: "
+            f"{type(error).__name__} {reason}"
+        ) from error
+
+
 class _StrictCheckpointer(DetectionCheckpointer):
     """Loads a teacher or fails: a partly random teacher would quietly teach noise."""
-
-    def load(self, path: str, *args, **kwargs):
-        local = path.split("?")[0]
-        if "://" not in local and not PathManager.isfile(local):
-            raise ConfigError(
-                f"MODEL.CROSSKD.TEACHER.WEIGHTS: {local!r} does not exist; train the teacher "
-                "first, or give the file of its trained weights"
-            )
-        self._source = path
-        return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
@@ -223,20 +247,18 @@ class _StrictCheckpointer(DetectionCheckpointer):
             ],
         )
         if problems:
-            raise ConfigError(
-                f"MODEL.CROSSKD.TEACHER.WEIGHTS {self._source!r} does not fit the model of "
-                f"TEACHER.CONFIG_FILE (with TEACHER.OPTS). Weights {problems}"
-            )
+            raise ConfigError(problems)
         return incompatible
 
 
 @contextlib.contextmanager
-def _same_random_state() -> Iterator[None]:
+def _same_random_state(device: torch.device) -> Iterator[None]:
     """Leave the global random state as it was, so that runs with and without a teacher start from
     the same student."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        # Only the student's device: naming none, torch reads all, and warns of it.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python_state)

@@ -43,6 +43,10 @@ class CrossKDTrainer(DefaultTrainer):
             ConfigError: for settings that can't work, before anything is trained.
         """
         check_training_config(cfg)
+        for name in cfg.DATASETS.TEST:
+            # A subclass with evaluators of its own knows other types.
+            if type(self).build_evaluator.__func__ is CrossKDTrainer.build_evaluator.__func__:
+                _evaluator_type(name)
         with _ddp_without_device_ids(enabled=cfg.MODEL.DEVICE == "cpu"):
             super().__init__(scale_schedule(cfg, comm.get_world_size()))
 
@@ -83,17 +87,11 @@ class CrossKDTrainer(DefaultTrainer):
         Raises:
             ConfigError: for another type.
         """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-        if kind == "coco":
-            folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-            # A VOC card is converted each time: a cached file of an earlier run could be stale.
-            return COCOEvaluator(dataset_name, output_dir=folder, allow_cached_coco=False)
-        if kind == "pascal_voc":
+        if _evaluator_type(dataset_name) == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
-        raise ConfigError(
-            f"DATASETS.TEST: data set {dataset_name!r} has evaluator_type {kind!r}; possible: "
-            "'coco', 'pascal_voc' (for another one subclass CrossKDTrainer.build_evaluator)"
-        )
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        # A VOC card is converted each time: a cached file of an earlier run could be stale.
+        return COCOEvaluator(dataset_name, output_dir=folder, allow_cached_coco=False)
 
     def build_hooks(self):
         """detectron2's hooks and, with a teacher, the distillation schedule and the teacher's
@@ -181,8 +179,14 @@ def check_training_config(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    distillation_requested(cfg)
+    distils = distillation_requested(cfg)
     check_crosskd_config(cfg)
+    start = cfg.MODEL.CROSSKD.SCHEDULE.START_ITER
+    if distils and start >= cfg.SOLVER.MAX_ITER:
+        raise ConfigError(
+            f"MODEL.CROSSKD.SCHEDULE.START_ITER is {start}, but training ends at SOLVER.MAX_ITER, "
+            f"{cfg.SOLVER.MAX_ITER}: nothing would be distilled"
+        )
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise ConfigError("SOLVER.AMP.ENABLED True needs a GPU, but MODEL.DEVICE is 'cpu'")
     _check_device_and_data(cfg, ("TRAIN", "TEST"))
@@ -215,15 +219,30 @@ def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:
             _check_class_count(cfg, name)
 
 
+def _evaluator_type(name: str) -> str:
+    """The ``evaluator_type`` of a data set.
+
+    Raises:
+        ConfigError: if there is no evaluator for it.
+    """
+    kind = MetadataCatalog.get(name).get("evaluator_type", None)
+    if kind not in ("coco", "pascal_voc"):
+        raise ConfigError(
+            f"DATASETS.TEST: data set {name!r} has evaluator_type {kind!r}; possible: 'coco', "
+            "'pascal_voc' (for another one subclass CrossKDTrainer.build_evaluator)"
+        )
+    return kind
+
+
 def _check_class_count(cfg: CfgNode, name: str) -> None:
-    """Refuse a model with fewer classes than a data set, which fails deep inside the loss."""
+    """Refuse a model of other classes: fewer fail deep inside the loss, more in the evaluator."""
     classes = MetadataCatalog.get(name).get("thing_classes", ())
     if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "CrossKDRCNN"):
         ours = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        if ours < len(classes):
+        if classes and ours != len(classes):
             raise ConfigError(
                 f"MODEL.ROI_HEADS.NUM_CLASSES is {ours}, but data set {name!r} has {len(classes)} "
-                "classes"
+                f"classes; set it to {len(classes)}"
             )
 
 

@@ -188,20 +188,24 @@ def test_two_processes_on_the_cpu_train_and_evaluate_together(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "opts, message",
+    "processes, opts, message",
     [
-        (("MODEL.CROSSKD.FUSION.NAME", "blend"), "error: MODEL.CROSSKD.FUSION.NAME is 'blend'"),
-        (("MODEL.CROSSKD.NAME", "x"), "error: command line: Non-existent key: MODEL.CROSSKD.NAME"),
-        (("SOLVER.MAX_ITER", "many"), "error: command line: Type mismatch .* SOLVER.MAX_ITER"),
+        ("1", ("MODEL.CROSSKD.FUSION.NAME", "blend"), "MODEL.CROSSKD.FUSION.NAME is 'blend'"),
+        ("1", ("MODEL.CROSSKD.NAME", "x"), "command line: Non-existent key: MODEL.CROSSKD.NAME"),
+        ("2", ("SOLVER.MAX_ITER", "many"), "command line: Type mismatch .* SOLVER.MAX_ITER"),
+        # Shows only when the models are there, in each process.
+        ("2", ("MODEL.CROSSKD.FUSION.ENTRY", "fc9"), "MODEL.CROSSKD.FUSION.ENTRY: .* 'fc9'"),
     ],
-    ids=["value", "key", "type"],
+    ids=["value", "key", "type", "fit"],
 )
-def test_a_wrong_setting_ends_the_script_with_one_line(files, tmp_path, opts, message):
+def test_a_wrong_setting_ends_the_script_with_one_line(files, tmp_path, processes, opts, message):
     config, _ = write_config(files, tmp_path)
-    command = [sys.executable, TRAIN_NET, "--config-file", config, *opts]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(message, done.stderr)
+    command = [sys.executable, TRAIN_NET, "--config-file", config, "--num-gpus", processes, *opts]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.search(f"^error: {message}", done.stderr, re.MULTILINE), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr.split("error: ")[-1]
 
 
 def test_a_missing_config_file_lists_what_was_tried():
