@@ -17,6 +17,7 @@ from detectron2.engine import DefaultPredictor, default_argument_parser
 from detectron2.modeling import build_model
 
 from crosskd_ifc import ConfigError
+from crosskd_ifc.export import export_student
 from crosskd_ifc.shapes import CLASSES, generate
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
@@ -120,6 +121,12 @@ def test_a_distilled_run_trains_resumes_evaluates_and_deploys(files, tmp_path):
     assert results["bbox"]["AP"] == pytest.approx(lines[-1]["bbox/AP"], nan_ok=True)
     detections = "inference/coco_instances_results.json"
     assert (out / detections).read_text() == (tmp_path / "eval" / detections).read_text() != "[]"
+
+    # The student alone, in stock detectron2.
+    exported = export_student(str(out / "model_final.pth"), str(tmp_path / "deployed"))
+    stock = get_cfg()
+    stock.merge_from_file(exported.config)
+    assert type(DefaultPredictor(stock).model).__name__ == "GeneralizedRCNN"
 
     # So does DefaultPredictor, on the config that the run wrote.
     cfg = tiny_cfg()
