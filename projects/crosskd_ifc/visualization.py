@@ -3,6 +3,7 @@
 matplotlib and detectron2's visualizer are imported inside the functions: training needs neither.
 """
 
+import colorsys
 import json
 import logging
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
@@ -66,7 +67,9 @@ def draw_boxes(
     scale = height / image.shape[0]
     size = (round(image.shape[1] * scale), height)
     canvas = Visualizer(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC))
-    canvas.overlay_instances(boxes=boxes * scale, labels=list(labels), assigned_colors=list(colors))
+    canvas.overlay_instances(
+        boxes=boxes * scale, labels=list(labels), assigned_colors=list(colors), alpha=0.9
+    )
     return canvas.output.get_image()
 
 
@@ -129,10 +132,9 @@ def compare_on_dataset(
     """
     from detectron2.data.detection_utils import read_image
     from detectron2.structures import BoxMode
-    from detectron2.utils.colormap import colormap
 
     student.eval()
-    palette = [tuple(c) for c in colormap(rgb=True, maximum=1)]
+    palette = _bright_colors(len(class_names))
     wanted = set(np.linspace(0, len(ground_truth) - 1, images + 2).round().astype(int)[1:-1])
     rows = []
     for index, (inputs, truth) in enumerate(zip(loader, ground_truth)):
@@ -207,6 +209,7 @@ def plot_curves(
     for axis, name in zip(axes, panels.values()):
         axis.set_title(name, fontsize=11)
         axis.set_xlabel("iteration")
+        axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         if axis.lines:
@@ -214,6 +217,11 @@ def plot_curves(
     if title:
         figure.suptitle(title)
     _save(figure, path)
+
+
+def _bright_colors(count: int) -> List[Tuple[float, float, float]]:
+    """Evenly spread hues, all light enough to read on a photo and on a label's black ground."""
+    return [colorsys.hsv_to_rgb(i / count, 0.75, 1.0) for i in range(count)]
 
 
 def _pyplot():
