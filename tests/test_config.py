@@ -9,7 +9,10 @@ from crosskd_ifc.config import check_crosskd_config, distillation_requested
 
 K = "MODEL.CROSSKD."
 CASES = {
-    "unknown fusion": ((K + "FUSION.NAME", "blend"), "FUSION.NAME.*'blend'.*'mean', 'none', 'sum'"),
+    "unknown fusion": (
+        (K + "FUSION.NAME", "blend"),
+        "FUSION.NAME.*'blend'.*'concat', 'mean', 'none', 'sum'",
+    ),
     "unknown route": (
         (K + "FUSION.ROUTE", "around"),
         "FUSION.ROUTE.*'around'.*'direct', 'through'",

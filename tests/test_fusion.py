@@ -33,6 +33,29 @@ def test_combinations_are_known_by_hand(name, expected):
     assert fuse(name, ("fc1", "fc2"), {"fc1": ONE, "fc2": TWO}).tolist() == [expected]
 
 
+@pytest.mark.parametrize("name", ["weighted", "attention", "concat"])
+@pytest.mark.parametrize("shape", [(6,), (4, 7, 7)], ids=["vectors", "maps"])
+def test_learned_combinations_start_as_the_mean_and_are_learned(name, shape):
+    g = torch.Generator().manual_seed(0)
+    features = [torch.randn(5, *shape, generator=g) for _ in range(3)]
+    combine = FEATURE_FUSION_REGISTRY.get(name)(("a", "b", "c"), shape)
+    mean = FEATURE_FUSION_REGISTRY.get("mean")(("a", "b", "c"), shape)
+    torch.testing.assert_close(combine(features), mean(features))
+    combine(features).square().sum().backward()
+    for parameter_name, p in combine.named_parameters():
+        assert p.grad.abs().sum() > 0, parameter_name
+
+
+def test_attention_weighs_each_roi_by_itself():
+    combine = FEATURE_FUSION_REGISTRY.get("attention")(("a", "b"), (1,))
+    with torch.no_grad():
+        combine.vectors[0] = 1.0
+    # Scores 0 and 0, then log 3 and 0: weights 1/2, 1/2 and 3/4, 1/4.
+    first = torch.tensor([[0.0], [1.0986123]])
+    fused = combine([first, torch.tensor([[2.0], [4.0]])])
+    torch.testing.assert_close(fused, torch.tensor([[1.0], [0.75 * 1.0986123 + 1.0]]))
+
+
 def test_none_hands_the_tap_on_as_it_is():
     assert fuse("none", ("fc1",), {"fc1": ONE, "fc2": TWO}) is ONE
 
@@ -87,6 +110,8 @@ def test_shapes_that_no_adapter_bridges_are_refused(source, target):
 
 
 def test_the_registry_names_what_it_has():
-    assert {"none", "sum", "mean"} <= set(FEATURE_FUSION_REGISTRY.names())
+    assert {"none", "sum", "mean", "weighted", "attention", "concat"} <= set(
+        FEATURE_FUSION_REGISTRY.names()
+    )
     with pytest.raises(KeyError, match="blend"):
         FEATURE_FUSION_REGISTRY.get("blend")

@@ -42,7 +42,7 @@ LAYERS = ("pool", "conv1", "conv2", "fc1", "fc2")
 
 
 @pytest.mark.parametrize("head", [CONV_HEAD, NORM_HEAD], ids=["plain", "norm"])
-@pytest.mark.parametrize("name", ["none", "sum", "mean"])
+@pytest.mark.parametrize("name", ["none", "sum", "mean", "weighted", "attention", "concat"])
 @pytest.mark.parametrize("entry", LAYERS)
 def test_teacher_equal_to_student_gives_zero_loss_where_the_tap_is_the_entry(head, name, entry):
     for loss in twin_losses(*head, *fusion(name, (entry,), entry)):
@@ -57,6 +57,24 @@ def test_teacher_equal_to_student_gives_zero_loss_through_any_taps_with_mean(ent
         for taps in itertools.combinations(below, n):
             for loss in twin_losses(*CONV_HEAD, *fusion("mean", taps, entry, "through", align)):
                 assert loss.item() <= 1e-5, taps
+
+
+@pytest.mark.parametrize("name", ["weighted", "attention"])
+def test_teacher_equal_to_student_gives_zero_loss_through_all_taps_with_weights(name):
+    for loss in twin_losses(*fusion(name, ("pool", "fc1", "fc2"), route="through")):
+        assert loss.item() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["weighted", "attention", "concat"])
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_learned_fusions_get_a_gradient_in_every_step(name, factor):
+    student, _ = distilling(*fusion(name, ("fc1", "fc2")))
+    student.kd_factor = factor
+    learned = {k: g for k, g in gradients(student, tiny_batch()).items() if "combine" in k}
+    assert learned and all(g is not None for g in learned.values())
+    student.roi_heads.batch_size_per_image = 0
+    for name_, gradient in gradients(student, tiny_batch()).items():
+        assert gradient is not None and torch.isfinite(gradient).all(), name_
 
 
 def test_teacher_equal_to_student_through_sum_is_zero_only_with_standardize():

@@ -63,8 +63,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.TEACHER.EVAL_AT_START = False
 
     _C.FUSION = CN()
-    # How the tapped features are combined: a key of FEATURE_FUSION_REGISTRY ("none", "sum", "mean",
-    # ...).
+    # How the tapped features are combined: a key of FEATURE_FUSION_REGISTRY, such as "none",
+    # "sum", "mean", "weighted", "attention", "concat".
     _C.FUSION.NAME = "sum"
     # The student's layers to tap: pool, conv1, ..., fc1, ... Empty: ("fc1", "fc2").
     _C.FUSION.IN_FEATURES = ()

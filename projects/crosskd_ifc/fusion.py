@@ -79,6 +79,59 @@ class MeanFusion(SumFusion):
         return super().forward(features) / len(features)
 
 
+@FEATURE_FUSION_REGISTRY.register(name="weighted")
+class WeightedFusion(nn.Module):
+    """A learned convex combination: softmax of one zero-initialised scalar per tap."""
+
+    def __init__(self, taps: Sequence[str], shape: Shape):
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(len(taps)))
+
+    def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
+        weights = self.scores.softmax(dim=0)
+        return functools.reduce(operator.add, (w * x for w, x in zip(weights, features)))
+
+
+@FEATURE_FUSION_REGISTRY.register(name="attention")
+class AttentionFusion(nn.Module):
+    """A convex combination chosen per RoI: softmax over the taps of ``v_i . mean_HW(x_i) + c_i``.
+
+    Zero-initialised, so that training starts from the mean.
+    """
+
+    def __init__(self, taps: Sequence[str], shape: Shape):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.zeros(len(taps), shape[0]))
+        self.biases = nn.Parameter(torch.zeros(len(taps)))
+
+    def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
+        pooled = torch.stack([x.flatten(2).mean(2) if x.dim() > 2 else x for x in features], dim=1)
+        scores = (pooled * self.vectors).sum(dim=2) + self.biases  # R x taps
+        weights = scores.softmax(dim=1).unbind(dim=1)
+        shape = (-1,) + (1,) * (features[0].dim() - 1)
+        return functools.reduce(
+            operator.add, (w.view(shape) * x for w, x in zip(weights, features))
+        )
+
+
+@FEATURE_FUSION_REGISTRY.register(name="concat")
+class ConcatFusion(nn.Module):
+    """Taps along dim 1, then a learned linear layer or 1x1 convolution, initialised to the mean."""
+
+    def __init__(self, taps: Sequence[str], shape: Shape):
+        super().__init__()
+        width = shape[0]
+        layer = nn.Linear if len(shape) == 1 else functools.partial(nn.Conv2d, kernel_size=1)
+        self.project = layer(len(taps) * width, width)
+        with torch.no_grad():
+            mean = torch.eye(width).repeat(1, len(taps)) / len(taps)
+            self.project.weight.copy_(mean.view_as(self.project.weight))
+            self.project.bias.zero_()
+
+    def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
+        return self.project(torch.cat(features, dim=1))
+
+
 class SpatialMean(nn.Module):
     """(R, C, H, W) -> (R, C)."""
 
