@@ -1,5 +1,8 @@
 """Every setting that can't work is refused before training, naming key, value and choices."""
 
+import os
+import re
+
 import pytest
 from common import distilling, tiny_cfg
 from detectron2.config import get_cfg
@@ -84,3 +87,23 @@ def test_architecture_and_teacher_settings_must_agree():
         distillation_requested(stock)
     assert not distillation_requested(tiny_cfg(K + "ENABLED", False))
     assert distillation_requested(tiny_cfg(K + "TEACHER.CONFIG_FILE", "t.yaml"))
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_the_table_of_options_names_every_key_with_its_default():
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    path = os.path.join(os.path.dirname(__file__), "..", "docs", "options.md")
+    with open(path) as f:
+        rows = dict(re.findall(r"^\| `([A-Z_.]+)` \| `([^`]*)`", f.read(), re.MULTILINE))
+    for key, value in leaves(cfg.MODEL.CROSSKD):
+        shown = f'"{value}"' if isinstance(value, str) else str(value)
+        assert rows.pop(key) == shown, key
+    assert set(rows) == set()
