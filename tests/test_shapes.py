@@ -22,7 +22,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import Image
 
-from crosskd_ifc import shapes
+from crosskd_ifc import shapes, shapes_drawing
 
 TINY = {"num_images": {"train": 3, "val": 1, "test": 2}, "image_size": 64, "seed": 3}
 
@@ -191,7 +191,7 @@ def test_polygons_cover_the_mask_that_they_were_made_from():
     ring_and_island = ring | (rho < 6)
     two_pieces = ring & (np.abs(x - 30) > 3)
     for mask in (ring, ring_and_island, two_pieces):
-        polygons = shapes._annotation("ring", mask)["segmentation"]
+        polygons = shapes_drawing._annotation("ring", mask)["segmentation"]
         assert len(polygons) >= 2
         found = mask_util.decode(mask_util.merge(mask_util.frPyObjects(polygons, 60, 60)))
         found = found.astype(bool)
@@ -208,7 +208,7 @@ def test_every_class_occurs_and_images_hold_two_to_seven_objects(scenes):
 def test_the_two_disks_differ_in_texture_only():
     u, v = np.mgrid[-1:1:9j, -1:1:9j]
     disks = [
-        shapes._distance(kind, np.random.default_rng(0), u, v)
+        shapes_drawing._distance(kind, np.random.default_rng(0), u, v)
         for kind in ("striped_disk", "dotted_disk", "plain_disk")
     ]
     assert np.array_equal(disks[0], disks[1]) and np.array_equal(disks[0], disks[2])
