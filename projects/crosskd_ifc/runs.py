@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from typing import Callable, Dict, List, Optional, Sequence
 
@@ -71,7 +72,12 @@ class Run:
 
 
 def train(
-    run: Run, train_net: str, *, on_progress: Callable[[int, int, float], None] = lambda *_: None
+    run: Run,
+    train_net: str,
+    *,
+    threads: int = 0,
+    stop: Optional[threading.Event] = None,
+    on_progress: Callable[[int, int, float], None] = lambda *_: None,
 ) -> dict:
     """Train and evaluate ``run``, or take its results if it is finished.
 
@@ -80,6 +86,8 @@ def train(
     Args:
         run: what to train.
         train_net: path of ``tools/train_net.py``.
+        threads: CPU threads for it; 0: as many as torch likes.
+        stop: set it from another thread to end the run; a later call resumes it.
         on_progress: called every second with (steps done, steps in all, seconds per step or 0).
 
     Returns:
@@ -102,9 +110,12 @@ def train(
     command = [sys.executable, "-W", "ignore", train_net, "--resume", "--config-file"]
     command += [find_config(run.config, key=run.name)[0], *run.opts, "OUTPUT_DIR", run.folder]
     with open(run.path("console.log"), "ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        environment = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
         try:
-            while process.poll() is None:
+            while process.poll() is None and not (stop and stop.is_set()):
                 on_progress(*_progress(run, steps))
                 memory = max(memory, _peak_memory_gb(process.pid))
                 time.sleep(1)
