@@ -25,7 +25,7 @@ setup:
 	@PYTHON="$(PYTHON)" sh tools/setup_venv.sh
 
 demo: setup
-	$(PY) -W ignore::FutureWarning tools/demo.py
+	$(PY) -W ignore tools/demo.py
 
 test: setup
 	$(PY) -m pytest -q -m "not slow" $(ARGS)
