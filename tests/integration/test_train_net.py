@@ -46,7 +46,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train_net")
     generate(str(folder / "data"), num_images={"train": 6, "test": 4}, image_size=64, seed=3)
     card = {
-        "name": "tinyshapes",
+        "name": "fewshapes",
         "format": "coco",
         "root": "data",
         "splits": {s: {"json": f"annotations/{s}.json", "images": s} for s in ("train", "test")},
@@ -67,8 +67,8 @@ def write_config(files, folder, *opts):
         "MODEL.CROSSKD.TEACHER.WEIGHTS": str(files / "teacher.pth"),
         "MODEL.CROSSKD.FUSION.IN_FEATURES": ("pool", "fc1", "fc2"),
         "DATASETS.CARDS": (str(files / "card.yaml"),),
-        "DATASETS.TRAIN": ("tinyshapes_train",),
-        "DATASETS.TEST": ("tinyshapes_test",),
+        "DATASETS.TRAIN": ("fewshapes_train",),
+        "DATASETS.TEST": ("fewshapes_test",),
         "SOLVER.MAX_ITER": 4,
         "SOLVER.STEPS": (3,),
         "SOLVER.CHECKPOINT_PERIOD": 2,
