@@ -4,6 +4,9 @@ import logging
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+import crosskd_ifc  # noqa: F401  its own data sets stay
 
 # The models are tiny: a second thread costs more than it saves.
 torch.set_num_threads(1)
@@ -13,6 +16,17 @@ torch.set_num_threads(1)
 def _no_network_or_home(monkeypatch, tmp_path):
     """Nothing is cached in the user's home."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _clean_catalogs():
+    """Forget the data sets that a test registers: the next one may use their names."""
+    before = set(DatasetCatalog), set(MetadataCatalog)
+    yield
+    for name in set(DatasetCatalog) - before[0]:
+        DatasetCatalog.remove(name)
+    for name in set(MetadataCatalog) - before[1]:
+        MetadataCatalog.remove(name)
 
 
 @pytest.fixture(autouse=True)

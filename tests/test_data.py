@@ -32,16 +32,6 @@ BCCD = Path(os.environ.get("CROSSKD_IFC_BCCD") or REPO / "../shared/data/bccd")
 BOX = ("cell", 5, 5, 20, 20)
 
 
-@pytest.fixture(autouse=True)
-def _clean_catalogs():
-    before = set(DatasetCatalog), set(MetadataCatalog)
-    yield
-    for name in set(DatasetCatalog) - before[0]:
-        DatasetCatalog.remove(name)
-    for name in set(MetadataCatalog) - before[1]:
-        MetadataCatalog.remove(name)
-
-
 def _write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
