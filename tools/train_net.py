@@ -23,7 +23,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.config import find_config, merge_from_file, merge_from_list
-from crosskd_ifc.trainer import check_evaluation_config, check_training_config
+from crosskd_ifc.trainer import check_evaluation_config, check_training_config, check_weights
 
 
 def setup(args):
@@ -36,6 +36,8 @@ def setup(args):
     merge_from_list(cfg, args.opts, key="command line")
     cfg.freeze()
     (check_evaluation_config if args.eval_only else check_training_config)(cfg)
+    if not args.resume:
+        check_weights(cfg)
     return cfg
 
 

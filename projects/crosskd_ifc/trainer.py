@@ -20,6 +20,7 @@ from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -200,6 +201,17 @@ def check_evaluation_config(cfg: CfgNode) -> None:
         ConfigError: naming the key.
     """
     _check_device_and_data(cfg, ("TEST",))
+
+
+def check_weights(cfg: CfgNode) -> None:
+    """Refuse a MODEL.WEIGHTS that is a local path without a file.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    path = cfg.MODEL.WEIGHTS.split("?")[0]
+    if path and "://" not in path and not PathManager.isfile(path):
+        raise ConfigError(f"MODEL.WEIGHTS: there is no file {path!r}")
 
 
 def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:

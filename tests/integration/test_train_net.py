@@ -215,6 +215,13 @@ def test_a_wrong_setting_ends_the_script_with_one_line(files, tmp_path, processe
     assert "Traceback" not in done.stderr.split("error: ")[-1]
 
 
+def test_missing_weights_are_one_error_naming_the_key(files, tmp_path):
+    config, _ = write_config(files, tmp_path)
+    for mode in ((), ("--eval-only",)):
+        with pytest.raises(ConfigError, match="MODEL.WEIGHTS: there is no file 'gone.pth'"):
+            run(config, *mode, "MODEL.WEIGHTS", "gone.pth")
+
+
 def test_a_missing_config_file_lists_what_was_tried():
     with pytest.raises(ConfigError, match="(?s)--config-file.*Tried.*configs"):
         run("no/such.yaml")
