@@ -12,6 +12,12 @@ from detectron2.utils.file_io import PathManager
 ADAPTER_PREFIX = "fusion."
 
 
+def is_missing(weights: str) -> bool:
+    """Whether this is a local path, with or without detectron2's ``?query``, without a file."""
+    path = weights.split("?")[0]
+    return "://" not in path and not PathManager.isfile(path)
+
+
 def load_torch_file(path: str) -> Any:
     """The content of a file written by ``torch.save``: tensors and plain values only, on the CPU.
 

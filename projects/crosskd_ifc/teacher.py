@@ -16,11 +16,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
-from detectron2.utils.file_io import PathManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoints import ADAPTER_PREFIX, describe_problems
+from .checkpoints import ADAPTER_PREFIX, describe_problems, is_missing
 from .config import (
     ConfigError,
     add_crosskd_ifc_config,
@@ -206,11 +205,10 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
 
 def _load_strictly(model: nn.Module, weights: str) -> None:
     """Load a file or URL into ``model``; whatever is wrong with it is a :class:`ConfigError`."""
-    local = weights.split("?")[0]
-    if "://" not in local and not PathManager.isfile(local):
+    if is_missing(weights):
         raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.WEIGHTS: there is no file {local!r}; train the teacher first, "
-            "or give the file of its trained weights"
+            f"MODEL.CROSSKD.TEACHER.WEIGHTS: there is no file {weights!r}; train the teacher "
+            "first, or give the file of its trained weights"
         )
     try:
         _StrictCheckpointer(model).load(weights)

@@ -20,10 +20,10 @@ from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoints import is_missing
 from .config import ConfigError, check_crosskd_config, distillation_requested
 from .data import drop_degenerate_boxes, register_cards
 from .teacher import attach_teacher
@@ -209,9 +209,8 @@ def check_weights(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    path = cfg.MODEL.WEIGHTS.split("?")[0]
-    if path and "://" not in path and not PathManager.isfile(path):
-        raise ConfigError(f"MODEL.WEIGHTS: there is no file {path!r}")
+    if cfg.MODEL.WEIGHTS and is_missing(cfg.MODEL.WEIGHTS):
+        raise ConfigError(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS!r}")
 
 
 def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:
