@@ -14,7 +14,7 @@ K = "MODEL.CROSSKD."
 CASES = {
     "unknown fusion": (
         (K + "FUSION.NAME", "blend"),
-        "FUSION.NAME.*'blend'.*'concat', 'mean', 'none', 'sum'",
+        "FUSION.NAME.*'blend'.*'concat', .*'none', 'sum'",
     ),
     "unknown route": (
         (K + "FUSION.ROUTE", "around"),
@@ -22,6 +22,31 @@ CASES = {
     ),
     "unknown align": ((K + "FUSION.ALIGN", "whiten"), "FUSION.ALIGN.*'whiten'.*'standardize'"),
     "unknown box loss": ((K + "LOSS.BOX_TYPE", "l2"), "LOSS.BOX_TYPE.*'l2'.*'l1', 'giou'"),
+    "unknown mimic": ((K + "MIMIC", "both"), "MIMIC.*'both'.*'cross_head', 'student_head'"),
+    "unknown mask reduction": ((K + "LOSS.MASK_REDUCTION", "sum"), "MASK_REDUCTION.*'published'"),
+    "unknown mask channels": ((K + "LOSS.MASK_CHANNELS", "one"), "MASK_CHANNELS.*'ground_truth'"),
+    "a fusion that student_head doesn't use": (
+        (K + "MIMIC", "student_head", K + "FUSION.IN_FEATURES", ("fc2",)),
+        r"FUSION.IN_FEATURES is \('fc2',\), but MIMIC 'student_head'.*default, \(\)",
+    ),
+    "a mask setting without masks": (
+        (K + "LOSS.MASK_WEIGHT", 2.0),
+        "LOSS.MASK_WEIGHT is 2.0, but.*MASK_ON False.*default, 1.0",
+    ),
+    "negative feature weight": ((K + "LOSS.FEATURE_WEIGHT", -1.0), "LOSS.FEATURE_WEIGHT is -1.0"),
+    "negative RPN weight": ((K + "LOSS.RPN_WEIGHT", -1.0), "LOSS.RPN_WEIGHT is -1.0"),
+    "negative period": ((K + "DIAGNOSTICS.GRAD_PERIOD", -1), "DIAGNOSTICS.GRAD_PERIOD is -1"),
+    "negative weight decay": ((K + "FUSION.WEIGHT_DECAY", -1.0), "FUSION.WEIGHT_DECAY is -1.0"),
+    "an RPN that can't mimic": (
+        (K + "LOSS.RPN_WEIGHT", 1.0),
+        "LOSS.RPN_WEIGHT needs MODEL.PROPOSAL_GENERATOR.NAME CrossKDRPN.*RPN",
+    ),
+    "names to inherit that are none": ((K + "INHERIT", (3,)), "INHERIT.*module names"),
+    "a name to inherit twice": ((K + "INHERIT", ("backbone", "backbone")), "INHERIT.*twice"),
+    "a module that isn't there": (
+        (K + "INHERIT", ("backbone", "neck")),
+        "INHERIT: nothing of 'neck'.*no such module.*backbone.bottom_up",
+    ),
     "unknown precision": ((K + "TEACHER.PRECISION", "int8"), "TEACHER.PRECISION.*'int8'"),
     "unknown class map": ((K + "TEACHER.CLASS_MAP", ("x",)), r"TEACHER.CLASS_MAP.*'x'.*'teacher'"),
     "negative weight": ((K + "LOSS.CLS_WEIGHT", -0.1), "LOSS.CLS_WEIGHT is -0.1.*>= 0"),

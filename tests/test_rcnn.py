@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from torchvision.ops import generalized_box_iou
 
 from crosskd_ifc import FEATURE_FUSION_REGISTRY, ConfigError, attach_teacher, losses
+from crosskd_ifc.step import TeacherPass
 
 KD_KEYS = ("loss_cls_kd", "loss_box_reg_kd")
 CONV_HEAD = ("MODEL.ROI_BOX_HEAD.NUM_CONV", 2)
@@ -93,8 +94,9 @@ def recorded(student, batch):
     torch.manual_seed(0)
     with EventStorage(), student.roi_heads.record() as trace:
         super(type(student), student).forward(batch)
-    targets, layers = student._distiller.predict(batch, trace.boxes)
-    return trace, targets, layers, student._distiller.cross_head(trace.layers, layers)
+    box = student._distiller.box
+    targets, layers = box.predict(TeacherPass(student.teacher, batch), trace.boxes)
+    return trace, targets, layers, box.mimic.predict(trace, layers)
 
 
 def test_cross_head_predictions_equal_the_students_for_its_last_layer_and_equal_predictors():
@@ -299,7 +301,7 @@ def test_distilled_boxes_are_those_from_before_train_on_pred_boxes():
 
 def test_a_teacher_with_other_classes_is_refused_unless_accepted_and_then_distils():
     more = ("MODEL.ROI_HEADS.NUM_CLASSES", 7)
-    with pytest.raises(ConfigError, match="NUM_CLASSES.*3 classes.*7.*TEACHER.CLASS_MAP"):
+    with pytest.raises(ConfigError, match="TEACHER.CLASS_MAP.*3 classes.*7.*NUM_CLASSES"):
         distilling(teacher_opts=more)
     accept = ("MODEL.CROSSKD.TEACHER.CLASS_MAP", ("teacher",))
     with pytest.raises(ConfigError, match="TEACHER.EVAL_AT_START.*3.*7"):
@@ -368,6 +370,7 @@ def test_statistics_go_to_the_event_storage_every_twenty_steps_only():
     student, _ = distilling()
     names = {"num_rois", "teacher_seconds", "factor", "teacher_confidence"}
     names |= {"agreement_cross_head", "agreement_student"}
+    names |= {"disagreement_truth", "disagreement_truth_foreground"}
     result, storage = train_losses(student, tiny_batch(), iteration=19)
     latest = {k[8:]: v for k, (v, _) in storage.latest().items() if k.startswith("crosskd/")}
     assert set(latest) == names

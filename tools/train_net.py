@@ -23,7 +23,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.config import find_config, merge_from_file, merge_from_list
-from crosskd_ifc.trainer import check_evaluation_config, check_training_config, check_weights
+from crosskd_ifc.run_checks import check_evaluation_config, check_training_config, check_weights
 
 
 def setup(args):

@@ -1,7 +1,8 @@
 """CrossKD-IFC for Detectron2: distil a big detector into a small one through the teacher's own
 head.
 
-Importing this package registers its architectures, ROI heads, fusions and built-in data sets.
+Importing this package registers its architectures, proposal generator, ROI heads, fusions and
+built-in data sets.
 """
 
 from .config import ConfigError, add_crosskd_ifc_config
@@ -16,18 +17,21 @@ from .losses import (
 )
 from .rcnn import CrossKDRCNN
 from .roi_heads import CrossKDROIHeads
-from .shapes import register_shapes
+from .rpn import CrossKDRPN
+from .shapes import register_coarse_shapes, register_shapes
 from .teacher import Teacher, attach_teacher
 from .trainer import CrossKDTrainer
 
 __version__ = "0.1.0"
 
 register_shapes()
+register_coarse_shapes()
 
 __all__ = [
     "FEATURE_FUSION_REGISTRY",
     "ConfigError",
     "CrossKDRCNN",
+    "CrossKDRPN",
     "CrossKDROIHeads",
     "CrossKDTrainer",
     "Teacher",

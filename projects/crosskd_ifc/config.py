@@ -1,23 +1,25 @@
 """``MODEL.CROSSKD`` and ``DATASETS.CARDS``: the keys, their defaults and the checks that need no
 model."""
 
+import functools
 import math
+import operator
 from typing import Any, Sequence, Tuple
 
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 
+from . import class_map
 from .data import resolve_path
 from .fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 BOX_LOSSES = ("l1", "giou")
+MIMICS = ("cross_head", "student_head")
+MASK_REDUCTIONS = ("published", "mean")
+MASK_CHANNELS = ("all", "ground_truth")
 META_ARCHITECTURES = ("CrossKDRCNN",)
-# TEACHER.CLASS_MAP value that accepts a teacher of other classes: all predictions compared are the
-# teacher's.
-TEACHER_CLASSES = ("teacher",)
-
 
 # What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
 _MERGE_ERRORS = (
@@ -45,6 +47,12 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C = cfg.MODEL.CROSSKD = CN()
     # False trains the student alone: stock detectron2, bit for bit.
     _C.ENABLED = True
+    # Whose predictions learn to mimic the teacher's: "cross_head", the teacher's head on the
+    # student's features, or "student_head", the student's own (the classic baseline).
+    _C.MIMIC = "cross_head"
+    # Prefixes of the student's tensors that start from the teacher's weights where names and shapes
+    # agree, such as ("backbone.fpn", "proposal_generator").
+    _C.INHERIT = ()
 
     _C.TEACHER = CN()
     # The teacher's own config: a file, or a model-zoo name such as
@@ -57,7 +65,10 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.TEACHER.OPTS = ()
     # Precision of the teacher's gradient-free forward: "float32", "bfloat16" or "float16".
     _C.TEACHER.PRECISION = "float32"
-    # ("teacher",) accepts a teacher with another number of classes than the student.
+    # Which teacher class each student class is. (): the same, in the same order. ("teacher",): the
+    # teacher has other classes, and cross-head predictions are in them. ("names",): equal names in
+    # both DATASETS.TRAIN. Pairs such as ("tv", "television") or ("tv", ""), no such class, add to
+    # or replace the names.
     _C.TEACHER.CLASS_MAP = ()
     # Evaluate the teacher on DATASETS.TEST before the first step.
     _C.TEACHER.EVAL_AT_START = False
@@ -77,6 +88,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # "none", or "standardize" to the channel statistics of the teacher's feature at ENTRY. Empty:
     # "none".
     _C.FUSION.ALIGN = ""
+    # Weight decay of all learned adapters and fusion weights, in place of SOLVER.WEIGHT_DECAY.
+    _C.FUSION.WEIGHT_DECAY = 0.0
 
     _C.LOSS = CN()
     # Weight and temperature of the classification loss (KL divergence).
@@ -85,6 +98,17 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # Box loss: "l1" on raw deltas or "giou" on decoded boxes, and its weight. Empty: "l1".
     _C.LOSS.BOX_TYPE = ""
     _C.LOSS.BOX_WEIGHT = 1.0
+    # Weight of the mask loss (Mask R-CNN); "published" divides its sum by the number of box RoIs,
+    # "mean" by the number of terms; all channels or only the ground truth's.
+    _C.LOSS.MASK_WEIGHT = 1.0
+    _C.LOSS.MASK_REDUCTION = "published"
+    _C.LOSS.MASK_CHANNELS = "all"
+    # Weight of the feature loss (PKD) on the pyramid's levels; COMBINE compares each teacher level
+    # with the sum of all the student's levels, resized to it, and not with the same level alone.
+    _C.LOSS.FEATURE_WEIGHT = 0.0
+    _C.LOSS.FEATURE_COMBINE = True
+    # Weight of RPN mimicking; needs MODEL.PROPOSAL_GENERATOR.NAME CrossKDRPN.
+    _C.LOSS.RPN_WEIGHT = 0.0
 
     _C.SCHEDULE = CN()
     # Distil from this iteration on ...
@@ -94,6 +118,11 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # ... up to, not including, this iteration; -1: to the end. The teacher isn't run where the
     # factor is 0.
     _C.SCHEDULE.STOP_ITER = -1
+
+    _C.DIAGNOSTICS = CN()
+    # Log every so many iterations how the gradients of distillation and detection agree; 0: never.
+    # Such a step costs two more backward passes through the student's box head.
+    _C.DIAGNOSTICS.GRAD_PERIOD = 0
 
 
 def find_config(name: str, *, key: str) -> Tuple[str, str]:
@@ -180,44 +209,86 @@ def check_crosskd_config(cfg: CN) -> None:
         ConfigError: for the first setting that can't work.
     """
     kd = cfg.MODEL.CROSSKD
+    check_choice("MIMIC", kd.MIMIC, MIMICS)
     check_choice("FUSION.NAME", kd.FUSION.NAME, FEATURE_FUSION_REGISTRY.names())
     check_choice("FUSION.ROUTE", kd.FUSION.ROUTE, ROUTES)
     check_choice("FUSION.ALIGN", kd.FUSION.ALIGN, ("", *ALIGNMENTS))
     check_choice("LOSS.BOX_TYPE", kd.LOSS.BOX_TYPE, ("", *BOX_LOSSES))
+    check_choice("LOSS.MASK_REDUCTION", kd.LOSS.MASK_REDUCTION, MASK_REDUCTIONS)
+    check_choice("LOSS.MASK_CHANNELS", kd.LOSS.MASK_CHANNELS, MASK_CHANNELS)
     check_choice("TEACHER.PRECISION", kd.TEACHER.PRECISION, PRECISIONS)
-    if tuple(kd.TEACHER.CLASS_MAP) not in ((), TEACHER_CLASSES):
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.CLASS_MAP is {tuple(kd.TEACHER.CLASS_MAP)}; possible values: "
-            f"() (equal class counts) or {TEACHER_CLASSES} (the teacher may have other classes)"
-        )
-    taps = tuple(kd.FUSION.IN_FEATURES)
-    if not all(isinstance(tap, str) for tap in taps):
-        raise ConfigError(
-            f"MODEL.CROSSKD.FUSION.IN_FEATURES is {taps}; it must be a list of layer names, such "
-            "as ('fc1', 'fc2')"
-        )
-    if len(set(taps)) != len(taps):
-        raise ConfigError(f"MODEL.CROSSKD.FUSION.IN_FEATURES names a layer twice: {taps}")
-    for key in ("CLS_WEIGHT", "BOX_WEIGHT"):
-        if not (math.isfinite(kd.LOSS[key]) and kd.LOSS[key] >= 0):
-            raise ConfigError(
-                f"MODEL.CROSSKD.LOSS.{key} is {kd.LOSS[key]}; it must be a number >= 0"
-            )
+    try:
+        class_map.parse(kd.TEACHER.CLASS_MAP)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.CROSSKD.TEACHER.CLASS_MAP is {error}") from None
+    _check_names("FUSION.IN_FEATURES", kd.FUSION.IN_FEATURES, "layer names, such as ('fc1', 'fc2')")
+    _check_names("INHERIT", kd.INHERIT, "module names, such as ('backbone', 'proposal_generator')")
+    for key in ("CLS_WEIGHT", "BOX_WEIGHT", "MASK_WEIGHT", "FEATURE_WEIGHT", "RPN_WEIGHT"):
+        _check_number(f"LOSS.{key}", kd.LOSS[key])
+    _check_number("FUSION.WEIGHT_DECAY", kd.FUSION.WEIGHT_DECAY)
     if not (math.isfinite(kd.LOSS.TEMPERATURE) and kd.LOSS.TEMPERATURE > 0):
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.TEMPERATURE is {kd.LOSS.TEMPERATURE}; it must be a number > 0"
         )
+    for key in ("SCHEDULE.START_ITER", "SCHEDULE.WARMUP_ITERS", "DIAGNOSTICS.GRAD_PERIOD"):
+        node, leaf = key.split(".")
+        _check_number(key, kd[node][leaf])
     start, stop = kd.SCHEDULE.START_ITER, kd.SCHEDULE.STOP_ITER
-    for key in ("START_ITER", "WARMUP_ITERS"):
-        if kd.SCHEDULE[key] < 0:
-            raise ConfigError(
-                f"MODEL.CROSSKD.SCHEDULE.{key} is {kd.SCHEDULE[key]}; it must be >= 0"
-            )
     if stop != -1 and stop <= start:
         raise ConfigError(
             f"MODEL.CROSSKD.SCHEDULE.STOP_ITER is {stop}; it must be -1 (never) or greater than "
             f"START_ITER, {start}"
         )
+    if kd.MIMIC == "student_head":
+        check_unused(cfg, ("FUSION",), "MIMIC 'student_head' compares predictions, not features")
+    if not cfg.MODEL.MASK_ON:
+        keys = ("LOSS.MASK_WEIGHT", "LOSS.MASK_REDUCTION", "LOSS.MASK_CHANNELS")
+        check_unused(cfg, keys, "the student has no mask head (MODEL.MASK_ON False)")
+
+
+def check_unused(cfg: CN, keys: Sequence[str], reason: str) -> None:
+    """Refuse settings that would have no effect.
+
+    Args:
+        keys: below MODEL.CROSSKD: leaves, or nodes with all leaves below.
+        reason: why they have none.
+
+    Raises:
+        ConfigError: naming the first key that isn't at its default.
+    """
+    default = CN({"DATASETS": CN(), "MODEL": CN()})
+    add_crosskd_ifc_config(default)
+    for key in keys:
+        theirs, ours = (
+            functools.reduce(operator.getitem, key.split("."), c.MODEL.CROSSKD)
+            for c in (default, cfg)
+        )
+        pairs = {key: (theirs, ours)}
+        if isinstance(theirs, CN):
+            pairs = {f"{key}.{leaf}": (theirs[leaf], ours[leaf]) for leaf in theirs}
+        for name, (expected, found) in pairs.items():
+            if found != expected and tuple(_listed(found)) != tuple(_listed(expected)):
+                raise ConfigError(
+                    f"MODEL.CROSSKD.{name} is {found!r}, but {reason}; leave it at its default, "
+                    f"{expected!r}"
+                )
+
+
+def _listed(value: Any) -> Sequence:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _check_number(key: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"MODEL.CROSSKD.{key} is {value}; it must be a number >= 0")
+
+
+def _check_names(key: str, names: Sequence, what: str) -> None:
+    names = tuple(names)
+    if not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"MODEL.CROSSKD.{key} is {names}; it must be a list of {what}")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"MODEL.CROSSKD.{key} names something twice: {names}")
 
 
 def distillation_requested(cfg: CN) -> bool:

@@ -70,6 +70,10 @@ class BoxHeadLayers:
         """The module whose output is the layer's (for ``fck`` its ReLU); ``pool`` has none."""
         return self._layers[name][-1]
 
+    def parameters(self, name: str) -> List[nn.Parameter]:
+        """The parameters of one layer; ``pool`` has none."""
+        return [p for module in self._layers.get(name, ()) for p in module.parameters()]
+
     def run(self, x: torch.Tensor, after: str, until: str = "") -> torch.Tensor:
         """Apply the layers after ``after`` up to and including ``until`` (default: the last).
 

@@ -27,6 +27,7 @@ from .data import resolve_path
 # Config key -> this project's classes and the stock ones that they are in evaluation.
 STOCK_NAMES = {
     "META_ARCHITECTURE": {"CrossKDRCNN": "GeneralizedRCNN"},
+    "PROPOSAL_GENERATOR.NAME": {"CrossKDRPN": "RPN"},
     "ROI_HEADS.NAME": {"CrossKDROIHeads": "StandardROIHeads"},
 }
 # Below MODEL: with lower thresholds even noise is detected, so that there is something to compare.

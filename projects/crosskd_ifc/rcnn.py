@@ -1,4 +1,4 @@
-"""Faster R-CNN that distils from an attached teacher.
+"""Faster and Mask R-CNN that distil from an attached teacher.
 
 Shape shorthand: N images.
 """
@@ -9,7 +9,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
-from .box_distiller import BoxDistiller
+from .inherit import Inheritance, plan_inheritance
+from .rcnn_distiller import RCNNDistiller
 from .teacher import Teacher
 
 
@@ -29,7 +30,8 @@ class CrossKDRCNN(GeneralizedRCNN):
 
     teacher: Optional[Teacher] = None
     kd_factor: float = 1.0
-    _distiller: Optional[BoxDistiller] = None
+    _distiller: Optional[RCNNDistiller] = None
+    _inheritance: Optional[Inheritance] = None
 
     def set_teacher(self, teacher: Teacher, cfg: CfgNode) -> None:
         """Distil from ``teacher`` as ``cfg`` says; call it through
@@ -39,18 +41,30 @@ class CrossKDRCNN(GeneralizedRCNN):
             ConfigError: if student and teacher don't fit each other.
         """
         if cfg.MODEL.CROSSKD.ENABLED:
-            self._distiller = BoxDistiller(cfg, self, teacher)
-            self.fusion = self._distiller.fusion.to(self.device)
+            self._distiller = RCNNDistiller(cfg, self, teacher)
+            self._inheritance = plan_inheritance(cfg, self, teacher)
+            if self._distiller.fusion is not None:
+                self.fusion = self._distiller.fusion.to(self.device)
         self.teacher = teacher
 
+    def inherit_weights(self) -> None:
+        """Start from the teacher's weights, as ``MODEL.CROSSKD.INHERIT`` says.
+
+        Call it once, after ``MODEL.WEIGHTS`` are loaded, and not in a resumed run.
+        :class:`CrossKDTrainer` does.
+        """
+        if self._inheritance is not None:
+            self._inheritance.apply()
+
     def forward(self, batched_inputs: List[Dict[str, torch.Tensor]]):
-        """As the parent's; in training with a teacher the dict also holds ``loss_cls_kd`` and
-        ``loss_box_reg_kd``."""
+        """As the parent's; in training with a teacher the dict also holds the distillation losses,
+        whose names end in ``_kd``."""
         if not self.training or self._distiller is None:
             return super().forward(batched_inputs)
-        with self.roi_heads.record() as trace:
+        with self._distiller.recording(self, batched_inputs, self.kd_factor) as step:
             losses = super().forward(batched_inputs)
-        losses.update(self._distiller.losses(batched_inputs, trace, self.kd_factor))
+        losses.update(self._distiller.losses(step))
+        self._distiller.diagnose(losses)
         return losses
 
     @torch.no_grad()
@@ -66,11 +80,9 @@ class CrossKDRCNN(GeneralizedRCNN):
         Returns:
             As ``forward`` in evaluation; classes are the teacher's.
         """
-        if self._distiller is None:
-            raise RuntimeError("cross_head_inference needs a teacher: call attach_teacher first")
-        with self.roi_heads.record() as trace:
-            self.inference(batched_inputs, do_postprocess=False)
-        results = self._distiller.detect(batched_inputs, trace)
+        if self._distiller is None or self._distiller.fusion is None:
+            raise RuntimeError("without an attached teacher (MIMIC cross_head) there is none")
+        results = self._distiller.detect(self, batched_inputs)
         return self._postprocess(results, batched_inputs, [r.image_size for r in results])
 
     def _apply(self, *args, **kwargs):

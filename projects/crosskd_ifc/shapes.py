@@ -19,7 +19,23 @@ from PIL import Image
 
 from .shapes_drawing import CLASSES, SPLIT_IDS, render
 
-__all__ = ["CLASSES", "NUM_IMAGES", "generate", "register_shapes", "render"]
+__all__ = [
+    "CLASSES",
+    "COARSE_CLASSES",
+    "NUM_IMAGES",
+    "generate",
+    "register_coarse_shapes",
+    "register_shapes",
+    "render",
+]
+
+# A second label set for the same objects, to distil from a teacher of other classes.
+COARSE_CLASSES = {
+    "disk": ("striped_disk", "dotted_disk"),
+    "arc": ("ring", "crescent"),
+    "polygon": ("triangle", "cross"),
+    "star": ("star5", "star6"),
+}
 
 NUM_IMAGES = {"train": 1200, "val": 200, "test": 300}
 
@@ -163,5 +179,39 @@ def register_shapes(
             evaluator_type="coco",
             thing_classes=list(CLASSES),
         )
+        names.append(name)
+    return names
+
+
+def register_coarse_shapes(name_prefix: str = "crosskd_shapes") -> List[str]:
+    """Registers ``<name_prefix>_coarse_<split>``, the same images and boxes under the four classes
+    of ``COARSE_CLASSES``.
+
+    Args:
+        name_prefix: of data sets registered by :func:`register_shapes`.
+
+    Returns:
+        the registered names.
+    """
+    coarse = [
+        next(i for i, members in enumerate(COARSE_CLASSES.values()) if fine in members)
+        for fine in CLASSES
+    ]
+    names = []
+    for split in SPLIT_IDS:
+        fine_name = f"{name_prefix}_{split}"
+        if fine_name not in DatasetCatalog:
+            continue
+
+        def load(fine_name=fine_name):
+            dicts = DatasetCatalog.get(fine_name)
+            for annotation in (a for d in dicts for a in d["annotations"]):
+                annotation["category_id"] = coarse[annotation["category_id"]]
+            return dicts
+
+        name = f"{name_prefix}_coarse_{split}"
+        DatasetCatalog.register(name, load)
+        # No json_file: the evaluator writes one from the dicts.
+        MetadataCatalog.get(name).set(evaluator_type="coco", thing_classes=list(COARSE_CLASSES))
         names.append(name)
     return names

@@ -5,16 +5,11 @@ import contextlib
 import functools
 import logging
 import os
-from typing import Dict, Iterator, Optional, Sequence
+from typing import Dict, Iterator, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
@@ -23,9 +18,9 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoints import is_missing
-from .config import ConfigError, check_crosskd_config, distillation_requested
-from .data import drop_degenerate_boxes, register_cards
+from .config import distillation_requested
+from .data import drop_degenerate_boxes
+from .run_checks import check_training_config, evaluator_type
 from .teacher import attach_teacher
 
 logger = logging.getLogger(__name__)
@@ -47,7 +42,7 @@ class CrossKDTrainer(DefaultTrainer):
         for name in cfg.DATASETS.TEST:
             # A subclass with evaluators of its own knows other types.
             if type(self).build_evaluator.__func__ is CrossKDTrainer.build_evaluator.__func__:
-                _evaluator_type(name)
+                evaluator_type(name)
         with _ddp_without_device_ids(enabled=cfg.MODEL.DEVICE == "cpu"):
             super().__init__(scale_schedule(cfg, comm.get_world_size()))
 
@@ -58,6 +53,34 @@ class CrossKDTrainer(DefaultTrainer):
         if distillation_requested(cfg):
             attach_teacher(model, cfg)
         return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """detectron2's optimizer, with ``FUSION.WEIGHT_DECAY`` for what the distillation learns.
+
+        A fusion starts at the mean of its taps; decay would pull it to another place, or to 0.
+        """
+        optimizer = super().build_optimizer(cfg, model)
+        fusion = getattr(unwrap(model), "fusion", None)
+        parameters = [] if fusion is None else list(fusion.parameters())
+        if parameters:
+            ours = {id(p) for p in parameters}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ours]
+            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+            decay = cfg.MODEL.CROSSKD.FUSION.WEIGHT_DECAY
+            optimizer.add_param_group({"params": parameters, "weight_decay": decay})
+        return optimizer
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As the parent's; a run that doesn't go on from a checkpoint then starts from the
+        teacher's weights where ``MODEL.CROSSKD.INHERIT`` says so."""
+        super().resume_or_load(resume=resume)
+        student = unwrap(self.model)
+        if hasattr(student, "inherit_weights") and not (
+            resume and self.checkpointer.has_checkpoint()
+        ):
+            student.inherit_weights()
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -88,7 +111,7 @@ class CrossKDTrainer(DefaultTrainer):
         Raises:
             ConfigError: for another type.
         """
-        if _evaluator_type(dataset_name) == "pascal_voc":
+        if evaluator_type(dataset_name) == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         # A VOC card is converted each time: a cached file of an earlier run could be stale.
@@ -172,106 +195,6 @@ class TeacherEvaluation(HookBase):
 def unwrap(model: nn.Module) -> nn.Module:
     """The detector inside a DDP wrapper, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def check_training_config(cfg: CfgNode) -> None:
-    """Check what can be checked before models and data are built, and register the dataset cards.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    distils = distillation_requested(cfg)
-    check_crosskd_config(cfg)
-    start = cfg.MODEL.CROSSKD.SCHEDULE.START_ITER
-    if distils and start >= cfg.SOLVER.MAX_ITER:
-        raise ConfigError(
-            f"MODEL.CROSSKD.SCHEDULE.START_ITER is {start}, but training ends at SOLVER.MAX_ITER, "
-            f"{cfg.SOLVER.MAX_ITER}: nothing would be distilled"
-        )
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        raise ConfigError("SOLVER.AMP.ENABLED True needs a GPU, but MODEL.DEVICE is 'cpu'")
-    _check_device_and_data(cfg, ("TRAIN", "TEST"))
-
-
-def check_evaluation_config(cfg: CfgNode) -> None:
-    """As :func:`check_training_config` for an evaluation, which has no teacher and no training
-    data.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    _check_device_and_data(cfg, ("TEST",))
-
-
-def check_weights(cfg: CfgNode) -> None:
-    """Refuse a MODEL.WEIGHTS that is a local path without a file.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if cfg.MODEL.WEIGHTS and is_missing(cfg.MODEL.WEIGHTS):
-        raise ConfigError(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS!r}")
-
-
-def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:
-    _check_device(cfg)
-    try:
-        register_cards(cfg.DATASETS.CARDS)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"DATASETS.CARDS: {error}") from error
-    for key in splits:
-        for name in cfg.DATASETS[key]:
-            if name not in DatasetCatalog.list():
-                raise ConfigError(
-                    f"DATASETS.{key}: no data set is called {name!r}; use a name of detectron2's, "
-                    "crosskd_shapes_train, _val or _test, or describe your data in a dataset card "
-                    "and name its file in DATASETS.CARDS"
-                )
-            _check_class_count(cfg, name)
-
-
-def _evaluator_type(name: str) -> str:
-    """The ``evaluator_type`` of a data set.
-
-    Raises:
-        ConfigError: if there is no evaluator for it.
-    """
-    kind = MetadataCatalog.get(name).get("evaluator_type", None)
-    if kind not in ("coco", "pascal_voc"):
-        raise ConfigError(
-            f"DATASETS.TEST: data set {name!r} has evaluator_type {kind!r}; possible: 'coco', "
-            "'pascal_voc' (for another one subclass CrossKDTrainer.build_evaluator)"
-        )
-    return kind
-
-
-def _check_class_count(cfg: CfgNode, name: str) -> None:
-    """Refuse a model of other classes: fewer fail deep inside the loss, more in the evaluator."""
-    classes = MetadataCatalog.get(name).get("thing_classes", ())
-    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "CrossKDRCNN"):
-        ours = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        if classes and ours != len(classes):
-            raise ConfigError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {ours}, but data set {name!r} has {len(classes)} "
-                f"classes; set it to {len(classes)}"
-            )
-
-
-def _check_device(cfg: CfgNode) -> None:
-    """Refuse a MODEL.DEVICE that this machine or process group can't run.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there is no GPU here; add MODEL.DEVICE cpu"
-        )
-    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and torch.cuda.is_available():
-        raise ConfigError(
-            "MODEL.DEVICE is 'cpu', but detectron2 starts its processes for the GPUs that it "
-            "sees; run with CUDA_VISIBLE_DEVICES= (empty) to train with several CPU processes"
-        )
 
 
 def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:

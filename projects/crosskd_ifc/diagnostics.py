@@ -1,0 +1,98 @@
+"""Do distillation and detection pull the student's layers in the same direction?"""
+
+from typing import Dict, List, Mapping, Optional
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import FPN, GeneralizedRCNN
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from .fusion import FeatureFusion
+from .step import put_scalars
+
+
+class GradientDiagnostics:
+    """Cosine and ratio of the gradients of both kinds of losses, every so many iterations.
+
+    Measured at the last layer that both reach (the deepest tapped layer of the student's box head;
+    for ``pool`` the output convolutions of its FPN; for student-head mimicking the box head's last
+    layer) and at the box predictor, which cross-head distillation doesn't reach. All losses of a
+    kind are added, with their weights, before the gradient is taken.
+
+    Logged as ``crosskd/grad_cosine_shared``, ``grad_cosine_predictor`` (-1 to 1; 0 where one of the
+    gradients is 0), ``grad_ratio_shared`` and ``grad_ratio_predictor`` (length of the distillation
+    gradient over that of detection). In a distributed run they are the first process's.
+    """
+
+    @configurable
+    def __init__(self, *, period: int, shared: List[nn.Parameter], predictor: List[nn.Parameter]):
+        """
+        Args:
+            period: iterations between measurements.
+            shared, predictor: parameters of the two places.
+        """
+        self.period = period
+        self._places = {"shared": _trainable(shared), "predictor": _trainable(predictor)}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: GeneralizedRCNN, fusion: Optional[FeatureFusion]):
+        return {
+            "period": cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD,
+            "shared": _shared_parameters(student, fusion),
+            "predictor": list(student.roi_heads.box_predictor.parameters()),
+        }
+
+    def measure(self, losses: Mapping[str, torch.Tensor]) -> None:
+        """Measure and log, if this iteration is due.
+
+        Args:
+            losses: all losses of the step, with their graphs, which stay.
+        """
+        if get_event_storage().iter % self.period:
+            return
+        kd = self._gradients([v for k, v in losses.items() if k.endswith("_kd")])
+        detection = self._gradients([v for k, v in losses.items() if not k.endswith("_kd")])
+        scalars = {}
+        for place in self._places:
+            a, b = kd[place], detection[place]
+            lengths = a.norm() * b.norm()
+            cosine = torch.where(lengths > 0, a.dot(b) / lengths, torch.zeros_like(lengths))
+            ratio = torch.where(b.norm() > 0, a.norm() / b.norm(), torch.zeros_like(lengths))
+            scalars[f"grad_cosine_{place}"] = cosine.item()
+            scalars[f"grad_ratio_{place}"] = ratio.item()
+        put_scalars(scalars)
+
+    def _gradients(self, losses: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Place -> gradient of the sum of the losses, as one long vector in float32."""
+        parameters = [p for place in self._places.values() for p in place]
+        total = sum(x.float() for x in losses)
+        found = [None] * len(parameters)
+        if isinstance(total, torch.Tensor) and total.requires_grad:
+            found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+        vectors = [
+            torch.zeros_like(p, dtype=torch.float32).flatten() if g is None else g.float().flatten()
+            for p, g in zip(parameters, found)
+        ]
+        count = len(self._places["shared"])
+        zero = torch.zeros(1, device=total.device if isinstance(total, torch.Tensor) else None)
+        return {
+            "shared": torch.cat(vectors[:count] or [zero]),
+            "predictor": torch.cat(vectors[count:] or [zero]),
+        }
+
+
+def _trainable(parameters: List[nn.Parameter]) -> List[nn.Parameter]:
+    return [p for p in parameters if p.requires_grad]
+
+
+def _shared_parameters(
+    student: GeneralizedRCNN, fusion: Optional[FeatureFusion]
+) -> List[nn.Parameter]:
+    layers = student.roi_heads.box_head_layers()
+    deepest = layers.last if fusion is None else max(fusion.taps, key=layers.depth)
+    if deepest != "pool":
+        return layers.parameters(deepest)
+    backbone = student.backbone
+    modules = backbone.output_convs if isinstance(backbone, FPN) else [backbone]
+    return [p for m in modules for p in m.parameters()]

@@ -1,0 +1,178 @@
+"""A student that starts from its teacher's weights where the two agree.
+
+The inheriting start of ICD (Kang et al., 2021), FGD (Yang et al., 2022) and PKD (Cao et al., 2022).
+"""
+
+import logging
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN
+
+from .class_map import MASKED, ClassMap
+from .config import ConfigError
+from .pair import build_class_map
+from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+# Tensors whose first dimension counts classes: name -> (rows per class, has a background row).
+_PER_CLASS = {
+    "roi_heads.box_predictor.cls_score": (1, True),
+    "roi_heads.box_predictor.bbox_pred": (4, False),
+    "roi_heads.mask_head.predictor": (1, False),
+}
+
+
+class Inheritance:
+    """What ``MODEL.CROSSKD.INHERIT`` means for a student and a teacher; :meth:`apply` does it."""
+
+    def __init__(self, cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher):
+        """
+        Args:
+            cfg: the student's config.
+            student: whose tensors are replaced by :meth:`apply`.
+            teacher: whose tensors replace them.
+
+        Raises:
+            ConfigError: for a prefix without a tensor that can be inherited, or if the classes of a
+                predictor don't correspond.
+        """
+        self._student, self._teacher = student, teacher
+        self.prefixes = tuple(cfg.MODEL.CROSSKD.INHERIT)
+        # Name -> rows of the teacher's tensor for the student's, None for all as they are.
+        self.inherited: Dict[str, Optional[List[int]]] = {}
+        # Name -> why it isn't inherited.
+        self.left: Dict[str, str] = {}
+        ours, theirs = student.state_dict(), teacher.model.state_dict()
+        covered = [n for n in ours if any(_is_below(n, p) for p in self.prefixes)]
+        class_map = None
+        if any(_class_rows(n) for n in covered) and not _is_teachers_own(cfg):
+            class_map = build_class_map(cfg, student, teacher, "MODEL.CROSSKD.INHERIT")
+        for name in covered:
+            self._plan(name, ours[name], theirs.get(name), class_map)
+        for prefix in self.prefixes:
+            self._check(prefix, ours)
+        self._check_input(cfg)
+
+    def apply(self) -> None:
+        """Copy the teacher's tensors into the student, and log what was and wasn't inherited."""
+        ours, theirs = self._student.state_dict(), self._teacher.model.state_dict()
+        with torch.no_grad():
+            for name, rows in self.inherited.items():
+                target, source = ours[name], theirs[name].to(ours[name].device)
+                if rows is None:
+                    target.copy_(source)
+                    continue
+                kept = [i for i, row in enumerate(rows) if row != MASKED]
+                target[kept] = source[[rows[i] for i in kept]].to(target.dtype)
+        for prefix in self.prefixes:
+            names = [n for n in self.inherited if _is_below(n, prefix)]
+            left = {n: why for n, why in self.left.items() if _is_below(n, prefix)}
+            logger.info(
+                f"INHERIT {prefix}: {len(names)} of {len(names) + len(left)} tensors start from "
+                f"the teacher's: {', '.join(names)}"
+            )
+            if left:
+                reasons = ", ".join(f"{name} ({why})" for name, why in left.items())
+                logger.info(f"INHERIT {prefix}: not inherited: {reasons}")
+
+    def _plan(
+        self,
+        name: str,
+        ours: torch.Tensor,
+        theirs: Optional[torch.Tensor],
+        class_map: Optional[ClassMap],
+    ) -> None:
+        per_class = _class_rows(name)
+        if theirs is None:
+            self.left[name] = "the teacher has none"
+        elif per_class is not None and class_map is None:
+            self.left[name] = "the teacher's classes are others"
+        elif per_class is not None and _counts_classes(ours, theirs, per_class, class_map):
+            self.inherited[name] = _rows(per_class, class_map)
+        elif ours.shape != theirs.shape:
+            self.left[name] = f"{tuple(ours.shape)}, the teacher's is {tuple(theirs.shape)}"
+        else:
+            self.inherited[name] = None
+
+    def _check(self, prefix: str, ours: Dict[str, torch.Tensor]) -> None:
+        if any(_is_below(n, prefix) for n in self.inherited):
+            return
+        left = [f"{n} ({why})" for n, why in self.left.items() if _is_below(n, prefix)]
+        reason = f"none of its tensors fits: {', '.join(left[:3])}"
+        if not left:
+            modules = sorted({".".join(n.split(".")[:2]) for n in ours})
+            reason = f"the student has no such module; it has {', '.join(modules)}"
+        raise ConfigError(
+            f"MODEL.CROSSKD.INHERIT: nothing of {prefix!r} can start from the teacher's "
+            f"({self._teacher.description}): {reason}"
+        )
+
+    def _check_input(self, cfg: CfgNode) -> None:
+        """Refuse the layer that sees the image where the networks' images differ."""
+        convolution = next(
+            (
+                n
+                for n in self.inherited
+                if n.startswith("backbone.") and n.endswith("stem.conv1.weight")
+            ),
+            "",
+        )
+        ours, theirs = self._student, self._teacher.model
+        differs = [
+            key
+            for key, a, b in (
+                ("INPUT.FORMAT", ours.input_format, theirs.input_format),
+                ("MODEL.PIXEL_MEAN", ours.pixel_mean.tolist(), theirs.pixel_mean.tolist()),
+                ("MODEL.PIXEL_STD", ours.pixel_std.tolist(), theirs.pixel_std.tolist()),
+            )
+            if convolution and a != b
+        ]
+        if differs:
+            raise ConfigError(
+                f"MODEL.CROSSKD.INHERIT: {convolution} would start from the teacher's "
+                f"({self._teacher.description}), which reads other images: {', '.join(differs)} "
+                "differ; make them equal, or name modules without the stem"
+            )
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    # Any prefix of a name, as detectron2's FPN has no module of its own: "backbone.fpn".
+    return name.startswith(prefix)
+
+
+def _is_teachers_own(cfg: CfgNode) -> bool:
+    return "teacher" in tuple(cfg.MODEL.CROSSKD.TEACHER.CLASS_MAP)
+
+
+def _class_rows(name: str):
+    return _PER_CLASS.get(name.rpartition(".")[0])
+
+
+def _counts_classes(ours, theirs, per_class, class_map: ClassMap) -> bool:
+    """Whether both tensors have rows for their classes, and are otherwise alike."""
+    rows, background = per_class
+    sizes = [n * rows + background for n in (class_map.num_classes, class_map.num_teacher_classes)]
+    return [len(ours), len(theirs)] == sizes and ours.shape[1:] == theirs.shape[1:]
+
+
+def _rows(per_class, class_map: ClassMap) -> Optional[List[int]]:
+    if class_map.is_identity:
+        return None
+    count, background = per_class
+    rows = [
+        MASKED if t == MASKED else t * count + i
+        for t in class_map.teacher_classes
+        for i in range(count)
+    ]
+    return rows + [class_map.num_teacher_classes] * background
+
+
+def plan_inheritance(
+    cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher
+) -> Optional[Inheritance]:
+    """The :class:`Inheritance` that the config asks for, or None."""
+    prefixes: Sequence[str] = cfg.MODEL.CROSSKD.INHERIT
+    return Inheritance(cfg, student, teacher) if prefixes else None

@@ -1,0 +1,220 @@
+"""Whether a two-stage student and teacher fit each other, and how their classes correspond."""
+
+from typing import Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
+    FastRCNNOutputLayers,
+    Res5ROIHeads,
+    StandardROIHeads,
+)
+from torch import nn
+
+from . import class_map
+from .class_map import ClassMap
+from .config import ConfigError
+from .cross_head import BoxHeadLayers
+from .fusion import FeatureFusion
+from .roi_heads import CrossKDROIHeads
+from .teacher import Teacher
+
+_NO_ONE_HEAD = {
+    CascadeROIHeads: (
+        "three box heads in a row, each on boxes that the one before has moved: there is no one "
+        "prediction for the student's RoIs to mimic"
+    ),
+    Res5ROIHeads: (
+        "no box head but a stage of its backbone, which has no layers to enter; train a teacher "
+        "with a StandardROIHeads on the same backbone (ROI_HEADS.NAME, ROI_BOX_HEAD.NAME "
+        "FastRCNNConvFCHead)"
+    ),
+}
+
+
+def check_student(student: nn.Module, *, own_predictions: bool) -> None:
+    """Refuse a student whose head can't be recorded.
+
+    Args:
+        student: a :class:`GeneralizedRCNN`.
+        own_predictions: whether its own box predictions are to mimic the teacher's.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    heads = student.roi_heads
+    if not isinstance(heads, CrossKDROIHeads):
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NAME: the student's ROI heads are {type(heads).__name__}, which "
+            "don't hand out their layers; use CrossKDROIHeads"
+        )
+    try:
+        heads.box_head_layers()
+    except TypeError as error:
+        raise ConfigError(f"MODEL.ROI_BOX_HEAD.NAME: the student's {error}") from None
+    problem = _predictor_problem(heads.box_predictor)
+    if own_predictions and problem:
+        raise ConfigError(f"MODEL.ROI_BOX_HEAD: the student {problem}")
+
+
+def check_teacher(teacher: Teacher) -> None:
+    """Refuse a teacher without one box head that gives softmax scores and box deltas.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    model = teacher.model
+    if not isinstance(model, GeneralizedRCNN):
+        refuse(teacher, f"is a {type(model).__name__}; a two-stage student needs a GeneralizedRCNN")
+    heads = model.roi_heads
+    for kind, reason in _NO_ONE_HEAD.items():
+        if isinstance(heads, kind):
+            refuse(teacher, f"has {type(heads).__name__}: {reason}")
+    if not isinstance(heads, StandardROIHeads):
+        refuse(teacher, f"has {type(heads).__name__}; its ROI heads must be StandardROIHeads")
+    problem = _predictor_problem(heads.box_predictor)
+    if problem:
+        refuse(teacher, problem)
+    try:
+        BoxHeadLayers(heads.box_head, heads.box_pooler.output_size)
+    except TypeError as error:
+        refuse(teacher, f"can't be entered: {error}")
+
+
+def refuse(teacher: Teacher, reason: str) -> None:
+    """Raises: ConfigError: that the teacher doesn't fit, for this reason."""
+    raise ConfigError(
+        f"MODEL.CROSSKD.TEACHER.CONFIG_FILE: the teacher ({teacher.description}) {reason}"
+    )
+
+
+def _predictor_problem(predictor: nn.Module) -> str:
+    if not isinstance(predictor, FastRCNNOutputLayers):
+        return f"has a {type(predictor).__name__}; its box predictor must be FastRCNNOutputLayers"
+    if predictor.use_sigmoid_ce:
+        return "classifies with sigmoids (USE_SIGMOID_CE); the losses compare softmax probabilities"
+    if type(predictor.box2box_transform) is not Box2BoxTransform:
+        kind = type(predictor.box2box_transform).__name__
+        return f"encodes boxes by {kind}; Box2BoxTransform (axis-aligned deltas) is needed"
+    return ""
+
+
+def build_class_map(
+    cfg: CfgNode, student: nn.Module, teacher: Teacher, needed_by: str = ""
+) -> Optional[ClassMap]:
+    """The map that ``TEACHER.CLASS_MAP`` means; None for a teacher of other classes.
+
+    Args:
+        cfg: the student's config.
+        needed_by: what compares predictions class by class, "" if nothing does.
+
+    Raises:
+        ConfigError: if no map can be made of it.
+    """
+    ours, theirs = student.roi_heads.num_classes, teacher.model.roi_heads.num_classes
+    kd = cfg.MODEL.CROSSKD.TEACHER
+    if ours != theirs and kd.EVAL_AT_START:
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a teacher of the student's {ours} "
+            f"classes, this one ({teacher.description}) has {theirs}; set it to False"
+        )
+    try:
+        return class_map.resolve(
+            kd.CLASS_MAP,
+            num_classes=(ours, theirs),
+            names=(_class_names(cfg), _class_names(teacher.cfg)),
+            needed_by=needed_by,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.CLASS_MAP: {error} (student: MODEL.ROI_HEADS.NUM_CLASSES "
+            f"{ours}; teacher: {teacher.description})"
+        ) from None
+
+
+def _class_names(cfg: Optional[CfgNode]) -> Optional[Sequence[str]]:
+    """The class names of a config's training data, None where they aren't known."""
+    names = cfg.DATASETS.TRAIN if cfg is not None else ()
+    if not names or names[0] not in DatasetCatalog:
+        return None
+    classes = MetadataCatalog.get(names[0]).get("thing_classes", None)
+    return classes if classes and len(classes) == cfg.MODEL.ROI_HEADS.NUM_CLASSES else None
+
+
+def build_fusion(kd: CfgNode, student: nn.Module, teacher: Teacher) -> FeatureFusion:
+    """Check taps, entry and route against both box heads and build the fusion.
+
+    Args:
+        kd: the node MODEL.CROSSKD.FUSION.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    heads = teacher.model.roi_heads
+    ours = student.roi_heads.box_head_layers()
+    theirs = BoxHeadLayers(heads.box_head, heads.box_pooler.output_size)
+    taps = tuple(kd.IN_FEATURES) or ("fc1", "fc2")
+    entry = kd.ENTRY or theirs.last
+    _check_layers("IN_FEATURES", taps, ours, "student")
+    _check_layers("ENTRY", (entry,), theirs, "teacher")
+    if kd.ROUTE == "through":
+        _check_layers("IN_FEATURES", taps, theirs, "teacher (route 'through')")
+        deeper = [tap for tap in taps if theirs.depth(tap) > theirs.depth(entry)]
+        if deeper:
+            raise ConfigError(
+                f"MODEL.CROSSKD.FUSION.IN_FEATURES: {deeper} lie deeper than ENTRY '{entry}', so "
+                "route 'through' has no teacher layers to run; take taps from "
+                f"{theirs.names[: theirs.depth(entry) + 1]}, or ROUTE direct"
+            )
+    try:
+        return FeatureFusion(
+            name=kd.NAME,
+            taps=taps,
+            entry=entry,
+            route=kd.ROUTE,
+            align=kd.ALIGN or "none",
+            student_shapes=ours.shapes,
+            teacher_shapes=theirs.shapes,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"MODEL.CROSSKD.FUSION (NAME '{kd.NAME}', IN_FEATURES {taps}, ENTRY '{entry}'): {error}"
+        ) from None
+
+
+def _check_layers(key: str, names: Tuple[str, ...], layers: BoxHeadLayers, whose: str) -> None:
+    for name in names:
+        if name not in layers.names:
+            raise ConfigError(
+                f"MODEL.CROSSKD.FUSION.{key}: the {whose} box head has no layer {name!r}; it has "
+                f"{', '.join(layers.names)}"
+            )
+
+
+def check_same_padding(key: str, student: nn.Module, teacher: Teacher) -> None:
+    """Refuse backbones that pad images to different sizes, so that their maps differ in size.
+
+    Args:
+        key: what needs it, below MODEL.CROSSKD.
+
+    Raises:
+        ConfigError: naming ``key``.
+    """
+    ours, theirs = (
+        (b.size_divisibility, dict(b.padding_constraints))
+        for b in (student.backbone, teacher.model.backbone)
+    )
+    if ours != theirs:
+        raise ConfigError(
+            f"MODEL.CROSSKD.{key} compares feature maps, but the student pads images to {ours} and "
+            f"the teacher ({teacher.description}) to {theirs}; set it to 0.0"
+        )
+
+
+def equal_tensors(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    """Whether two lists hold the same tensors."""
+    return len(a) == len(b) and all(x.shape == y.shape and x.equal(y) for x, y in zip(a, b))

@@ -1,0 +1,89 @@
+"""One training step, as the parts of a distillation see it.
+
+Shape shorthand: N images.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from typing import Dict, Iterator, List
+
+import torch
+from detectron2.utils.events import get_event_storage
+
+from .roi_heads import HeadTrace
+from .teacher import Teacher
+
+# Statistics are read from the device only this often, in the steps that detectron2's writers log.
+LOG_PERIOD = 20
+
+
+class TeacherPass:
+    """The teacher on one batch; what several losses need is computed once, when it is first asked
+    for.
+
+    Attributes:
+        seconds: wall time spent in it so far; 0 unless ``timed``.
+    """
+
+    def __init__(
+        self, teacher: Teacher, batched_inputs: List[Dict[str, torch.Tensor]], *, timed=False
+    ):
+        """
+        Args:
+            teacher: the frozen detector.
+            batched_inputs: N raw images of the student.
+            timed: whether to measure, which makes a GPU wait.
+        """
+        self.teacher, self.seconds = teacher, 0.0
+        self._inputs, self._timed = batched_inputs, timed
+
+    @functools.cached_property
+    def features(self) -> Dict[str, torch.Tensor]:
+        """Backbone features by name, each (N, C, Hi, Wi), no gradient."""
+        with self.running():
+            return self.teacher.features(self._inputs)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The context of everything that the teacher computes for itself: no gradient, its
+        precision."""
+        start = self._clock()
+        with self.teacher.autocast():
+            yield
+        self.seconds += self._clock() - start
+
+    def _clock(self) -> float:
+        if self._timed and self.teacher.device.type == "cuda":
+            torch.cuda.synchronize(self.teacher.device)
+        return time.perf_counter() if self._timed else 0.0
+
+
+@dataclasses.dataclass
+class Step:
+    """What is known of one step; the student's parts fill in while its forward runs.
+
+    Attributes:
+        teacher: the teacher on this batch.
+        factor: of the schedule; 0 must not run the teacher.
+        log: whether statistics are wanted.
+        features: the student's backbone features by name, each (N, C, Hi, Wi).
+        heads: what the student's ROI heads computed.
+    """
+
+    teacher: TeacherPass
+    factor: float
+    log: bool
+    features: Dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    heads: HeadTrace = dataclasses.field(default_factory=HeadTrace)
+
+
+def put_scalars(scalars: Dict[str, float]) -> None:
+    """Statistics to the EventStorage, under ``crosskd/``."""
+    for name, value in scalars.items():
+        get_event_storage().put_scalar(f"crosskd/{name}", value, smoothing_hint=False)
+
+
+def is_logging_step() -> bool:
+    return (get_event_storage().iter + 1) % LOG_PERIOD == 0
