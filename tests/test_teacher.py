@@ -276,3 +276,50 @@ def test_teachers_that_cannot_teach_are_refused_with_the_reason(opts, reason):
     teacher = build_model(tiny_cfg(*opts))
     with pytest.raises(ConfigError, match=f"TEACHER.CONFIG_FILE.*{reason}"):
         attach_teacher(build_model(cfg), cfg, teacher=teacher)
+
+
+C4 = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.OUT_FEATURES", ["res4"]),
+    *("MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ROI_HEADS.IN_FEATURES", ["res4"]),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16, 32]]),
+)
+DC5 = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.OUT_FEATURES", ["res5"]),
+    *("MODEL.RESNETS.RES5_DILATION", 2),
+    *("MODEL.RPN.IN_FEATURES", ["res5"], "MODEL.ROI_HEADS.IN_FEATURES", ["res5"]),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16, 32]]),
+)
+
+
+@pytest.mark.parametrize("teacher_opts", [C4, DC5], ids=["C4", "DC5"])
+@pytest.mark.parametrize(
+    "fusion", [("sum", ("fc1", "fc2")), ("none", ("pool",))], ids=["taps", "whole head"]
+)
+def test_teachers_without_a_pyramid_teach_through_their_box_head(teacher_opts, fusion):
+    student = tiny_model(cfg := tiny_cfg(*_fusion(*fusion)), seed=1)
+    attach_teacher(student, cfg, teacher=build_model(tiny_cfg(*teacher_opts)))
+    losses, _ = train_losses(student.train(), tiny_batch())
+    assert losses["loss_cls_kd"] > 0 and torch.isfinite(losses["loss_box_reg_kd"])
+    losses["loss_cls_kd"].backward()
+    assert student.roi_heads.box_head.fc1.weight.grad is not None or fusion[1] == ("pool",)
+
+
+@pytest.mark.parametrize("student_opts", [C4, DC5], ids=["C4", "DC5"])
+def test_students_without_a_pyramid_learn_from_one_with_it(student_opts):
+    student = build_model(cfg := tiny_cfg(*student_opts))
+    attach_teacher(student, cfg, teacher=tiny_model())
+    losses, _ = train_losses(student.train(), tiny_batch())
+    assert losses["loss_cls_kd"] > 0 and torch.isfinite(losses["loss_box_reg_kd"])
+
+
+def _fusion(name, taps):
+    entry = "pool" if taps == ("pool",) else ""
+    prefix = "MODEL.CROSSKD.FUSION."
+    return (prefix + "NAME", name, prefix + "IN_FEATURES", taps, prefix + "ENTRY", entry)
+
+
+def test_a_c4_teacher_with_the_stock_res5_heads_is_refused_with_a_way_out():
+    stock = (*C4, "MODEL.ROI_HEADS.NAME", "Res5ROIHeads")
+    cfg = tiny_cfg()
+    with pytest.raises(ConfigError, match="Res5ROIHeads: no box head.*StandardROIHeads.*ROI_BOX_H"):
+        attach_teacher(tiny_model(cfg), cfg, teacher=build_model(tiny_cfg(*stock)))

@@ -2,10 +2,12 @@
 
 import glob
 import os
+import re
 
 import pytest
 import torch
-from common import tiny_cfg
+import yaml
+from common import distilling, tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
@@ -13,6 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, Teacher
+from crosskd_ifc.config import check_crosskd_config
 from crosskd_ifc.run_checks import check_training_config
 from crosskd_ifc.runs import Run
 from crosskd_ifc.teacher import load_teacher_config
@@ -20,6 +23,7 @@ from crosskd_ifc.trainer import DistillationSchedule, scale_schedule
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs")
 S = "MODEL.CROSSKD.SCHEDULE."
+FUSION = "MODEL.CROSSKD.FUSION."
 
 
 def test_the_schedule_starts_rises_linearly_and_stops():
@@ -160,39 +164,80 @@ def config_files():
 
 @pytest.mark.parametrize("config", config_files())
 def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
-    cfg = Run("", config, str(tmp_path), ["MODEL.DEVICE", "meta"]).cfg()
+    # Big models have no values; those of quick/ have, since some options compare them.
+    device = "cpu" if config.startswith("quick") else "meta"
+    cfg = Run("", config, str(tmp_path), ["MODEL.DEVICE", device]).cfg()
     assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= set(DatasetCatalog.list())
-    with torch.device("meta"):
+    with torch.device(device):
         model = build_model(cfg)
         if not cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE:
             return
+        check_crosskd_config(cfg)
         teacher_cfg, weights = load_teacher_config(cfg)
         assert weights.startswith("https://") or weights.startswith("output/")
-        teacher_cfg.MODEL.DEVICE = "meta"
-        teacher = Teacher(build_model(teacher_cfg), student_format=cfg.INPUT.FORMAT)
+        teacher_cfg.MODEL.DEVICE = device
+        teacher = build_model(teacher_cfg)
+        teacher = Teacher(teacher, student_format=cfg.INPUT.FORMAT, cfg=teacher_cfg)
         model.set_teacher(teacher, cfg)
-    if "_ifc_" in config or "crosskd_R" in config:
-        assert not list(model.fusion.parameters())
+    name = os.path.basename(config)
+    learns = any(name.startswith(x) for x in ("weighted", "attention", "concat", "unlike"))
+    assert learns == any(n.startswith("fusion.") for n, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("config", [c for c in config_files() if "crosskd" in c])
+def distilled_configs():
+    return [c for c in config_files() if Run("", c, "").cfg().MODEL.CROSSKD.TEACHER.CONFIG_FILE]
+
+
+def baseline_of(config):
+    """The first config below ``config`` that knows no teacher."""
+    content = {"MODEL": {"CROSSKD": {}}}
+    while "CROSSKD" in content.get("MODEL", {}):
+        with open(os.path.join(CONFIGS, config)) as f:
+            content = yaml.safe_load(f)
+        baseline, base = config, content.get("_BASE_", "")
+        config = os.path.normpath(os.path.join(os.path.dirname(config), base))
+    return baseline
+
+
+def test_the_baselines_are_plain_configs_and_most_options_have_a_config():
+    pairs = {c: baseline_of(c) for c in distilled_configs()}
+    assert len(pairs) > 20
+    for config, baseline in pairs.items():
+        assert re.match("(faster|mask)_rcnn_R_", os.path.basename(baseline)), (config, baseline)
+
+
+@pytest.mark.parametrize("config", distilled_configs())
 def test_a_distilled_students_baseline_differs_in_nothing_but_the_distillation(config):
-    folder = os.path.dirname(config)
-    baseline = [
-        c
-        for c in config_files()
-        if os.path.dirname(c) == folder
-        and "faster_rcnn_R_" in c
-        and _student(c) == _student(config)
-    ]
-    assert len(baseline) == 1
-    ours, theirs = (Run("", c, "").cfg() for c in (config, baseline[0]))
+    ours, theirs = (Run("", c, "").cfg() for c in (config, baseline_of(config)))
     for cfg in (ours, theirs):
         cfg.defrost()
         cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.ROI_HEADS.NAME = ""
+        cfg.MODEL.PROPOSAL_GENERATOR.NAME = ""
         del cfg.MODEL["CROSSKD"]
     assert ours == theirs
 
 
-def _student(config):
-    return os.path.basename(config).split("_R_")[1].split("_")[0].replace(".yaml", "")
+def test_what_the_distillation_learns_has_a_weight_decay_of_its_own():
+    opts = (FUSION + "NAME", "concat", FUSION + "IN_FEATURES", ("pool", "fc2"))
+    student, _ = distilling(*opts, "SOLVER.WEIGHT_DECAY", 0.1, FUSION + "WEIGHT_DECAY", 0.02)
+    cfg = tiny_cfg(*opts, "SOLVER.WEIGHT_DECAY", 0.1, FUSION + "WEIGHT_DECAY", 0.02)
+    for clipping in (False, True):
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clipping
+        optimizer = CrossKDTrainer.build_optimizer(cfg, student)
+        decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        trainable = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        assert set(decay) == {id(p) for p in trainable.values()}
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trainable)
+        for name, p in trainable.items():
+            assert decay[id(p)] == (0.02 if name.startswith("fusion.") else 0.1), name
+
+
+def test_without_adapters_the_optimizer_is_detectron2s():
+    student, _ = distilling()
+    ours, stock = (
+        t.build_optimizer(tiny_cfg(), student).param_groups
+        for t in (CrossKDTrainer, DefaultTrainer)
+    )
+    assert [[id(p) for p in g["params"]] for g in ours] == [
+        [id(p) for p in g["params"]] for g in stock
+    ]

@@ -19,6 +19,7 @@ from . import class_map
 from .class_map import ClassMap
 from .config import ConfigError
 from .cross_head import BoxHeadLayers
+from .data import register_cards
 from .fusion import FeatureFusion
 from .roi_heads import CrossKDROIHeads
 from .teacher import Teacher
@@ -123,13 +124,15 @@ def build_class_map(
             f"classes, this one ({teacher.description}) has {theirs}; set it to False"
         )
     try:
+        if class_map.parse(kd.CLASS_MAP)[0] in ("names", "pairs") and teacher.cfg is not None:
+            register_cards(teacher.cfg.DATASETS.CARDS)  # its class names may stand only there
         return class_map.resolve(
             kd.CLASS_MAP,
             num_classes=(ours, theirs),
             names=(_class_names(cfg), _class_names(teacher.cfg)),
             needed_by=needed_by,
         )
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError(
             f"MODEL.CROSSKD.TEACHER.CLASS_MAP: {error} (student: MODEL.ROI_HEADS.NUM_CLASSES "
             f"{ours}; teacher: {teacher.description})"
