@@ -164,3 +164,10 @@ def test_masked_student_classes_get_no_gradient_from_distillation():
     gradient = student.roi_heads.box_predictor.cls_score.weight.grad
     assert gradient[2].abs().sum() == 0 and all(gradient[i].abs().sum() > 0 for i in (0, 1, 3))
     assert student.roi_heads.box_predictor.bbox_pred.weight.grad[8:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("setting", [("teacher",), ((0, 1), (1, 0), (2, 2))])
+def test_a_teacher_of_other_classes_is_not_evaluated_on_the_students(setting):
+    opts = (K + "TEACHER.EVAL_AT_START", True, K + "TEACHER.CLASS_MAP", setting)
+    with pytest.raises(ConfigError, match="EVAL_AT_START True needs.*3 classes in the same order"):
+        distilling(*opts)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
+from detectron2.modeling import build_model
 
 from crosskd_ifc import ConfigError, attach_teacher, pkd
 from crosskd_ifc.feature_distiller import combine_levels
@@ -109,7 +110,21 @@ def test_a_teacher_without_a_shared_level_is_refused():
         *("MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ROI_HEADS.IN_FEATURES", ["res4"]),
         *("MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16]]),
     )
-    from detectron2.modeling import build_model
-
     with pytest.raises(ConfigError, match="FEATURE_WEIGHT.*p2, p3.*res4, none in common"):
         distilling(*ON, teacher=build_model(tiny_cfg(*c4)))
+
+
+def test_levels_of_unlike_channels_are_compared_one_by_one_only():
+    stages = (
+        *("MODEL.BACKBONE.NAME", "build_resnet_backbone"),
+        *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4"]),
+        *("MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ROI_HEADS.IN_FEATURES", ["res4"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16]]),
+    )
+    cfg = tiny_cfg(*ON, *stages)
+    with pytest.raises(ConfigError, match="FEATURE_COMBINE.*'res3': 32, 'res4': 64.*to False"):
+        attach_teacher(build_model(cfg), cfg, teacher=build_model(tiny_cfg(*stages)))
+    cfg = tiny_cfg(*PLAIN, *stages)
+    student = build_model(cfg).train()
+    attach_teacher(student, cfg, teacher=build_model(tiny_cfg(*stages)))
+    assert train_losses(student, tiny_batch())[0]["loss_feature_kd"] > 0

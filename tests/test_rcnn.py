@@ -400,6 +400,24 @@ def test_under_autocast_the_losses_are_float32_and_close_to_full_precision(dtype
         torch.testing.assert_close(a, b, rtol=0.2, atol=0.02)
 
 
+def test_under_autocast_every_loss_is_float32_and_finite():
+    opts = (
+        *("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+        *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.CROSSKD.LOSS.FEATURE_WEIGHT", 1.0),
+        *("MODEL.PROPOSAL_GENERATOR.NAME", "CrossKDRPN", "MODEL.CROSSKD.LOSS.RPN_WEIGHT", 1.0),
+    )
+    for precision in ("float32", "bfloat16"):
+        student, _ = distilling(
+            *opts, "MODEL.CROSSKD.TEACHER.PRECISION", precision, teacher_opts=opts
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result, _ = train_losses(student, tiny_batch(masks=True))
+        ours = {k: v for k, v in result.items() if k.endswith("_kd")}
+        assert len(ours) == 5
+        for name, loss in ours.items():
+            assert loss.dtype == torch.float32 and torch.isfinite(loss), name
+
+
 def test_learning_reduces_the_distillation_loss():
     student, _ = distilling(*fusion("mean", ("fc1", "fc2")))
     optimizer = torch.optim.SGD(student.roi_heads.box_head.parameters(), lr=0.01)

@@ -7,16 +7,20 @@ import pytest
 import torch
 from common import distilling, tiny_batch, tiny_cfg
 from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.structures import BoxMode
 from PIL import Image
 
+from crosskd_ifc import visualization
 from crosskd_ifc.shapes import CLASSES, register_shapes
 from crosskd_ifc.visualization import (
     COLUMNS,
+    compare_detections,
     compare_on_dataset,
     draw_boxes,
     plot_curves,
     predict_all,
     read_metrics,
+    spread_evenly,
 )
 
 
@@ -52,6 +56,61 @@ def test_the_comparison_of_a_data_set_is_written_as_a_picture(tmp_path):
     )
     width, height = Image.open(path).size
     assert width == 300 * len(COLUMNS) and height > 2 * 300
+
+
+@pytest.mark.parametrize("mimic, columns", [("cross_head", 3), ("student_head", 2)])
+def test_columns_without_content_are_left_out(tmp_path, mimic, columns):
+    student, _ = distilling("MODEL.CROSSKD.MIMIC", mimic)
+    found = predict_all(student.eval(), tiny_batch(images=1))
+    assert list(found) == [c for c in COLUMNS[1:] if mimic == "cross_head" or c != "cross-head"]
+    image, path = tmp_path / "image.png", tmp_path / "picture.png"
+    Image.new("RGB", (64, 32)).save(image)
+    inputs = {"image": torch.zeros(3, 32, 64), "height": 32, "width": 64, "file_name": str(image)}
+    names = dict.fromkeys(COLUMNS, ("0", "1", "2"))
+    compare_detections(student, [inputs] * 2, names, str(path))
+    width, height = Image.open(path).size
+    assert width == 300 * columns and 300 < height < 400  # as wide as ever, half as high
+
+
+def test_masks_of_ground_truth_and_detections_are_drawn_and_crowds_are_not(tmp_path, monkeypatch):
+    drawn = []
+
+    def keep(image, boxes, labels, colors, *, masks=None, height):
+        drawn.append((boxes, labels, None if masks is None else masks.sum(axis=(1, 2))))
+        return np.zeros((height, 320, 3), np.uint8)
+
+    monkeypatch.setattr(visualization, "draw_boxes", keep)
+    masks = ("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
+    student, _ = distilling(*masks, teacher_opts=masks)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 64)).save(image)
+    square = {"bbox": [8, 8, 10, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
+    square["segmentation"] = [[8, 8, 18, 8, 18, 18, 8, 18]]
+    annotations = [square, {**square, "iscrowd": 1}]
+    inputs = {**tiny_batch()[0], "file_name": str(image)}
+    names = dict.fromkeys(COLUMNS, ("a", "b", "c"))
+    path = str(tmp_path / "picture.png")
+    compare_detections(student, [inputs], names, path, annotations=[annotations], threshold=0.1)
+    teacher, _, mine, truth = drawn
+    assert truth[0].tolist() == [[8, 8, 18, 18]] and truth[1] == ["b"] and truth[2] == [100]
+    for boxes, labels, areas in (teacher, mine):
+        assert len(boxes) == len(labels) == len(areas) > 0
+
+
+def test_a_mask_is_filled_on_the_enlarged_picture():
+    blank, mask = np.zeros((32, 32, 3), np.uint8), np.zeros((1, 32, 32), bool)
+    mask[:, 8:24, 8:24] = True
+    box = np.array([[4.0, 4.0, 28.0, 28.0]])
+    drawn = draw_boxes(blank, box, [""], [(1.0, 0.0, 0.0)], masks=mask, height=320)
+    assert (drawn[100:220, 100:220, 0] > 60).all() and not drawn[50:70, 60:260].any()
+
+
+def test_images_are_spread_evenly_and_each_is_taken_once():
+    assert spread_evenly(4, 300) == [60, 120, 179, 239]
+    assert spread_evenly(2, 5) == [1, 3]
+    for count, total in ((1, 1), (1, 2), (4, 5), (4, 4), (9, 4), (4, 6)):
+        found = spread_evenly(count, total)
+        assert len(set(found)) == min(count, total) and set(found) <= set(range(total))
 
 
 def test_boxes_are_drawn_where_they_are_on_an_enlarged_picture():

@@ -66,19 +66,18 @@ class GradientDiagnostics:
     def _gradients(self, losses: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Place -> gradient of the sum of the losses, as one long vector in float32."""
         parameters = [p for place in self._places.values() for p in place]
-        total = sum(x.float() for x in losses)
+        total = torch.stack([x.float() for x in losses]).sum()
         found = [None] * len(parameters)
-        if isinstance(total, torch.Tensor) and total.requires_grad:
+        if total.requires_grad:
             found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
         vectors = [
-            torch.zeros_like(p, dtype=torch.float32).flatten() if g is None else g.float().flatten()
+            (torch.zeros_like(p) if g is None else g).float().flatten()
             for p, g in zip(parameters, found)
         ]
-        count = len(self._places["shared"])
-        zero = torch.zeros(1, device=total.device if isinstance(total, torch.Tensor) else None)
+        count, none = len(self._places["shared"]), [total.new_zeros(1)]
         return {
-            "shared": torch.cat(vectors[:count] or [zero]),
-            "predictor": torch.cat(vectors[count:] or [zero]),
+            "shared": torch.cat(vectors[:count] or none),
+            "predictor": torch.cat(vectors[count:] or none),
         }
 
 

@@ -40,9 +40,16 @@ class FeatureDistiller:
     @classmethod
     def from_config(cls, cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher):
         kd = cfg.MODEL.CROSSKD.LOSS
+        shapes = student.backbone.output_shape()
+        channels = {name: shape.channels for name, shape in shapes.items()}
+        if kd.FEATURE_COMBINE and len(set(channels.values())) > 1:
+            raise ConfigError(
+                "MODEL.CROSSKD.LOSS.FEATURE_COMBINE adds the student's levels, but their channels "
+                f"differ: {channels}; set it to False"
+            )
         return {
             "levels": _shared_levels(student, teacher),
-            "sources": list(student.backbone.output_shape()) if kd.FEATURE_COMBINE else [],
+            "sources": list(shapes) if kd.FEATURE_COMBINE else [],
             "weight": kd.FEATURE_WEIGHT,
         }
 

@@ -112,15 +112,9 @@ class Inheritance:
 
     def _check_input(self, cfg: CfgNode) -> None:
         """Refuse the layer that sees the image where the networks' images differ."""
-        convolution = next(
-            (
-                n
-                for n in self.inherited
-                if n.startswith("backbone.") and n.endswith("stem.conv1.weight")
-            ),
-            "",
-        )
         ours, theirs = self._student, self._teacher.model
+        channels, state = len(ours.pixel_mean), ours.state_dict()
+        first = [n for n in self.inherited if state[n].dim() == 4 and state[n].shape[1] == channels]
         differs = [
             key
             for key, a, b in (
@@ -128,13 +122,13 @@ class Inheritance:
                 ("MODEL.PIXEL_MEAN", ours.pixel_mean.tolist(), theirs.pixel_mean.tolist()),
                 ("MODEL.PIXEL_STD", ours.pixel_std.tolist(), theirs.pixel_std.tolist()),
             )
-            if convolution and a != b
+            if first and a != b
         ]
         if differs:
             raise ConfigError(
-                f"MODEL.CROSSKD.INHERIT: {convolution} would start from the teacher's "
+                f"MODEL.CROSSKD.INHERIT: {first[0]} would start from the teacher's "
                 f"({self._teacher.description}), which reads other images: {', '.join(differs)} "
-                "differ; make them equal, or name modules without the stem"
+                "differ; make them equal, or name modules without this layer"
             )
 
 

@@ -118,15 +118,10 @@ def build_class_map(
     """
     ours, theirs = student.roi_heads.num_classes, teacher.model.roi_heads.num_classes
     kd = cfg.MODEL.CROSSKD.TEACHER
-    if ours != theirs and kd.EVAL_AT_START:
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a teacher of the student's {ours} "
-            f"classes, this one ({teacher.description}) has {theirs}; set it to False"
-        )
     try:
         if class_map.parse(kd.CLASS_MAP)[0] in ("names", "pairs") and teacher.cfg is not None:
             register_cards(teacher.cfg.DATASETS.CARDS)  # its class names may stand only there
-        return class_map.resolve(
+        found = class_map.resolve(
             kd.CLASS_MAP,
             num_classes=(ours, theirs),
             names=(_class_names(cfg), _class_names(teacher.cfg)),
@@ -137,6 +132,13 @@ def build_class_map(
             f"MODEL.CROSSKD.TEACHER.CLASS_MAP: {error} (student: MODEL.ROI_HEADS.NUM_CLASSES "
             f"{ours}; teacher: {teacher.description})"
         ) from None
+    if kd.EVAL_AT_START and (found is None or not found.is_identity):
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a teacher of the student's {ours} "
+            f"classes in the same order, this one ({teacher.description}) has {theirs} of its own; "
+            "set it to False"
+        )
+    return found
 
 
 def _class_names(cfg: Optional[CfgNode]) -> Optional[Sequence[str]]:

@@ -162,6 +162,27 @@ def test_the_schedule_is_followed_in_training(files, tmp_path):
     assert values[39]["loss_cls_kd"] > 0 and values[39]["crosskd/factor"] == 1
 
 
+def test_a_run_inherits_at_its_start_and_not_when_it_is_resumed(files, tmp_path):
+    inherit = ("MODEL.CROSSKD.INHERIT", ("roi_heads.box_head", "backbone.fpn"))
+    config, out = write_config(files, tmp_path, *inherit)
+    run(config, "SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 0.0)
+    first = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    theirs = torch.load(files / "teacher.pth", weights_only=True)["model"]
+    for name in ("roi_heads.box_head.fc1.weight", "backbone.fpn_lateral3.weight"):
+        assert torch.equal(first[name], theirs[name])
+    name = "backbone.bottom_up.stem.conv1.weight"
+    assert not torch.equal(first[name], theirs[name])
+    checkpoint = torch.load(out / "model_final.pth", weights_only=True)
+    checkpoint["model"]["roi_heads.box_head.fc1.weight"] += 1  # what was learned since
+    torch.save(checkpoint, out / "model_final.pth")
+    run(config, "--resume", "SOLVER.MAX_ITER", 2)
+    last = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    name = "roi_heads.box_head.fc1.weight"
+    torch.testing.assert_close(last[name], first[name] + 1, rtol=0, atol=0.1)
+    log = (out / "log.txt").read_text()
+    assert log.count("INHERIT roi_heads.box_head: 4 of 4 tensors start from the teacher's") == 1
+
+
 def test_a_plain_config_trains_with_the_same_script(files, tmp_path):
     config, out = write_config(files, tmp_path)
     stock = (

@@ -1,0 +1,70 @@
+"""Two processes: what the distillation learns is synchronised by DDP."""
+
+import pytest
+import torch
+from common import distilling, tiny_batch, train_losses
+from detectron2.engine import create_ddp_model, launch
+from detectron2.utils import comm
+
+K = "MODEL.CROSSKD."
+# An adapter, a fusion with weights, and every loss; masks in their own case.
+OPTIONS = (
+    *(K + "FUSION.NAME", "attention", K + "FUSION.IN_FEATURES", ("pool", "fc1", "fc2")),
+    *("MODEL.PROPOSAL_GENERATOR.NAME", "CrossKDRPN", K + "LOSS.RPN_WEIGHT", 1.0),
+    *(K + "LOSS.FEATURE_WEIGHT", 1.0, K + "DIAGNOSTICS.GRAD_PERIOD", 1),
+)
+
+
+def gradients(model, batch, factor):
+    model.zero_grad()
+    getattr(model, "module", model).kd_factor = factor
+    losses, _ = train_losses(model, batch)
+    sum(losses.values()).backward()
+    student = getattr(model, "module", model)
+    return {n: p.grad.clone() for n, p in student.named_parameters() if p.requires_grad}
+
+
+def work(folder):
+    """One process: its own pictures, one of them without boxes in the second process."""
+    torch.set_num_threads(1)
+    rank = comm.get_rank()
+    student, _ = distilling(*OPTIONS)
+    alone, _ = distilling(*OPTIONS)
+    batch = tiny_batch(seed=rank, boxes_per_image=(2, 3 * (1 - rank)))
+    model = create_ddp_model(student, device_ids=None, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
+    results = []
+    for factor in (1.0, 0.0, 1.0):
+        own = gradients(alone, batch, factor)
+        shared = gradients(model, batch, factor)
+        optimizer.step()
+        alone.load_state_dict(student.state_dict())
+        results.append((own, shared))
+    state = {k: v for k, v in student.state_dict().items()}
+    torch.save({"gradients": results, "state": state}, f"{folder}/{rank}.pth")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ddp"))
+    launch(work, 2, dist_url="auto", args=(folder,))
+    return [torch.load(f"{folder}/{rank}.pth") for rank in range(2)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
+def test_the_gradient_is_the_mean_of_both_processes_learned_fusion_included(two):
+    for (own_0, shared_0), (own_1, shared_1) in zip(two[0]["gradients"], two[1]["gradients"]):
+        assert any(n.startswith("fusion.adapters") for n in shared_0)
+        assert any(n.startswith("fusion.combine") for n in shared_0)
+        for name, gradient in shared_0.items():
+            torch.testing.assert_close(gradient, shared_1[name], rtol=0, atol=0)
+            expected = (own_0[name] + own_1[name]) / 2
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    first = two[0]["gradients"][0]
+    assert not torch.equal(first[0]["fusion.combine.biases"], first[1]["fusion.combine.biases"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
+def test_both_processes_end_with_the_same_weights(two):
+    for name, value in two[0]["state"].items():
+        assert torch.equal(value, two[1]["state"][name]), name

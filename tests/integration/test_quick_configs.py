@@ -1,0 +1,126 @@
+"""Every config of configs/quick trains, resumes and evaluates, on a few pictures."""
+
+import glob
+import importlib.util
+import json
+import os
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+
+from crosskd_ifc.runs import Run
+from crosskd_ifc.shapes import generate, register_coarse_shapes, register_shapes
+
+ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
+QUICK = os.path.join(ROOT, "configs", "quick")
+SMALL = ("SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 0, "SOLVER.BASE_LR", 0.001)
+
+
+def load_train_net():
+    path = os.path.join(ROOT, "tools", "train_net.py")
+    spec = importlib.util.spec_from_file_location("train_net_quick", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def configs():
+    files = glob.glob(os.path.join(QUICK, "**", "*.yaml"), recursive=True)
+    names = sorted(os.path.relpath(f, QUICK) for f in files)
+    return [n for n in names if not os.path.basename(n).startswith("Base")]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folder with four generated pictures for each split."""
+    root = str(tmp_path_factory.mktemp("pictures") / "shapes")
+    sizes = {"train": 4, "val": 2, "test": 2}
+    generate(root, num_images=sizes)
+    return root, sizes
+
+
+@pytest.fixture
+def few_pictures(pictures):
+    """The built-in data sets, with only these pictures."""
+    names = [n for n in DatasetCatalog if n.startswith("crosskd_shapes")]
+    kept = {n: (DatasetCatalog.pop(n), MetadataCatalog.pop(n)) for n in names}
+    register_shapes(root=pictures[0], num_images=pictures[1])
+    register_coarse_shapes()
+    yield
+    for name, (load, metadata) in kept.items():
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+        DatasetCatalog.register(name, load)
+        MetadataCatalog[name] = metadata
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Teacher config -> file of its (random) weights, made when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("teachers"), {}
+
+    def weights(config):
+        if config not in made:
+            name = os.path.basename(config).replace(".yaml", "")
+            torch.manual_seed(0)
+            model = build_model(Run("", config, "").cfg())
+            DetectionCheckpointer(model, str(folder)).save(name)
+            made[config] = str(folder / f"{name}.pth")
+        return made[config]
+
+    return weights
+
+
+@pytest.mark.parametrize("config", configs())
+def test_a_quick_config_trains_resumes_and_evaluates(config, few_pictures, teachers, tmp_path):
+    path = os.path.join("quick", config)
+    cfg = Run("", path, "").cfg()
+    opts = [*SMALL, "OUTPUT_DIR", tmp_path / "run", "TEST.EVAL_PERIOD", 2]
+    teacher = cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE
+    if teacher:
+        opts += ["MODEL.CROSSKD.TEACHER.WEIGHTS", teachers(teacher)]
+    if cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD:
+        opts += ["MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD", 1]
+    train_net = load_train_net()
+
+    def run(*more):
+        arguments = [*more, *opts] if more and more[0] == "--resume" else [*opts, *more]
+        arguments = ["--config-file", path, *map(str, arguments)]
+        return train_net.main(default_argument_parser().parse_args(arguments))
+
+    run("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 0)
+    first = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    assert first["iteration"] == 0
+    run("--resume", "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ())
+    last = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    assert last["iteration"] == 1 and last["model"].keys() == first["model"].keys()
+    for name, value in last["model"].items():
+        assert torch.isfinite(value).all(), name
+    # What the distillation learns is in the checkpoint, and moves.
+    learned = [n for n in last["model"] if n.startswith("fusion.")]
+    for name in learned:
+        assert not torch.equal(first["model"][name], last["model"][name]), name
+    with open(tmp_path / "run" / "metrics.json") as f:
+        lines = [json.loads(line) for line in f]
+    assert max(line["iteration"] for line in lines if "total_loss" in line) >= 1
+    evaluated = {key.split("/")[0] for line in lines for key in line if key.endswith("/AP")}
+    assert evaluated == ({"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"})
+    distilled = {key for line in lines for key in line if key.endswith("_kd")}
+    assert distilled == expected_losses(cfg)
+    if cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD:
+        assert any("crosskd/grad_cosine_shared" in line for line in lines)
+
+
+def expected_losses(cfg):
+    kd = cfg.MODEL.CROSSKD
+    if not kd.TEACHER.CONFIG_FILE:
+        return set()
+    wanted = {"loss_cls_kd": True, "loss_box_reg_kd": True}
+    wanted["loss_mask_kd"] = cfg.MODEL.MASK_ON and kd.LOSS.MASK_WEIGHT > 0
+    wanted["loss_feature_kd"] = kd.LOSS.FEATURE_WEIGHT > 0
+    wanted["loss_rpn_kd"] = kd.LOSS.RPN_WEIGHT > 0
+    return {key for key, is_wanted in wanted.items() if is_wanted}
