@@ -33,7 +33,7 @@ def test_without_combining_the_loss_is_the_sum_of_pkd_over_the_levels():
     student, teacher = distilling(*PLAIN)
     batch = tiny_batch()
     ours, theirs = features(student, batch), features(teacher, batch)
-    expected = 2 * sum(pkd(ours[l], theirs[l]) for l in LEVELS)
+    expected = 2 * sum(pkd(ours[x], theirs[x]) for x in LEVELS)
     torch.testing.assert_close(train_losses(student, batch)[0]["loss_feature_kd"], expected)
 
 

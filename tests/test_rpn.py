@@ -53,7 +53,7 @@ def test_the_loss_is_the_documented_formula_on_the_sampled_anchors():
     result, _ = train_losses(student, batch)
     # The teacher's answers in the order of its own RPN's forward.
     theirs = teacher.proposal_generator
-    theirs.losses = lambda a, logits, l, deltas, b: seen.update(
+    theirs.losses = lambda a, logits, labels, deltas, boxes: seen.update(
         t=torch.cat(logits, 1), dt=torch.cat(deltas, 1)
     )
     with torch.no_grad(), EventStorage():

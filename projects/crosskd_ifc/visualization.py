@@ -28,16 +28,14 @@ def predict_all(student: CrossKDRCNN, batched_inputs: List[dict]) -> Dict[str, L
         batched_inputs: raw images, as a test loader gives them.
 
     Returns:
-        "teacher", "cross-head" and "student" -> one :class:`Instances` per image, on the CPU, in
-        pixels of the images' "height" and "width".
+        "teacher", "cross-head" (only with ``MIMIC`` "cross_head") and "student" -> one
+        :class:`Instances` per image, on the CPU, in pixels of the images' "height" and "width".
     """
-    swapped = student.teacher.swap_channels(batched_inputs)
     with torch.no_grad():
-        results = {
-            "teacher": student.teacher.model(swapped),
-            "cross-head": student.cross_head_inference(batched_inputs),
-            "student": student(batched_inputs),
-        }
+        results = {"teacher": student.teacher.model(student.teacher.swap_channels(batched_inputs))}
+        if hasattr(student, "fusion"):
+            results["cross-head"] = student.cross_head_inference(batched_inputs)
+        results["student"] = student(batched_inputs)
     return {k: [x["instances"].to("cpu") for x in v] for k, v in results.items()}
 
 
@@ -47,15 +45,17 @@ def draw_boxes(
     labels: Sequence[str],
     colors: Sequence[Tuple[float, float, float]],
     *,
+    masks: Optional[np.ndarray] = None,
     height: int = 320,
 ) -> np.ndarray:
-    """An enlarged copy of an image with labelled boxes, drawn by detectron2's visualizer.
+    """A resized copy of an image with labelled boxes, drawn by detectron2's visualizer.
 
     Args:
         image: (H, W, 3) RGB uint8.
         boxes: (B, 4) xyxy in pixels of ``image``.
         labels: B texts.
         colors: B RGB colours in [0, 1].
+        masks: (B, H, W) binary.
         height: height of the result in pixels, so that labels stay readable on small images.
 
     Returns:
@@ -66,9 +66,16 @@ def draw_boxes(
 
     scale = height / image.shape[0]
     size = (round(image.shape[1] * scale), height)
-    canvas = Visualizer(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC))
+    smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+    canvas = Visualizer(cv2.resize(image, size, interpolation=smooth))
+    if masks is not None:
+        masks = [cv2.resize(m.astype(np.float32), size) > 0.5 for m in masks]
     canvas.overlay_instances(
-        boxes=boxes * scale, labels=list(labels), assigned_colors=list(colors), alpha=0.9
+        boxes=boxes * scale,
+        labels=list(labels),
+        masks=masks,
+        assigned_colors=list(colors),
+        alpha=0.4,
     )
     return canvas.output.get_image()
 
@@ -83,16 +90,20 @@ def comparison_picture(
     """Write a grid of pictures, one row per image and one titled column per model, as PNG.
 
     Args:
-        rows: column name -> (H, W, 3) RGB uint8 picture.
+        rows: column name -> (H, W, 3) RGB uint8 picture, equal sizes within a row.
         path: file to write.
         columns: the columns, from left to right.
         title: a line above the grid.
     """
-    plt = _pyplot()
+    plt = pyplot()
+    shapes = [row[columns[0]].shape for row in rows]
+    width = 3 / 320 * max(shape[1] for shape in shapes)  # of a column, in inches
+    ratios = [shape[0] / shape[1] for shape in shapes]
     figure, axes = plt.subplots(
         len(rows),
         len(columns),
-        figsize=(3 * len(columns), 3.05 * len(rows) + 0.5),
+        figsize=(width * len(columns), (width + 0.05) * sum(ratios) + 0.5),
+        height_ratios=ratios,
         squeeze=False,
         layout="constrained",
     )
@@ -104,7 +115,7 @@ def comparison_picture(
         axis.set_title(column, fontsize=13)
     if title:
         figure.suptitle(title, fontsize=13)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def compare_on_dataset(
@@ -130,41 +141,99 @@ def compare_on_dataset(
         images: number of rows.
         threshold: detections below this score aren't drawn.
     """
+    chosen = spread_evenly(images, len(ground_truth))
+    compare_detections(
+        student,
+        [loader.dataset[i] for i in chosen],
+        dict.fromkeys(COLUMNS, class_names),
+        path,
+        annotations=[ground_truth[i]["annotations"] for i in chosen],
+        threshold=threshold,
+    )
+
+
+def compare_detections(
+    student: CrossKDRCNN,
+    inputs: Sequence[dict],
+    class_names: Mapping[str, Sequence[str]],
+    path: str,
+    *,
+    annotations: Optional[Sequence[List[dict]]] = None,
+    threshold: float = 0.5,
+) -> None:
+    """Write ground truth | teacher | cross-head | student for some images, with masks where there
+    are any.
+
+    Args:
+        student: with a teacher attached; it is put into evaluation mode.
+        inputs: the images, as detectron2's test mapper gives them, "file_name" included.
+        class_names: column of ``COLUMNS`` -> names of its classes. Classes of equal names are drawn
+            in equal colours.
+        path: PNG to write.
+        annotations: for each image those of its data set; None leaves the column out, as does a
+            student without a cross-head.
+        threshold: detections below this score aren't drawn.
+    """
     from detectron2.data.detection_utils import read_image
-    from detectron2.structures import BoxMode
 
     student.eval()
-    palette = _bright_colors(len(class_names))
-    wanted = set(np.linspace(0, len(ground_truth) - 1, images + 2).round().astype(int)[1:-1])
+    names = list(dict.fromkeys(name for column in class_names.values() for name in column))
+    palette = dict(zip(names, _bright_colors(len(names))))
     rows = []
-    for index, (inputs, truth) in enumerate(zip(loader, ground_truth)):
-        if index not in wanted:
-            continue
-        picture = read_image(truth["file_name"], "RGB")
-        boxes = [
-            BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
-            for a in truth["annotations"]
-        ]
-        found = {"ground truth": (boxes, [a["category_id"] for a in truth["annotations"]], None)}
-        for name, instances in predict_all(student, inputs).items():
-            kept = instances[0][instances[0].scores >= threshold]
-            found[name] = (
-                kept.pred_boxes.tensor.numpy(),
-                kept.pred_classes.tolist(),
-                kept.scores.tolist(),
-            )
+    for i, one in enumerate(inputs):
+        picture = read_image(one["file_name"], "RGB")
+        found = {name: instances[0] for name, instances in predict_all(student, [one]).items()}
+        found = {name: x[x.scores >= threshold] for name, x in found.items()}
+        if annotations is not None:
+            with_masks = found["student"].has("pred_masks")
+            found["ground truth"] = _truth(annotations[i], picture.shape[:2], with_masks)
         rows.append(
-            {name: _draw(picture, *result, class_names, palette) for name, result in found.items()}
+            {
+                column: _draw(picture, instances, class_names[column], palette)
+                for column, instances in found.items()
+            }
         )
-    comparison_picture(rows, path, title=f"Detections with a score of at least {threshold}")
+    columns = [column for column in COLUMNS if column in rows[0]]
+    title = f"Detections with a score of at least {threshold:g}"
+    comparison_picture(rows, path, columns=columns, title=title)
 
 
-def _draw(picture, boxes, classes, scores: Optional[List[float]], class_names, palette):
-    labels = [class_names[c] for c in classes]
-    if scores is not None:
-        labels = [f"{label} {score:.0%}" for label, score in zip(labels, scores)]
-    colors = [palette[c % len(palette)] for c in classes]
-    return draw_boxes(picture, np.asarray(boxes).reshape(-1, 4), labels, colors)
+def spread_evenly(count: int, total: int) -> List[int]:
+    """``count`` indices, or all if there are fewer, spread evenly over ``range(total)``."""
+    if count + 2 > total:  # no room to stay away from both ends
+        return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+    return np.linspace(0, total - 1, count + 2).round().astype(int)[1:-1].tolist()
+
+
+def _truth(annotations: List[dict], size: Tuple[int, int], with_masks: bool) -> Instances:
+    """Annotations in the fields of detections; crowds are left out, as detectron2's mapper does."""
+    from detectron2.data.detection_utils import annotations_to_instances
+
+    with_masks = with_masks and all("segmentation" in a for a in annotations)
+    keys = ("bbox", "bbox_mode", "category_id", *(("segmentation",) if with_masks else ()))
+    single = [{k: a[k] for k in keys} for a in annotations if not a.get("iscrowd", 0)]
+    truth = annotations_to_instances(single, size, mask_format="bitmask")
+    instances = Instances(size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes)
+    if truth.has("gt_masks"):
+        instances.pred_masks = truth.gt_masks.tensor
+    return instances
+
+
+def _draw(picture: np.ndarray, instances: Instances, class_names, palette) -> np.ndarray:
+    names = [class_names[c] for c in instances.pred_classes.tolist()]
+    labels = names
+    if instances.has("scores"):
+        labels = [f"{name} {score:.0%}" for name, score in zip(names, instances.scores.tolist())]
+    height, width = picture.shape[:2]
+    return draw_boxes(
+        picture,
+        instances.pred_boxes.tensor.numpy(),
+        labels,
+        [palette[name] for name in names],
+        masks=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
+        # Small pictures are enlarged and big ones reduced, both to a readable column.
+        height=round(height / width * min(max(width, 320), 480)),
+    )
 
 
 def read_metrics(path: str) -> List[dict]:
@@ -191,7 +260,7 @@ def plot_curves(
         metric: the evaluation metric.
         title: a line above the plots.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
     panels = {
         metric: f"{metric.split('/')[-1]} on the test set",
@@ -216,7 +285,7 @@ def plot_curves(
             axis.legend(fontsize=9)
     if title:
         figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _bright_colors(count: int) -> List[Tuple[float, float, float]]:
@@ -224,7 +293,7 @@ def _bright_colors(count: int) -> List[Tuple[float, float, float]]:
     return [colorsys.hsv_to_rgb(i / count, 0.75, 1.0) for i in range(count)]
 
 
-def _pyplot():
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,7 +302,7 @@ def _pyplot():
     return plt
 
 
-def _save(figure, path: str) -> None:
+def save_figure(figure, path: str) -> None:
     with PathManager.open(path, "wb") as f:
         figure.savefig(f, format="png", dpi=100)
-    _pyplot().close(figure)
+    pyplot().close(figure)

@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Draws what a student and its teacher make of the same images: two pictures, in seconds.
+
+    python tools/visualize.py --config-file CONFIG MODEL.WEIGHTS model_final.pth [KEY VALUE ...]
+    python tools/visualize.py --config-file CONFIG --images a.jpg b.png MODEL.WEIGHTS ...
+
+detections.png: ground truth (of a data set), teacher, cross-head and student side by side.
+features.png: where each level of the student's feature pyramid responds more (red) or less (blue)
+than the teacher's. CONFIG is the student's, with its teacher; a plain student's weights do, too.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from typing import List, Optional
+
+from detectron2.config import get_cfg
+
+from crosskd_ifc import ConfigError, add_crosskd_ifc_config
+from crosskd_ifc.config import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.inspection import inspect_pair
+
+
+def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="the student's config")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--images", nargs="+", default=[], metavar="FILE", help="images to draw")
+    source.add_argument("--dataset", help="draw some of its images [first of DATASETS.TEST]")
+    parser.add_argument("--num", type=int, default=4, help="how many of them [4]")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn [0.5]")
+    parser.add_argument("--output", metavar="OUT", help="folder, or X.png [OUTPUT_DIR/pictures]")
+    parser.add_argument("--force", action="store_true", help="replace existing pictures")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides")
+    args = parser.parse_args(argv)
+    # argparse takes all words after --images for files, the overrides too.
+    is_key = [word.split(".")[0] in get_cfg() and not os.path.exists(word) for word in args.images]
+    if any(is_key):
+        first = is_key.index(True)
+        args.images, args.opts = args.images[:first], args.images[first:] + args.opts
+        if not args.images:
+            parser.error("--images: there is no file before the first KEY")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    path, _ = find_config(args.config_file, key="--config-file")
+    merge_from_file(cfg, path, key="--config-file")
+    merge_from_list(cfg, args.opts, key="command line")
+    if args.dataset:
+        cfg.DATASETS.TEST = (args.dataset,)
+    cfg.freeze()
+    out = args.output or os.path.join(cfg.OUTPUT_DIR, "pictures")
+    options = dict(number=args.num, threshold=args.threshold, force=args.force)
+    for file in inspect_pair(cfg, out, images=args.images, **options):
+        print(f"Wrote {file}")
+
+
+def invoke_main(argv: Optional[List[str]] = None) -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("crosskd_ifc").setLevel(logging.INFO)  # the generation of the data set
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # advice to torch's own developers
+    try:
+        main(parse(argv))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    invoke_main()
