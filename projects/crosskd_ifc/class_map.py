@@ -203,8 +203,8 @@ def _same_order(num_classes, names, needed_by: str) -> ClassMap:
 def _known(names: Optional[Sequence[str]], whose: str) -> Sequence[str]:
     if not names:
         raise ValueError(
-            f"{whose} class names are not known: its DATASETS.TRAIN names no registered data set "
-            "with thing_classes; give pairs of class indices"
+            f"{whose} class names are not known: its DATASETS.TRAIN and TEST name no "
+            "registered data set with a name for each class; give pairs of class indices"
         )
     return names
 

@@ -1,14 +1,15 @@
 """Pictures of what a trained student and its teacher make of given images, from a config."""
 
 import os
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
+from . import pair
 from .checkpoints import refuse_overwriting
 from .config import ConfigError, distillation_requested
 from .feature_maps import compare_features
@@ -99,29 +100,19 @@ def load_inputs(cfg: CfgNode, records: Sequence[dict], source: str) -> List[dict
 def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
     """The names of the classes in each column of the picture of detections.
 
-    They are those of the first data set in DATASETS.TRAIN, then TEST, that has a name for each of
-    the model's classes, else numbers. A teacher whose names aren't known has the student's, unless
-    ``TEACHER.CLASS_MAP`` says that its classes are others.
+    Numbers where :func:`crosskd_ifc.pair.class_names` knows none. A teacher whose names aren't
+    known has the student's, unless ``TEACHER.CLASS_MAP`` says that its classes are others.
 
     Args:
         cfg: the student's config.
         teacher: the attached teacher.
     """
-    ours, theirs = _known_names(cfg), _known_names(teacher.cfg)
+    ours, theirs = pair.class_names(cfg), pair.class_names(teacher.cfg)
     if theirs is None and not cfg.MODEL.CROSSKD.TEACHER.CLASS_MAP:
         theirs = ours
     ours = ours or [str(i) for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
     theirs = theirs or [str(i) for i in range(teacher.model.roi_heads.num_classes)]
     return {column: theirs if column in ("teacher", "cross-head") else ours for column in COLUMNS}
-
-
-def _known_names(cfg: Optional[CfgNode]) -> Optional[Sequence[str]]:
-    for name in () if cfg is None else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if name in DatasetCatalog:
-            names = MetadataCatalog.get(name).get("thing_classes", None)
-            if names and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-                return names
-    return None
 
 
 def _check(cfg: CfgNode) -> None:

@@ -124,7 +124,7 @@ def build_class_map(
         found = class_map.resolve(
             kd.CLASS_MAP,
             num_classes=(ours, theirs),
-            names=(_class_names(cfg), _class_names(teacher.cfg)),
+            names=(class_names(cfg), class_names(teacher.cfg)),
             needed_by=needed_by,
         )
     except (FileNotFoundError, ValueError) as error:
@@ -141,13 +141,21 @@ def build_class_map(
     return found
 
 
-def _class_names(cfg: Optional[CfgNode]) -> Optional[Sequence[str]]:
-    """The class names of a config's training data, None where they aren't known."""
-    names = cfg.DATASETS.TRAIN if cfg is not None else ()
-    if not names or names[0] not in DatasetCatalog:
-        return None
-    classes = MetadataCatalog.get(names[0]).get("thing_classes", None)
-    return classes if classes and len(classes) == cfg.MODEL.ROI_HEADS.NUM_CLASSES else None
+def class_names(cfg: Optional[CfgNode]) -> Optional[Sequence[str]]:
+    """The names of a model's classes, None where they aren't known.
+
+    They are those of the first data set in DATASETS.TRAIN, then TEST, that is registered with a
+    name for each of the model's classes.
+
+    Args:
+        cfg: the model's config, None if it has none.
+    """
+    for name in () if cfg is None else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if name in DatasetCatalog:
+            names = MetadataCatalog.get(name).get("thing_classes", None)
+            if names and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+                return names
+    return None
 
 
 def build_fusion(kd: CfgNode, student: nn.Module, teacher: Teacher) -> FeatureFusion:

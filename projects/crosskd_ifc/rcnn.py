@@ -47,6 +47,11 @@ class CrossKDRCNN(GeneralizedRCNN):
                 self.fusion = self._distiller.fusion.to(self.device)
         self.teacher = teacher
 
+    @property
+    def has_cross_head(self) -> bool:
+        """Whether a teacher is attached whose head reads this student (``MIMIC`` "cross_head")."""
+        return self._distiller is not None and self._distiller.fusion is not None
+
     def inherit_weights(self) -> None:
         """Start from the teacher's weights, as ``MODEL.CROSSKD.INHERIT`` says.
 
@@ -80,7 +85,7 @@ class CrossKDRCNN(GeneralizedRCNN):
         Returns:
             As ``forward`` in evaluation; classes are the teacher's.
         """
-        if self._distiller is None or self._distiller.fusion is None:
+        if not self.has_cross_head:
             raise RuntimeError("without an attached teacher (MIMIC cross_head) there is none")
         results = self._distiller.detect(self, batched_inputs)
         return self._postprocess(results, batched_inputs, [r.image_size for r in results])

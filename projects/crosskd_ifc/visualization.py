@@ -33,7 +33,7 @@ def predict_all(student: CrossKDRCNN, batched_inputs: List[dict]) -> Dict[str, L
     """
     with torch.no_grad():
         results = {"teacher": student.teacher.model(student.teacher.swap_channels(batched_inputs))}
-        if hasattr(student, "fusion"):
+        if student.has_cross_head:
             results["cross-head"] = student.cross_head_inference(batched_inputs)
         results["student"] = student(batched_inputs)
     return {k: [x["instances"].to("cpu") for x in v] for k, v in results.items()}
