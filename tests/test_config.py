@@ -31,7 +31,7 @@ CASES = {
     ),
     "a mask setting without masks": (
         (K + "LOSS.MASK_WEIGHT", 2.0),
-        "LOSS.MASK_WEIGHT is 2.0, but.*MASK_ON False.*default, 1.0",
+        "LOSS.MASK_WEIGHT is 2.0, but.*MASK_ON False.*default, 10.0",
     ),
     "negative feature weight": ((K + "LOSS.FEATURE_WEIGHT", -1.0), "LOSS.FEATURE_WEIGHT is -1.0"),
     "negative RPN weight": ((K + "LOSS.RPN_WEIGHT", -1.0), "LOSS.RPN_WEIGHT is -1.0"),

@@ -18,7 +18,8 @@ MASKS = (
 )
 STUDENT_HEAD = (K + "MIMIC", "student_head")
 TRUTH = (K + "LOSS.MASK_CHANNELS", "ground_truth")
-MEAN = (K + "LOSS.MASK_REDUCTION", "mean")
+PUBLISHED = (K + "LOSS.MASK_REDUCTION", "published")
+WEIGHT_1 = (K + "LOSS.MASK_WEIGHT", 1.0)
 
 
 def visible_masks(model):
@@ -64,7 +65,7 @@ def cross_masks(teacher, step):
     return heads.mask_head.layers(heads.mask_pooler(features, step_boxes(step)))
 
 
-@pytest.mark.parametrize("opts", [(), STUDENT_HEAD, TRUTH, MEAN, (*STUDENT_HEAD, *TRUTH)])
+@pytest.mark.parametrize("opts", [(), STUDENT_HEAD, TRUTH, PUBLISHED, (*STUDENT_HEAD, *TRUTH)])
 def test_a_student_that_is_its_own_teacher_has_no_mask_loss(opts):
     cfg = tiny_cfg(*MASKS, *opts)
     torch.manual_seed(3)
@@ -80,7 +81,8 @@ def test_the_loss_is_the_focal_loss_of_the_students_pyramid_in_the_teachers_head
     resolution, reduction
 ):
     size = ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", resolution)
-    student, teacher = mask_pair(K + "LOSS.MASK_REDUCTION", reduction, teacher_opts=size)
+    weight = (K + "LOSS.MASK_WEIGHT", 3.0, K + "LOSS.MASK_REDUCTION", reduction)
+    student, teacher = mask_pair(*weight, teacher_opts=size)
     inputs = batch()
     step = recorded(student, inputs)
     z, t = cross_masks(teacher, step), teacher_masks(teacher, step, inputs)
@@ -89,13 +91,13 @@ def test_the_loss_is_the_focal_loss_of_the_students_pyramid_in_the_teachers_head
     normalizer = 32 if reduction == "published" else z.numel()  # 32: RoIs of both images
     expected = losses.quality_focal(*rows, beta=1.0, normalizer=normalizer)
     result, _ = train_losses(student, inputs)
-    torch.testing.assert_close(result["loss_mask_kd"], expected)
+    torch.testing.assert_close(result["loss_mask_kd"], 3 * expected)
     assert expected > 0
 
 
 def test_the_ground_truth_channel_is_the_one_that_the_class_map_says():
     order = ((0, 2), (1, 0), (2, ""))
-    student, teacher = mask_pair(*TRUTH, *MEAN, K + "TEACHER.CLASS_MAP", order)
+    student, teacher = mask_pair(*TRUTH, *WEIGHT_1, K + "TEACHER.CLASS_MAP", order)
     inputs = batch()
     step = recorded(student, inputs)
     classes = torch.cat([x.gt_classes for x in step.heads.mask.instances])
@@ -121,7 +123,7 @@ def test_the_gradient_reaches_the_pyramid_but_not_the_students_mask_head():
 
 
 def test_student_head_compares_the_students_own_masks():
-    student, teacher = mask_pair(*STUDENT_HEAD)
+    student, teacher = mask_pair(*STUDENT_HEAD, *PUBLISHED, *WEIGHT_1)
     inputs = batch()
     step = recorded(student, inputs)
     rows = [
@@ -136,7 +138,7 @@ def test_student_head_compares_the_students_own_masks():
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0])
-@pytest.mark.parametrize("opts", [(), STUDENT_HEAD, (*TRUTH, *MEAN)])
+@pytest.mark.parametrize("opts", [(), STUDENT_HEAD, (*TRUTH, *PUBLISHED)])
 def test_without_positive_rois_the_loss_is_a_connected_zero(opts, factor):
     student, _ = mask_pair(*opts, "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False)
     student.kd_factor = factor

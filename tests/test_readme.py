@@ -34,6 +34,16 @@ def test_the_demos_table_is_that_of_the_recorded_runs(arm):
     assert f"| {TITLES[arm]} | {' | '.join(cells)} |" in read("README.md")
 
 
+def test_the_table_of_mask_losses_is_that_of_the_recorded_runs():
+    runs = json.loads(read("benchmarks", "mask_rcnn", "mask_loss.json"))["runs"]
+    text, prefix = read("docs", "options.md"), "MODEL.CROSSKD.LOSS.MASK_"
+    for run in runs:
+        names = [run["opts"].get(prefix + key) for key in ("REDUCTION", "CHANNELS")]
+        cells = f"| `{names[0]}` | `{names[1]}`" if names[0] else "| (no mask loss) |"
+        weight = f"{run['opts'][prefix + 'WEIGHT']:g}"
+        assert f"{cells} | {weight} | {run['mask_AP']:.1f} | {run['AP']:.1f} |" in text
+
+
 @pytest.mark.parametrize("document", ["README.md", "tools/README.md", "docs/options.md"])
 def test_files_that_a_document_names_exist(document):
     text = read(document)
