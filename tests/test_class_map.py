@@ -1,9 +1,13 @@
 """The map between two label sets, and predictions that are compared through it."""
 
+import json
+
 import pytest
 import torch
+import yaml
 from common import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.class_map import ClassMap, parse, resolve
@@ -52,7 +56,8 @@ def test_equal_counts_with_other_names_are_refused_only_where_classes_are_compar
     names = (("cat", "dog"), ("dog", "cat"))
     with pytest.raises(ValueError, match="class 0 is 'cat' for the student and 'dog' for the"):
         resolve((), num_classes=(2, 2), names=names, needed_by="this")
-    assert resolve((), num_classes=(2, 2), names=names).is_identity
+    assert resolve((), num_classes=(2, 2), names=names) is None
+    assert resolve((), num_classes=(2, 2), names=(names[0], None)).is_identity
     assert resolve(("names",), num_classes=(2, 2), names=names).teacher_classes == (1, 0)
 
 
@@ -133,21 +138,87 @@ def named():
     return register
 
 
-def test_names_come_from_the_training_data_of_both(named, tmp_path):
-    ours, theirs = named("map_student", "abc"), named("map_teacher", "bxcad")
-    teacher_cfg = tiny_cfg(*theirs, "MODEL.ROI_HEADS.NUM_CLASSES", 5)
-    (tmp_path / "teacher.yaml").write_text(teacher_cfg.dump())
-    torch.save({"model": tiny_model(teacher_cfg).state_dict()}, tmp_path / "teacher.pth")
-    files = (
-        *(K + "TEACHER.CONFIG_FILE", str(tmp_path / "teacher.yaml")),
-        *(K + "TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")),
+def teacher_files(folder, *opts):
+    """Options that name a teacher's config and weights, made with ``opts``."""
+    cfg = tiny_cfg(*opts)
+    (folder / "teacher.yaml").write_text(cfg.dump())
+    torch.save({"model": tiny_model(cfg, seed=2).state_dict()}, folder / "teacher.pth")
+    return (
+        *(K + "TEACHER.CONFIG_FILE", str(folder / "teacher.yaml")),
+        *(K + "TEACHER.WEIGHTS", str(folder / "teacher.pth")),
     )
-    cfg = tiny_cfg(*STUDENT_HEAD, *ours, *files, K + "TEACHER.CLASS_MAP", ("names",))
+
+
+def found_map(*opts):
+    """The map of a student-head student with these options."""
+    cfg = tiny_cfg(*STUDENT_HEAD, *opts)
     student = tiny_model(cfg)
     attach_teacher(student, cfg)
-    trace_map = student._distiller.box.mimic._class_map
-    assert trace_map.teacher_classes == (3, 0, 2)
     assert train_losses(student.train(), tiny_batch())[0]["loss_cls_kd"] > 0
+    return student._distiller.box.mimic._class_map.teacher_classes
+
+
+NAMES = (K + "TEACHER.CLASS_MAP", ("names",))
+
+
+def test_names_come_from_the_training_data_of_both(named, tmp_path):
+    ours, theirs = named("map_student", "abc"), named("map_teacher", "bxcad")
+    files = teacher_files(tmp_path, *theirs, "MODEL.ROI_HEADS.NUM_CLASSES", 5)
+    assert found_map(*ours, *files, *NAMES) == (3, 0, 2)
+
+
+def card(folder, name, classes):
+    """A card of a data set whose files are not there."""
+    content = {"name": name, "format": "coco", "root": ".", "classes": list(classes)}
+    content |= {"splits": {"train": {"json": "t.json", "images": "t"}}, "evaluator": "coco"}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return ("DATASETS.CARDS", (str(folder / f"{name}.yaml"),), "DATASETS.TRAIN", (f"{name}_train",))
+
+
+def test_names_that_stand_in_the_cards_of_both_are_compared_by_default_too(tmp_path):
+    ours = card(tmp_path, "ours", "abc")
+    files = teacher_files(tmp_path, *card(tmp_path, "theirs", "cab"))
+    assert found_map(*ours, *files, *NAMES) == (1, 2, 0)
+    with pytest.raises(ConfigError, match="class 0 is 'a' for the student and 'c' for the teacher"):
+        found_map(*ours, *files)
+
+
+def test_names_that_a_data_set_knows_only_when_it_is_loaded_are_compared(tmp_path):
+    for name, classes in (("late_student", "abc"), ("late_teacher", "cab")):
+        categories = [{"id": i + 1, "name": c} for i, c in enumerate(classes)]
+        coco = {"images": [], "annotations": [], "categories": categories}
+        (tmp_path / f"{name}.json").write_text(json.dumps(coco))
+        register_coco_instances(name, {}, str(tmp_path / f"{name}.json"), str(tmp_path))
+    ours = ("DATASETS.TRAIN", ("late_student",))
+    files = teacher_files(tmp_path, "DATASETS.TRAIN", ("late_teacher",))
+    with pytest.raises(ConfigError, match="class 0 is 'a' for the student and 'c' for the teacher"):
+        found_map(*ours, *files)
+    assert found_map(*ours, *files, *NAMES) == (1, 2, 0)
+
+
+def test_names_that_are_nowhere_are_taken_as_equal_with_a_warning(named, tmp_path, caplog):
+    gone = ("DATASETS.CARDS", ("gone.yaml",), "DATASETS.TRAIN", ("gone_train",))
+    files = teacher_files(tmp_path, *gone)
+    ours = named("known_student", "abc")
+    assert found_map(*ours, *files) == (0, 1, 2)
+    assert "names of the teacher's classes aren't known" in caplog.text
+    indices = (K + "TEACHER.CLASS_MAP", ((0, 1), (1, 0), (2, 2)))
+    assert found_map(*ours, *files, *indices) == (1, 0, 2)
+    with pytest.raises(ConfigError, match="the teacher's class names are not known"):
+        found_map(*ours, *files, *NAMES)
+
+
+def test_classes_that_differ_give_cross_head_no_statistics_by_class(named, tmp_path):
+    ours, theirs = named("map_student", "abc"), named("map_teacher", "cab")
+    cfg = tiny_cfg(*ours, *teacher_files(tmp_path, *theirs))
+    student = tiny_model(cfg)
+    attach_teacher(student, cfg)
+    _, storage = train_losses(student.train(), tiny_batch(), iteration=19)
+    assert "crosskd/agreement_cross_head" in storage.latest()
+    assert "crosskd/disagreement_truth" not in storage.latest()
+    cfg.MODEL.CROSSKD.TEACHER.EVAL_AT_START = True
+    with pytest.raises(ConfigError, match="EVAL_AT_START compares class by class, but class 0"):
+        attach_teacher(tiny_model(cfg), cfg)
 
 
 @pytest.mark.parametrize("opts", [STUDENT_HEAD, (K + "INHERIT", ("roi_heads.box_predictor",))])

@@ -48,6 +48,13 @@ CASES = {
         (FUSION + "IN_FEATURES", ("pool",), FUSION + "NAME", "none", FUSION + "ENTRY", "pool"),
         lambda m: [p for c in m.backbone.output_convs for p in c.parameters()],
     ),
+    "features only": (
+        (
+            *(K + "LOSS.CLS_WEIGHT", 0.0, K + "LOSS.BOX_WEIGHT", 0.0),
+            *(K + "LOSS.FEATURE_WEIGHT", 1.0),
+        ),
+        lambda m: [p for c in m.backbone.output_convs for p in c.parameters()],
+    ),
     "student_head": (STUDENT_HEAD, lambda m: list(m.roi_heads.box_head.fc2.parameters())),
 }
 
@@ -119,3 +126,20 @@ def test_a_teacher_that_knows_the_truth_does_not_disagree_with_it():
     assert found["background"][1] == 1 and found["class 1"][1] == 0
     # Each RoI is either background or class 1.
     assert found["background"][0] + found["class 1"][0] == pytest.approx(1)
+
+
+def test_frozen_layers_have_no_gradient_to_compare():
+    student, _ = distilling(*ON)
+    student.roi_heads.box_predictor.requires_grad_(False)
+    _, found = logged(student, 0)
+    assert found["grad_ratio_predictor"] == 0 and found["grad_ratio_shared"] > 0
+    student.roi_heads.requires_grad_(False)
+    _, found = logged(student, 0)
+    assert found == dict.fromkeys(NAMES, 0.0)
+
+
+def test_a_student_with_sigmoid_scores_has_no_best_class_to_agree():
+    student, _ = distilling("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)
+    _, storage = train_losses(student, tiny_batch(), iteration=19)
+    assert "crosskd/agreement_cross_head" in storage.latest()
+    assert "crosskd/agreement_student" not in storage.latest()

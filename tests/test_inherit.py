@@ -113,3 +113,35 @@ def test_disabled_distillation_inherits_nothing():
     attach_teacher(student, cfg, teacher=tiny_model(seed=5))
     student.inherit_weights()
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "opts, module, key",
+    [
+        (
+            ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (20.0, 20.0, 10.0, 10.0)),
+            "roi_heads.box_predictor.bbox_pred",
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",
+        ),
+        (
+            ("MODEL.RPN.BBOX_REG_WEIGHTS", (2.0, 2.0, 1.0, 1.0)),
+            "proposal_generator.rpn_head.anchor_deltas",
+            "MODEL.RPN.BBOX_REG_WEIGHTS",
+        ),
+        (
+            ("MODEL.ANCHOR_GENERATOR.SIZES", [[9], [16], [32], [48], [64]]),
+            "proposal_generator.rpn_head.objectness_logits",
+            "MODEL.ANCHOR_GENERATOR.SIZES",
+        ),
+    ],
+)
+def test_tensors_that_mean_something_else_are_left(opts, module, key, caplog):
+    modules = ("roi_heads.box_predictor", "proposal_generator")
+    with caplog.at_level(logging.INFO, "crosskd_ifc"):
+        before, student, teacher = inherited(I, modules, teacher_opts=opts)
+    assert torch.equal(student.state_dict()[f"{module}.weight"], before[f"{module}.weight"])
+    assert f"{module}.weight (it means something else: {key}" in caplog.text
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
+    with pytest.raises(ConfigError, match=f"nothing of '{module}'.*something else: {key}"):
+        distilling(I, (module,), teacher_opts=opts)

@@ -437,3 +437,21 @@ def test_a_distilled_checkpoint_has_stock_keys_plus_fusion_only():
     stock = build_model(tiny_cfg(architecture="GeneralizedRCNN"))
     missing, unexpected = stock.load_state_dict(student.state_dict(), strict=False)
     assert not missing and unexpected and all(k.startswith("fusion.") for k in unexpected)
+
+
+def test_a_refused_teacher_leaves_the_student_as_it_was():
+    cfg = tiny_cfg("MODEL.CROSSKD.INHERIT", ("nothing",))
+    student = tiny_model(cfg)
+    with pytest.raises(ConfigError):
+        attach_teacher(student, cfg, teacher=tiny_model(seed=2))
+    assert not any("kd" in k for k in train_losses(student.train(), tiny_batch())[0])
+    assert student.teacher is None and not student.has_cross_head
+
+
+def test_a_second_teacher_replaces_the_first_with_all_that_it_had_learned():
+    student, teacher = distilling(*fusion("attention", ("fc1", "fc2")))
+    cfg = tiny_cfg("MODEL.CROSSKD.MIMIC", "student_head")
+    attach_teacher(student, cfg, teacher=teacher)
+    assert not any(n.startswith("fusion.") for n, _ in student.named_parameters())
+    for name, gradient in gradients(student, tiny_batch()).items():
+        assert gradient is not None, name

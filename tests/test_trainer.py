@@ -1,6 +1,7 @@
 """The trainer's own parts: schedule, evaluators, data, refusals, and every config in configs/."""
 
 import glob
+import json
 import os
 import re
 
@@ -9,6 +10,7 @@ import torch
 import yaml
 from common import distilling, tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
@@ -41,6 +43,9 @@ def test_the_schedule_scales_with_the_reference_world_size_like_the_solver():
     assert stock.SOLVER.MAX_ITER == 4000
     assert (ours.START_ITER, ours.WARMUP_ITERS, ours.STOP_ITER) == (400, 200, -1)
     assert scale_schedule(cfg, 8) is cfg
+    short = tiny_cfg(S + "START_ITER", 999, S + "STOP_ITER", 1000, "SOLVER.REFERENCE_WORLD_SIZE", 1)
+    ours = scale_schedule(short, 8).MODEL.CROSSKD.SCHEDULE
+    assert (ours.START_ITER, ours.STOP_ITER) == (125, 126)
     assert cfg.MODEL.CROSSKD.SCHEDULE.START_ITER == 100
 
 
@@ -96,6 +101,20 @@ def test_the_training_data_loses_boxes_without_area_and_images_left_empty(datase
     assert "ropped 2 boxes" in caplog.text and "0.png" in caplog.text
 
 
+def test_a_wrong_class_count_of_a_data_set_that_is_named_late_is_refused_when_it_is_loaded(
+    tmp_path,
+):
+    coco = {"images": [{"id": 1, "file_name": "a.png", "height": 64, "width": 64}]}
+    coco["annotations"] = [
+        {"id": 1, "image_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0, "category_id": 1}
+    ]
+    coco["categories"] = [{"id": i + 1, "name": c} for i, c in enumerate("abcde")]
+    (tmp_path / "late.json").write_text(json.dumps(coco))
+    register_coco_instances("late", {}, str(tmp_path / "late.json"), str(tmp_path))
+    with pytest.raises(ConfigError, match="NUM_CLASSES is 3, but data set 'late' has 5 classes"):
+        CrossKDTrainer.build_train_loader(tiny_cfg("DATASETS.TRAIN", ("late",)))
+
+
 def _dicts_of(loader):
     """The dicts behind detectron2's loader, before the mapper."""
     node = loader
@@ -116,6 +135,20 @@ REFUSED = {
     "too many classes": (
         ("DATASETS.TEST", ("crosskd_shapes_test",), "MODEL.ROI_HEADS.NUM_CLASSES", 80),
         "NUM_CLASSES is 80.*crosskd_shapes_test.* 8",
+    ),
+    "no weight": (
+        (
+            *("MODEL.CROSSKD.ENABLED", True, "MODEL.CROSSKD.TEACHER.CONFIG_FILE", "t.yaml"),
+            *("MODEL.CROSSKD.LOSS.CLS_WEIGHT", 0.0, "MODEL.CROSSKD.LOSS.BOX_WEIGHT", 0.0),
+        ),
+        "CROSSKD.LOSS: all weights are 0.*ENABLED False",
+    ),
+    "a teacher's evaluation on nothing": (
+        (
+            *("MODEL.CROSSKD.ENABLED", True, "MODEL.CROSSKD.TEACHER.CONFIG_FILE", "t.yaml"),
+            *("MODEL.CROSSKD.TEACHER.EVAL_AT_START", True),
+        ),
+        "TEACHER.EVAL_AT_START True needs a data set in DATASETS.TEST",
     ),
     "no teacher": (("MODEL.CROSSKD.ENABLED", True), "TEACHER.CONFIG_FILE is empty"),
 }

@@ -95,6 +95,7 @@ class BoxDistiller:
         teacher: Teacher,
         mimic,
         class_map: Optional[ClassMap],
+        student_has_softmax: bool,
         cls_weight: float,
         temperature: float,
         box_weight: float,
@@ -105,6 +106,7 @@ class BoxDistiller:
             teacher: a :class:`GeneralizedRCNN` whose box head has known layers.
             mimic: a :class:`CrossHead` or :class:`StudentHead`.
             class_map: for statistics; None if the teacher has other classes.
+            student_has_softmax: its best class can be read from its logits; for statistics.
             cls_weight, temperature: of the classification loss.
             box_weight, box_type: of the box loss, "l1" or "giou".
         """
@@ -114,7 +116,7 @@ class BoxDistiller:
         self.cls_weight, self.temperature = cls_weight, temperature
         self.box_weight = box_weight
         self._box_loss = {"l1": self._box_l1, "giou": self._box_giou}[box_type]
-        self._class_map = class_map
+        self._class_map, self._student_has_softmax = class_map, student_has_softmax
         heads = teacher.model.roi_heads
         self._layers = BoxHeadLayers(heads.box_head, heads.box_pooler.output_size)
 
@@ -129,7 +131,7 @@ class BoxDistiller:
         kd = cfg.MODEL.CROSSKD
         box_type = kd.LOSS.BOX_TYPE or "l1"
         if kd.MIMIC == "student_head":
-            if box_type == "l1":
+            if box_type == "l1" and kd.LOSS.BOX_WEIGHT > 0:
                 _check_same_deltas(student, teacher)
             mimic = StudentHead(student, class_map)
         else:
@@ -138,6 +140,7 @@ class BoxDistiller:
             "teacher": teacher,
             "mimic": mimic,
             "class_map": class_map,
+            "student_has_softmax": not student.roi_heads.box_predictor.use_sigmoid_ce,
             "cls_weight": kd.LOSS.CLS_WEIGHT,
             "temperature": kd.LOSS.TEMPERATURE,
             "box_weight": kd.LOSS.BOX_WEIGHT,
@@ -217,7 +220,8 @@ class BoxDistiller:
                 scalars["agreement_cross_head"] = _share(best, answer)
             if self._class_map is not None:
                 answer = self._class_map.to_student(answer)
-                scalars["agreement_student"] = _share(answer, trace.logits.argmax(dim=1))
+                if self._student_has_softmax:
+                    scalars["agreement_student"] = _share(answer, trace.logits.argmax(dim=1))
                 truth = torch.cat([p.gt_classes for p in trace.proposals])
                 scalars["disagreement_truth"] = 1 - _share(answer, truth)
                 positive = truth < self._class_map.num_classes

@@ -112,7 +112,7 @@ def parse(setting: Sequence) -> Tuple[str, List[Tuple[Name, Name]]]:
         and words in ([], ["teacher"], ["names"])
         and not (words == ["teacher"] and pairs)
         and all(
-            len(p) == 2 and all(isinstance(n, (str, int)) and n is not True for n in p)
+            len(p) == 2 and all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in p)
             for p in pairs
         )
     )
@@ -132,7 +132,8 @@ def resolve(
     names: Tuple[Optional[Sequence[str]], Optional[Sequence[str]]],
     needed_by: str = "",
 ) -> Optional[ClassMap]:
-    """The map that ``TEACHER.CLASS_MAP`` means, None for a teacher of other classes.
+    """The map that ``TEACHER.CLASS_MAP`` means, None for a teacher of other classes, which one with
+    known, different names is too.
 
     Args:
         setting: the config's value.
@@ -184,14 +185,16 @@ def resolve(
     return ClassMap([table[i] for i in range(num_classes[0])], num_classes[1])
 
 
-def _same_order(num_classes, names, needed_by: str) -> ClassMap:
+def _same_order(num_classes, names, needed_by: str) -> Optional[ClassMap]:
     ours, theirs = num_classes
     if ours != theirs:
         raise ValueError(
             f"the student has {ours} classes and the teacher {theirs}; give ('teacher',) if its "
             "classes are others (cross-head predictions are in them), ('names',) or pairs"
         )
-    if needed_by and names[0] and names[1] and list(names[0]) != list(names[1]):
+    if names[0] and names[1] and list(names[0]) != list(names[1]):
+        if not needed_by:
+            return None
         i = next(i for i, (a, b) in enumerate(zip(*names)) if a != b)
         raise ValueError(
             f"{needed_by} compares class by class, but class {i} is {names[0][i]!r} for the "
@@ -217,3 +220,9 @@ def _find(name: Name, names: Optional[Sequence[str]], count: int, whose: str) ->
     if name not in _known(names, f"the {whose}'s"):
         raise ValueError(f"the {whose} has no class {name!r}; it has {', '.join(names or ())}")
     return list(names or ()).index(name)
+
+
+def reads_names(setting: Sequence) -> bool:
+    """Whether the setting can only be understood with the names of classes."""
+    mode, pairs = parse(setting)
+    return mode == "names" or any(isinstance(n, str) and n for pair in pairs for n in pair)

@@ -16,9 +16,10 @@ class GradientDiagnostics:
     """Cosine and ratio of the gradients of both kinds of losses, every so many iterations.
 
     Measured at the last layer that both reach (the deepest tapped layer of the student's box head;
-    for ``pool`` the output convolutions of its FPN; for student-head mimicking the box head's last
-    layer) and at the box predictor, which cross-head distillation doesn't reach. All losses of a
-    kind are added, with their weights, before the gradient is taken.
+    for student-head mimicking its last layer; for ``pool``, or without losses of the box branch,
+    the output convolutions of the FPN, or all of another backbone) and at the box predictor, which
+    cross-head distillation doesn't reach. All losses of a kind are added, with their weights,
+    before the gradient is taken.
 
     Logged as ``crosskd/grad_cosine_shared``, ``grad_cosine_predictor`` (-1 to 1; 0 where one of the
     gradients is 0), ``grad_ratio_shared`` and ``grad_ratio_predictor`` (length of the distillation
@@ -33,13 +34,16 @@ class GradientDiagnostics:
             shared, predictor: parameters of the two places.
         """
         self.period = period
-        self._places = {"shared": _trainable(shared), "predictor": _trainable(predictor)}
+        self._places = {"shared": shared, "predictor": predictor}
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: GeneralizedRCNN, fusion: Optional[FeatureFusion]):
+        kd = cfg.MODEL.CROSSKD
         return {
-            "period": cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD,
-            "shared": _shared_parameters(student, fusion),
+            "period": kd.DIAGNOSTICS.GRAD_PERIOD,
+            "shared": _shared_parameters(
+                student, fusion, kd.LOSS.CLS_WEIGHT > 0 or kd.LOSS.BOX_WEIGHT > 0
+            ),
             "predictor": list(student.roi_heads.box_predictor.parameters()),
         }
 
@@ -65,32 +69,30 @@ class GradientDiagnostics:
 
     def _gradients(self, losses: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Place -> gradient of the sum of the losses, as one long vector in float32."""
-        parameters = [p for place in self._places.values() for p in place]
+        # Asked for now: a training loop may freeze layers at any time.
+        places = {k: [p for p in v if p.requires_grad] for k, v in self._places.items()}
+        parameters = [p for place in places.values() for p in place]
         total = torch.stack([x.float() for x in losses]).sum()
         found = [None] * len(parameters)
-        if total.requires_grad:
+        if total.requires_grad and parameters:
             found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
         vectors = [
             (torch.zeros_like(p) if g is None else g).float().flatten()
             for p, g in zip(parameters, found)
         ]
-        count, none = len(self._places["shared"]), [total.new_zeros(1)]
+        count, none = len(places["shared"]), [total.new_zeros(1)]
         return {
             "shared": torch.cat(vectors[:count] or none),
             "predictor": torch.cat(vectors[count:] or none),
         }
 
 
-def _trainable(parameters: List[nn.Parameter]) -> List[nn.Parameter]:
-    return [p for p in parameters if p.requires_grad]
-
-
 def _shared_parameters(
-    student: GeneralizedRCNN, fusion: Optional[FeatureFusion]
+    student: GeneralizedRCNN, fusion: Optional[FeatureFusion], reaches_head: bool
 ) -> List[nn.Parameter]:
     layers = student.roi_heads.box_head_layers()
     deepest = layers.last if fusion is None else max(fusion.taps, key=layers.depth)
-    if deepest != "pool":
+    if deepest != "pool" and reaches_head:
         return layers.parameters(deepest)
     backbone = student.backbone
     modules = backbone.output_convs if isinstance(backbone, FPN) else [backbone]

@@ -9,10 +9,12 @@ from typing import Dict, List, Optional, Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.proposal_generator import RPN
 
 from .class_map import MASKED, ClassMap
 from .config import ConfigError
 from .pair import build_class_map
+from .rpn import differing_key
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,8 @@ _PER_CLASS = {
     "roi_heads.box_predictor.bbox_pred": (4, False),
     "roi_heads.mask_head.predictor": (1, False),
 }
+
+_RPN_PREDICTORS = ("objectness_logits", "anchor_deltas")
 
 
 class Inheritance:
@@ -85,9 +89,11 @@ class Inheritance:
         theirs: Optional[torch.Tensor],
         class_map: Optional[ClassMap],
     ) -> None:
-        per_class = _class_rows(name)
+        per_class, other = _class_rows(name), self._other_meaning(name)
         if theirs is None:
             self.left[name] = "the teacher has none"
+        elif other:
+            self.left[name] = f"it means something else: {other} differs"
         elif per_class is not None and class_map is None:
             self.left[name] = "the teacher's classes are others"
         elif per_class is not None and _counts_classes(ours, theirs, per_class, class_map):
@@ -96,6 +102,22 @@ class Inheritance:
             self.left[name] = f"{tuple(ours.shape)}, the teacher's is {tuple(theirs.shape)}"
         else:
             self.inherited[name] = None
+
+    def _other_meaning(self, name: str) -> str:
+        """The config key by which equally shaped tensors of the two networks differ in meaning."""
+        ours, theirs = self._student, self._teacher.model
+        module = name.rpartition(".")[0]
+        if module in ("proposal_generator.rpn_head." + x for x in _RPN_PREDICTORS):
+            generators = ours.proposal_generator, theirs.proposal_generator
+            return differing_key(*generators) if all(isinstance(g, RPN) for g in generators) else ""
+        predictors = ours.roi_heads.box_predictor, theirs.roi_heads.box_predictor
+        if module == "roi_heads.box_predictor.bbox_pred":
+            weights = {tuple(p.box2box_transform.weights) for p in predictors}
+            return "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS" if len(weights) > 1 else ""
+        if module == "roi_heads.box_predictor.cls_score":
+            kinds = {p.use_sigmoid_ce for p in predictors}
+            return "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE" if len(kinds) > 1 else ""
+        return ""
 
     def _check(self, prefix: str, ours: Dict[str, torch.Tensor]) -> None:
         if any(_is_below(n, prefix) for n in self.inherited):

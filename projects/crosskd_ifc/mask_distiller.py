@@ -190,8 +190,9 @@ def _check_same_masks(student: GeneralizedRCNN, teacher: Teacher, channels: str)
             f"{sizes[0]} and the teacher's ({teacher.description}) from {sizes[1]}; MIMIC "
             "'student_head' needs equal sizes"
         )
-    agnostic = [h.mask_head.predictor.out_channels == 1 < h.num_classes for h in heads]
-    if agnostic[0] != agnostic[1] and channels == "all":
+    counts = [h.mask_head.predictor.out_channels for h in heads]
+    agnostic = [count == 1 < h.num_classes for count, h in zip(counts, heads)]
+    if agnostic[0] != agnostic[1] and channels == "all" and counts != [1, 1]:
         raise ConfigError(
             "MODEL.CROSSKD.LOSS.MASK_CHANNELS 'all' can't compare masks per class with "
             "class-agnostic ones (MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK); use 'ground_truth'"

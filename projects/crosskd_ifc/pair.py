@@ -1,5 +1,6 @@
 """Whether a two-stage student and teacher fit each other, and how their classes correspond."""
 
+import logging
 from typing import Optional, Sequence, Tuple
 
 import torch
@@ -23,6 +24,8 @@ from .data import register_cards
 from .fusion import FeatureFusion
 from .roi_heads import CrossKDROIHeads
 from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 _NO_ONE_HEAD = {
     CascadeROIHeads: (
@@ -57,8 +60,9 @@ def check_student(student: nn.Module, *, own_predictions: bool) -> None:
         heads.box_head_layers()
     except TypeError as error:
         raise ConfigError(f"MODEL.ROI_BOX_HEAD.NAME: the student's {error}") from None
+    is_known = isinstance(heads.box_predictor, FastRCNNOutputLayers)
     problem = _predictor_problem(heads.box_predictor)
-    if own_predictions and problem:
+    if problem and (own_predictions or not is_known):
         raise ConfigError(f"MODEL.ROI_BOX_HEAD: the student {problem}")
 
 
@@ -118,20 +122,26 @@ def build_class_map(
     """
     ours, theirs = student.roi_heads.num_classes, teacher.model.roi_heads.num_classes
     kd = cfg.MODEL.CROSSKD.TEACHER
+    is_index = class_map.parse(kd.CLASS_MAP)[0] == "index"
+    if kd.EVAL_AT_START and is_index:
+        needed_by = needed_by or "MODEL.CROSSKD.TEACHER.EVAL_AT_START"
+    wants_names = bool(needed_by) or class_map.reads_names(kd.CLASS_MAP)
+    names = tuple(class_names(c, load=wants_names) for c in (cfg, teacher.cfg))
     try:
-        if class_map.parse(kd.CLASS_MAP)[0] in ("names", "pairs") and teacher.cfg is not None:
-            register_cards(teacher.cfg.DATASETS.CARDS)  # its class names may stand only there
         found = class_map.resolve(
-            kd.CLASS_MAP,
-            num_classes=(ours, theirs),
-            names=(class_names(cfg), class_names(teacher.cfg)),
-            needed_by=needed_by,
+            kd.CLASS_MAP, num_classes=(ours, theirs), names=names, needed_by=needed_by
         )
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"MODEL.CROSSKD.TEACHER.CLASS_MAP: {error} (student: MODEL.ROI_HEADS.NUM_CLASSES "
             f"{ours}; teacher: {teacher.description})"
         ) from None
+    if is_index and needed_by and None in names:
+        whose = " and ".join(w for w, n in zip(("the student's", "the teacher's"), names) if not n)
+        logger.warning(
+            f"MODEL.CROSSKD.TEACHER.CLASS_MAP (): the names of {whose} classes aren't known, so "
+            f"they couldn't be compared; {needed_by} takes both to have the same order"
+        )
     if kd.EVAL_AT_START and (found is None or not found.is_identity):
         raise ConfigError(
             f"MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a teacher of the student's {ours} "
@@ -141,7 +151,7 @@ def build_class_map(
     return found
 
 
-def class_names(cfg: Optional[CfgNode]) -> Optional[Sequence[str]]:
+def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Sequence[str]]:
     """The names of a model's classes, None where they aren't known.
 
     They are those of the first data set in DATASETS.TRAIN, then TEST, that is registered with a
@@ -149,13 +159,31 @@ def class_names(cfg: Optional[CfgNode]) -> Optional[Sequence[str]]:
 
     Args:
         cfg: the model's config, None if it has none.
+        load: also register the config's dataset cards, and load a data set whose names are known
+            only then (``register_coco_instances``). What is not on this machine stays unknown.
     """
-    for name in () if cfg is None else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if name in DatasetCatalog:
-            names = MetadataCatalog.get(name).get("thing_classes", None)
-            if names and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-                return names
+    if cfg is None:
+        return None
+    if load:
+        try:
+            register_cards(cfg.DATASETS.CARDS)
+        except (FileNotFoundError, ValueError) as error:
+            logger.warning(f"DATASETS.CARDS: {error}")
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        names = _names_of(name, load) if name in DatasetCatalog else None
+        if names and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            return names
     return None
+
+
+def _names_of(dataset: str, load: bool) -> Optional[Sequence[str]]:
+    metadata = MetadataCatalog.get(dataset)
+    if load and not metadata.get("thing_classes", None) and metadata.get("json_file", None):
+        try:
+            DatasetCatalog.get(dataset)
+        except Exception as error:  # a data set's loader is anyone's code
+            logger.warning(f"{dataset}: {type(error).__name__} {error}")
+    return metadata.get("thing_classes", None)
 
 
 def build_fusion(kd: CfgNode, student: nn.Module, teacher: Teacher) -> FeatureFusion:

@@ -40,12 +40,15 @@ class CrossKDRCNN(GeneralizedRCNN):
         Raises:
             ConfigError: if student and teacher don't fit each other.
         """
+        distiller = inheritance = None
         if cfg.MODEL.CROSSKD.ENABLED:
-            self._distiller = RCNNDistiller(cfg, self, teacher)
-            self._inheritance = plan_inheritance(cfg, self, teacher)
-            if self._distiller.fusion is not None:
-                self.fusion = self._distiller.fusion.to(self.device)
-        self.teacher = teacher
+            distiller = RCNNDistiller(cfg, self, teacher)
+            inheritance = plan_inheritance(cfg, self, teacher)
+        # All at once: a student that was refused a teacher stays as it was.
+        self.teacher, self._distiller, self._inheritance = teacher, distiller, inheritance
+        self._modules.pop("fusion", None)  # of an earlier teacher
+        if self.has_cross_head:
+            self.fusion = distiller.fusion.to(self.device)
 
     @property
     def has_cross_head(self) -> bool:

@@ -136,28 +136,33 @@ def _check_rpn(student: GeneralizedRCNN, teacher: Teacher) -> None:
     if not isinstance(ours, CrossKDRPN):
         raise ConfigError(
             "MODEL.CROSSKD.LOSS.RPN_WEIGHT needs MODEL.PROPOSAL_GENERATOR.NAME CrossKDRPN; the "
-            f"student's is {type(ours).__name__}"
+            f"student has {'none' if ours is None else type(ours).__name__}"
         )
     if type(theirs) not in (RPN, CrossKDRPN):
         refuse(
             teacher,
             f"proposes with {type(theirs).__name__}; MODEL.CROSSKD.LOSS.RPN_WEIGHT needs an RPN",
         )
-    generators = ours.anchor_generator, theirs.anchor_generator
-    differs = ""
-    if any(type(g) is not DefaultAnchorGenerator for g in generators):
-        differs = "MODEL.ANCHOR_GENERATOR.NAME"
-    elif generators[0].strides != generators[1].strides:
-        differs = "MODEL.RPN.IN_FEATURES"
-    elif not equal_tensors(*([*g.cell_anchors] for g in generators)):
-        differs = "MODEL.ANCHOR_GENERATOR.SIZES or ASPECT_RATIOS"
-    elif generators[0].offset != generators[1].offset:
-        differs = "MODEL.ANCHOR_GENERATOR.OFFSET"
-    elif tuple(ours.box2box_transform.weights) != tuple(theirs.box2box_transform.weights):
-        differs = "MODEL.RPN.BBOX_REG_WEIGHTS"
+    differs = differing_key(ours, theirs)
     if differs:
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.RPN_WEIGHT compares anchor by anchor, but {differs} is not the "
             f"teacher's ({teacher.description}); make them equal, or set it to 0.0"
         )
     check_same_padding("LOSS.RPN_WEIGHT", student, teacher)
+
+
+def differing_key(ours: RPN, theirs: RPN) -> str:
+    """The config key by which two RPNs answer for other anchors or in another encoding, or ""."""
+    generators = ours.anchor_generator, theirs.anchor_generator
+    if any(type(g) is not DefaultAnchorGenerator for g in generators):
+        return "MODEL.ANCHOR_GENERATOR.NAME"
+    if generators[0].strides != generators[1].strides:
+        return "MODEL.RPN.IN_FEATURES"
+    if not equal_tensors(*([*g.cell_anchors] for g in generators)):
+        return "MODEL.ANCHOR_GENERATOR.SIZES or ASPECT_RATIOS"
+    if generators[0].offset != generators[1].offset:
+        return "MODEL.ANCHOR_GENERATOR.OFFSET"
+    if tuple(ours.box2box_transform.weights) != tuple(theirs.box2box_transform.weights):
+        return "MODEL.RPN.BBOX_REG_WEIGHTS"
+    return ""

@@ -26,6 +26,18 @@ def check_training_config(cfg: CfgNode) -> None:
             f"MODEL.CROSSKD.SCHEDULE.START_ITER is {start}, but training ends at SOLVER.MAX_ITER, "
             f"{cfg.SOLVER.MAX_ITER}: nothing would be distilled"
         )
+    kd = cfg.MODEL.CROSSKD
+    unused = () if cfg.MODEL.MASK_ON else ("MASK_WEIGHT",)
+    weights = [v for k, v in kd.LOSS.items() if k.endswith("_WEIGHT") and k not in unused]
+    if distils and not any(weights) and not kd.INHERIT:
+        raise ConfigError(
+            "MODEL.CROSSKD.LOSS: all weights are 0, so nothing would be distilled; set one, or "
+            "MODEL.CROSSKD.ENABLED False"
+        )
+    if distils and kd.TEACHER.EVAL_AT_START and not cfg.DATASETS.TEST:
+        raise ConfigError(
+            "MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a data set in DATASETS.TEST"
+        )
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise ConfigError("SOLVER.AMP.ENABLED True needs a GPU, but MODEL.DEVICE is 'cpu'")
     _check_device_and_data(cfg, ("TRAIN", "TEST"))
@@ -65,7 +77,7 @@ def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:
                     "crosskd_shapes_train, _val or _test, or describe your data in a dataset card "
                     "and name its file in DATASETS.CARDS"
                 )
-            _check_class_count(cfg, name)
+            check_class_count(cfg, name)
 
 
 def evaluator_type(name: str) -> str:
@@ -83,7 +95,7 @@ def evaluator_type(name: str) -> str:
     return kind
 
 
-def _check_class_count(cfg: CfgNode, name: str) -> None:
+def check_class_count(cfg: CfgNode, name: str) -> None:
     """Refuse a model of other classes: fewer fail deep inside the loss, more in the evaluator."""
     classes = MetadataCatalog.get(name).get("thing_classes", ())
     if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "CrossKDRCNN"):

@@ -145,7 +145,7 @@ def attach_teacher(
             "place of GeneralizedRCNN"
         )
     kd = cfg.MODEL.CROSSKD
-    with _same_random_state(model.device):
+    with same_random_state(model.device):
         options = {"student_format": cfg.INPUT.FORMAT, "precision": kd.TEACHER.PRECISION}
         if teacher is None:
             built = _build_teacher(cfg, model.device, options)
@@ -250,7 +250,7 @@ class _StrictCheckpointer(DetectionCheckpointer):
 
 
 @contextlib.contextmanager
-def _same_random_state(device: torch.device) -> Iterator[None]:
+def same_random_state(device: torch.device) -> Iterator[None]:
     """Leave the global random state as it was, so that runs with and without a teacher start from
     the same student."""
     python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import distillation_requested
 from .data import drop_degenerate_boxes
-from .run_checks import check_training_config, evaluator_type
-from .teacher import attach_teacher
+from .run_checks import check_class_count, check_training_config, evaluator_type
+from .teacher import Teacher, attach_teacher, same_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -60,17 +60,7 @@ class CrossKDTrainer(DefaultTrainer):
 
         A fusion starts at the mean of its taps; decay would pull it to another place, or to 0.
         """
-        optimizer = super().build_optimizer(cfg, model)
-        fusion = getattr(unwrap(model), "fusion", None)
-        parameters = [] if fusion is None else list(fusion.parameters())
-        if parameters:
-            ours = {id(p) for p in parameters}
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in ours]
-            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-            decay = cfg.MODEL.CROSSKD.FUSION.WEIGHT_DECAY
-            optimizer.add_param_group({"params": parameters, "weight_decay": decay})
-        return optimizer
+        return set_fusion_weight_decay(super().build_optimizer(cfg, model), cfg, model)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As the parent's; a run that doesn't go on from a checkpoint then starts from the
@@ -96,6 +86,8 @@ class CrossKDTrainer(DefaultTrainer):
                 cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
             ),
         )
+        for name in names:  # some data sets know their classes only now
+            check_class_count(cfg, name)
         dicts, _ = drop_degenerate_boxes(dicts)
         # Afterwards, since an image may have had no other box.
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
@@ -137,6 +129,31 @@ class CrossKDTrainer(DefaultTrainer):
         return ours + hooks
 
 
+def set_fusion_weight_decay(
+    optimizer: torch.optim.Optimizer, cfg: CfgNode, model: nn.Module
+) -> torch.optim.Optimizer:
+    """Give what the distillation learns a parameter group with ``FUSION.WEIGHT_DECAY``.
+
+    For an optimizer of your own, before its first step; :class:`CrossKDTrainer` calls it for
+    detectron2's.
+
+    Args:
+        optimizer: over the parameters of ``model``; changed in place.
+        cfg: the student's config.
+        model: the student, or a DDP wrapper around it.
+    """
+    fusion = getattr(unwrap(model), "fusion", None)
+    parameters = [] if fusion is None else list(fusion.parameters())
+    if parameters:
+        ours = {id(p) for p in parameters}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ours]
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        decay = cfg.MODEL.CROSSKD.FUSION.WEIGHT_DECAY
+        optimizer.add_param_group({"params": parameters, "weight_decay": decay})
+    return optimizer
+
+
 class DistillationSchedule(HookBase):
     """Sets the student's ``kd_factor`` before each step.
 
@@ -169,8 +186,11 @@ class TeacherEvaluation(HookBase):
     def before_train(self) -> None:
         if self.trainer.start_iter > 0:
             return
-        teacher = unwrap(self.trainer.model).teacher
-        results = self.trainer.test(self._config(teacher), teacher.model)
+        student = unwrap(self.trainer.model)
+        teacher = student.teacher
+        # A data loader draws a random number.
+        with same_random_state(student.device):
+            results = self.trainer.test(self._config(teacher), _StudentTasks(teacher, student))
         if not comm.is_main_process():
             return
         for name, value in flatten_results_dict(results).items():
@@ -190,6 +210,26 @@ class TeacherEvaluation(HookBase):
         cfg.DATALOADER = ours.DATALOADER
         cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, "teacher")
         return cfg
+
+
+class _StudentTasks(nn.Module):
+    """A teacher that answers only what its student predicts: the test set may have no more."""
+
+    def __init__(self, teacher: Teacher, student: nn.Module):
+        super().__init__()
+        heads = student.roi_heads
+        self._model = teacher.model
+        self._dropped = [] if heads.mask_on else ["pred_masks"]
+        self._dropped += [] if heads.keypoint_on else ["pred_keypoints", "pred_keypoint_heatmaps"]
+        self.eval()  # so that an evaluation leaves the teacher in this mode
+
+    def forward(self, batched_inputs):
+        outputs = self._model(batched_inputs)
+        for instances in (x["instances"] for x in outputs):
+            for field in self._dropped:
+                if instances.has(field):
+                    instances.remove(field)
+        return outputs
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -217,6 +257,8 @@ def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
     for key, value in schedule.items():
         if value > 0:
             schedule[key] = int(round(value * reference / world_size))
+    if schedule["STOP_ITER"] >= 0:  # rounding must not leave nothing
+        schedule["STOP_ITER"] = max(schedule["STOP_ITER"], schedule["START_ITER"] + 1)
     if frozen:
         cfg.freeze()
     return cfg

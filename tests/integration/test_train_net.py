@@ -153,6 +153,46 @@ def test_the_teacher_is_evaluated_before_the_first_step_and_statistics_are_logge
     assert list(out.glob("events.out.tfevents*"))
 
 
+def test_evaluating_the_teacher_first_changes_nothing_of_the_training(files, tmp_path):
+    states = []
+    for evaluate in (False, True):
+        folder = tmp_path / str(evaluate)
+        folder.mkdir()
+        config, out = write_config(files, folder, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0)
+        run(config, "MODEL.CROSSKD.TEACHER.EVAL_AT_START", evaluate)
+        states.append(torch.load(out / "model_final.pth", weights_only=True)["model"])
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_a_teacher_with_masks_is_evaluated_on_boxes_where_the_student_has_only_boxes(
+    files, tmp_path
+):
+    card = yaml.safe_load((files / "card.yaml").read_text())
+    for split in ("train", "test"):
+        path = files / "data" / "annotations" / f"{split}.json"
+        coco = json.loads(path.read_text())
+        for annotation in coco["annotations"]:
+            del annotation["segmentation"]
+        path.with_name(f"boxes_{split}.json").write_text(json.dumps(coco))
+        card["splits"][split]["json"] = f"annotations/boxes_{split}.json"
+    card["name"] = "boxesonly"
+    (files / "boxes.yaml").write_text(yaml.safe_dump(card))
+    masks = ("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
+    cfg = tiny_cfg(*TRAINABLE, *masks, architecture="GeneralizedRCNN")
+    (tmp_path / "masks.yaml").write_text(cfg.dump())
+    DetectionCheckpointer(tiny_model(cfg, seed=7), str(tmp_path)).save("masks")
+    teacher = {"CONFIG_FILE": "masks.yaml", "WEIGHTS": "masks.pth", "EVAL_AT_START": True}
+    opts = {f"MODEL.CROSSKD.TEACHER.{k}": v for k, v in teacher.items()}
+    opts = {k: str(tmp_path / v) if isinstance(v, str) else v for k, v in opts.items()}
+    opts["DATASETS.CARDS"] = (str(files / "boxes.yaml"),)
+    opts["DATASETS.TRAIN"], opts["DATASETS.TEST"] = ("boxesonly_train",), ("boxesonly_test",)
+    config, out = write_config(files, tmp_path, *(x for pair in opts.items() for x in pair))
+    run(config, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0)
+    logged = {key for line in metrics(out) for key in line}
+    assert "teacher/bbox/AP" in logged and "teacher/segm/AP" not in logged
+
+
 def test_the_schedule_is_followed_in_training(files, tmp_path):
     start = ("MODEL.CROSSKD.SCHEDULE.START_ITER", 20, "SOLVER.MAX_ITER", 40)
     config, out = write_config(files, tmp_path, *start)
