@@ -18,10 +18,11 @@ from detectron2.structures import BoxMode
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, Teacher
 from crosskd_ifc.config import check_crosskd_config
+from crosskd_ifc.hooks import DistillationSchedule
 from crosskd_ifc.run_checks import check_training_config
 from crosskd_ifc.runs import Run
 from crosskd_ifc.teacher import load_teacher_config
-from crosskd_ifc.trainer import DistillationSchedule, scale_schedule
+from crosskd_ifc.trainer import scale_schedule
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "configs")
 S = "MODEL.CROSSKD.SCHEDULE."

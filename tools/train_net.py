@@ -22,7 +22,7 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
-from crosskd_ifc.config import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.run_checks import check_evaluation_config, check_training_config, check_weights
 
 

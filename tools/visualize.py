@@ -18,7 +18,7 @@ from typing import List, Optional
 from detectron2.config import get_cfg
 
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config
-from crosskd_ifc.config import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.inspection import inspect_pair
 
 

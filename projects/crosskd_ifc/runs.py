@@ -17,7 +17,8 @@ from typing import Callable, Dict, List, Optional, Sequence
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
 
-from .config import add_crosskd_ifc_config, find_config, merge_from_file, merge_from_list
+from .config import add_crosskd_ifc_config
+from .config_files import find_config, merge_from_file, merge_from_list
 from .visualization import read_metrics
 
 

@@ -20,14 +20,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoints import ADAPTER_PREFIX, describe_problems, is_missing
-from .config import (
-    ConfigError,
-    add_crosskd_ifc_config,
-    check_crosskd_config,
-    find_config,
-    merge_from_file,
-    merge_from_list,
-)
+from .config import ConfigError, add_crosskd_ifc_config, check_crosskd_config
+from .config_files import find_config, merge_from_file, merge_from_list
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@ data set's type."""
 
 import contextlib
 import functools
-import logging
 import os
 from typing import Dict, Iterator, Optional
 
@@ -11,19 +10,16 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.engine import DefaultTrainer, HookBase, defaults
+from detectron2.engine import DefaultTrainer, defaults
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
-from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .config import distillation_requested
 from .data import drop_degenerate_boxes
+from .hooks import DistillationSchedule, TeacherEvaluation, unwrap
 from .run_checks import check_class_count, check_training_config, evaluator_type
-from .teacher import Teacher, attach_teacher, same_random_state
-
-logger = logging.getLogger(__name__)
+from .teacher import attach_teacher
 
 
 class CrossKDTrainer(DefaultTrainer):
@@ -152,89 +148,6 @@ def set_fusion_weight_decay(
         decay = cfg.MODEL.CROSSKD.FUSION.WEIGHT_DECAY
         optimizer.add_param_group({"params": parameters, "weight_decay": decay})
     return optimizer
-
-
-class DistillationSchedule(HookBase):
-    """Sets the student's ``kd_factor`` before each step.
-
-    0 before ``start``; then a linear rise over ``warmup`` iterations, whose first step has 1 /
-    warmup; then 1; 0 from ``stop`` on.
-    """
-
-    def __init__(self, *, start: int = 0, warmup: int = 0, stop: int = -1):
-        """
-        Args:
-            start: first iteration that distils.
-            warmup: iterations until the full factor.
-            stop: first iteration that doesn't distil any more; -1 for none.
-        """
-        self.start, self.warmup, self.stop = start, warmup, stop
-
-    def factor(self, iteration: int) -> float:
-        if iteration < self.start or (self.stop >= 0 and iteration >= self.stop):
-            return 0.0
-        return min(1.0, (iteration - self.start + 1) / max(self.warmup, 1))
-
-    def before_step(self) -> None:
-        unwrap(self.trainer.model).kd_factor = self.factor(self.trainer.iter)
-
-
-class TeacherEvaluation(HookBase):
-    """Evaluates the teacher on the student's test sets before the first step, and logs it as
-    ``teacher/...``."""
-
-    def before_train(self) -> None:
-        if self.trainer.start_iter > 0:
-            return
-        student = unwrap(self.trainer.model)
-        teacher = student.teacher
-        # A data loader draws a random number.
-        with same_random_state(student.device):
-            results = self.trainer.test(self._config(teacher), _StudentTasks(teacher, student))
-        if not comm.is_main_process():
-            return
-        for name, value in flatten_results_dict(results).items():
-            self.trainer.storage.put_scalar(f"teacher/{name}", value, smoothing_hint=False)
-            if name.endswith(("AP", "AP50")):
-                logger.info(
-                    f"Teacher on {', '.join(self.trainer.cfg.DATASETS.TEST)}: {name} {value:.2f}"
-                )
-
-    def _config(self, teacher) -> CfgNode:
-        """The teacher's own input settings on the student's test sets."""
-        ours = self.trainer.cfg
-        cfg = (teacher.cfg or ours).clone()
-        cfg.defrost()
-        cfg.INPUT.FORMAT = teacher.model.input_format
-        cfg.DATASETS = ours.DATASETS
-        cfg.DATALOADER = ours.DATALOADER
-        cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, "teacher")
-        return cfg
-
-
-class _StudentTasks(nn.Module):
-    """A teacher that answers only what its student predicts: the test set may have no more."""
-
-    def __init__(self, teacher: Teacher, student: nn.Module):
-        super().__init__()
-        heads = student.roi_heads
-        self._model = teacher.model
-        self._dropped = [] if heads.mask_on else ["pred_masks"]
-        self._dropped += [] if heads.keypoint_on else ["pred_keypoints", "pred_keypoint_heatmaps"]
-        self.eval()  # so that an evaluation leaves the teacher in this mode
-
-    def forward(self, batched_inputs):
-        outputs = self._model(batched_inputs)
-        for instances in (x["instances"] for x in outputs):
-            for field in self._dropped:
-                if instances.has(field):
-                    instances.remove(field)
-        return outputs
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The detector inside a DDP wrapper, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
