@@ -21,17 +21,40 @@ def read(*path):
         return f.read()
 
 
+def recorded(*path, arm):
+    runs = [r for r in json.loads(read("benchmarks", *path))["runs"] if r["arm"] == arm]
+    return sorted(runs, key=lambda r: r["seed"])
+
+
+def mean(runs, key):
+    values = [r[key] for r in runs]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def each(runs, key="AP"):
+    return " / ".join(f"{r[key]:.1f}" for r in runs)
+
+
 @pytest.mark.parametrize("arm", TITLES)
 def test_the_demos_table_is_that_of_the_recorded_runs(arm):
-    runs = [
-        r for r in json.loads(read("benchmarks", "demo", "seeds.json"))["runs"] if r["arm"] == arm
-    ]
-    cells = []
-    for key in ("AP", "AP50"):
-        values = [r[key] for r in runs]
-        cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
-    cells.append(" / ".join(f"{r['AP']:.1f}" for r in sorted(runs, key=lambda r: r["seed"])))
-    assert f"| {TITLES[arm]} | {' | '.join(cells)} |" in read("README.md")
+    runs = recorded("demo", "seeds.json", arm=arm)
+    cells = f"{mean(runs, 'AP')} | {mean(runs, 'AP50')} | {each(runs)}"
+    assert f"| {TITLES[arm]} | {cells} |" in read("README.md")
+
+
+def test_the_table_of_other_classes_is_that_of_the_recorded_runs():
+    plain = recorded("demo", "seeds.json", arm="student")
+    distilled = recorded("other_classes", "seeds.json", arm="other_classes")
+    for title, runs in (("plain", plain), ("CrossKD-IFC, teacher of other classes", distilled)):
+        row = f"| student R18, {title} | {mean(runs, 'AP')} | {each(runs)} |"
+        assert row in read("README.md")
+
+
+def test_the_cost_of_diagnostics_is_the_measured_one():
+    cases = json.loads(read("benchmarks", "diagnostics", "cost.json"))["cases"]
+    text = read("docs", "options.md")
+    assert f"it took {cases['fc1 + fc2']['ratio_median']:.2f} times" in text
+    assert f"{cases['pool']['ratio_median']:.2f} times with `pool`" in text
 
 
 def test_the_table_of_mask_losses_is_that_of_the_recorded_runs():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a step with gradient diagnostics costs beside one without, interleaved in one run.
 
-    OMP_NUM_THREADS=2 python benchmarks/diagnostics/measure.py > benchmarks/diagnostics/cost.json
+OMP_NUM_THREADS=2 python benchmarks/diagnostics/measure.py > benchmarks/diagnostics/cost.json
 """
 
 import json

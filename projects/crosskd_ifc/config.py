@@ -107,7 +107,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
 
     _C.DIAGNOSTICS = CN()
     # Log every so many iterations how the gradients of distillation and detection agree; 0: never.
-    # Such a step costs two more backward passes through the student's box head.
+    # Such a step has two partial backward passes more; see docs/options.md for the measured cost.
     _C.DIAGNOSTICS.GRAD_PERIOD = 0
 
 
