@@ -6,6 +6,7 @@ built-in data sets.
 """
 
 from .config import ConfigError, add_crosskd_ifc_config
+from .fcos import FCOS
 from .fusion import FEATURE_FUSION_REGISTRY, standardize_like
 from .losses import (
     confident_giou,
@@ -28,6 +29,7 @@ register_shapes()
 register_coarse_shapes()
 
 __all__ = [
+    "FCOS",
     "FEATURE_FUSION_REGISTRY",
     "ConfigError",
     "CrossKDRCNN",

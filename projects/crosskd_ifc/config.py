@@ -4,7 +4,7 @@ model."""
 import functools
 import math
 import operator
-from typing import Any, Sequence
+from typing import Any, Sequence, Tuple
 
 from detectron2.config import CfgNode as CN
 
@@ -28,6 +28,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     """Add the keys of this project to a detectron2 config."""
     # Dataset cards (YAML files) to register before training and evaluation.
     cfg.DATASETS.CARDS = ()
+    _add_fcos_config(cfg)
 
     _C = cfg.MODEL.CROSSKD = CN()
     # False trains the student alone: stock detectron2, bit for bit.
@@ -109,6 +110,33 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # Log every so many iterations how the gradients of distillation and detection agree; 0: never.
     # Such a step has two partial backward passes more; see docs/options.md for the measured cost.
     _C.DIAGNOSTICS.GRAD_PERIOD = 0
+
+
+def _add_fcos_config(cfg: CN) -> None:
+    """``MODEL.FCOS``: detectron2 configures its FCOS without yacs, with these defaults."""
+    _C = cfg.MODEL.FCOS = CN()
+    _C.NUM_CLASSES = 80
+    # Levels of the pyramid, from MODEL.BACKBONE.NAME build_fcos_resnet_fpn_backbone.
+    _C.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions of each tower of the head, and their norm.
+    _C.NUM_CONVS = 4
+    _C.NORM = "GN"
+    # Foreground probability that the classification starts from.
+    _C.PRIOR_PROB = 0.01
+    # Positions are positive within this distance from a box's centre, in units of the stride.
+    _C.CENTER_SAMPLING_RADIUS = 1.5
+    _C.FOCAL_LOSS_ALPHA = 0.25
+    _C.FOCAL_LOSS_GAMMA = 2.0
+    # Threshold of sqrt(class probability * centerness), candidates per level, NMS overlap.
+    _C.SCORE_THRESH_TEST = 0.2
+    _C.TOPK_CANDIDATES_TEST = 1000
+    _C.NMS_THRESH_TEST = 0.6
+
+
+def class_count(cfg: CN) -> Tuple[str, int]:
+    """The config key that holds the number of foreground classes of a config's detector, and it."""
+    node = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")
+    return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
 
 
 def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:

@@ -121,10 +121,18 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
     Args:
         cfg: with the keys of :func:`add_crosskd_ifc_config`.
         weights: its MODEL.WEIGHTS.
+
+    Raises:
+        ConfigError: if stock detectron2 has no such config.
     """
+    if cfg.MODEL.META_ARCHITECTURE == "FCOS":
+        raise ConfigError(
+            "stock detectron2 builds FCOS from LazyConfig only, so there is no config to write; "
+            "the checkpoint's weights load into its FCOS as they are"
+        )
     ours, stock = cfg.clone(), get_cfg()
     ours.defrost()
-    del ours.MODEL["CROSSKD"], ours.DATASETS["CARDS"]
+    del ours.MODEL["CROSSKD"], ours.MODEL["FCOS"], ours.DATASETS["CARDS"]
     stock.merge_from_other_cfg(ours)
     for key, names in STOCK_NAMES.items():
         *nodes, leaf = key.split(".")

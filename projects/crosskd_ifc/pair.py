@@ -18,7 +18,7 @@ from torch import nn
 
 from . import class_map
 from .class_map import ClassMap
-from .config import ConfigError
+from .config import ConfigError, class_count
 from .cross_head import BoxHeadLayers
 from .data import register_cards
 from .fusion import FeatureFusion
@@ -171,7 +171,7 @@ def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Seque
             logger.warning(f"DATASETS.CARDS: {error}")
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         names = _names_of(name, load) if name in DatasetCatalog else None
-        if names and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        if names and len(names) == class_count(cfg)[1]:
             return names
     return None
 

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from .checkpoints import is_missing
-from .config import ConfigError, check_crosskd_config, distillation_requested
+from .config import ConfigError, check_crosskd_config, class_count, distillation_requested
 from .data import register_cards
 
 
@@ -98,12 +98,12 @@ def evaluator_type(name: str) -> str:
 def check_class_count(cfg: CfgNode, name: str) -> None:
     """Refuse a model of other classes: fewer fail deep inside the loss, more in the evaluator."""
     classes = MetadataCatalog.get(name).get("thing_classes", ())
-    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "CrossKDRCNN"):
-        ours = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "CrossKDRCNN", "RetinaNet", "FCOS"):
+        key, ours = class_count(cfg)
         if classes and ours != len(classes):
             raise ConfigError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {ours}, but data set {name!r} has {len(classes)} "
-                f"classes; set it to {len(classes)}"
+                f"{key} is {ours}, but data set {name!r} has {len(classes)} classes; set it to "
+                f"{len(classes)}"
             )
 
 
