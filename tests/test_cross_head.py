@@ -1,11 +1,13 @@
-"""Splitting a box head by layers."""
+"""Splitting heads by layers."""
 
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
-from crosskd_ifc.cross_head import BoxHeadLayers
+from crosskd_ifc.cross_head import BoxHeadLayers, TowerLayers
 
 HEADS = {
     "two fc": dict(conv_dims=[], fc_dims=[6, 5]),
@@ -65,3 +67,51 @@ def test_a_head_that_computes_more_than_its_layers_is_refused():
 def test_an_unknown_head_is_refused():
     with pytest.raises(TypeError, match="Linear.*FastRCNNConvFCHead"):
         BoxHeadLayers(torch.nn.Linear(2, 2), (7, 7))
+
+
+DENSE = {
+    "retinanet": (RetinaNetHead, dict(num_anchors=3)),
+    "retinanet, GN": (RetinaNetHead, dict(num_anchors=3, norm="GN")),
+    "retinanet, BN per level": (RetinaNetHead, dict(num_anchors=3, norm="BN")),
+    "fcos": (FCOSHead, dict(norm="GN")),
+}
+
+
+def dense_head(name, convs=4):
+    kind, options = DENSE[name]
+    torch.manual_seed(0)
+    shapes = [ShapeSpec(channels=32)] * 3
+    head = kind(input_shape=shapes, num_classes=2, conv_dims=[32] * convs, **options)
+    for p in head.parameters():  # far from the start, where all outputs are almost alike
+        torch.nn.init.normal_(p, std=0.2)
+    return head.eval(), [torch.randn(2, 32, n, n + 1) for n in (5, 3, 1)]
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("cut", ["input", "conv1", "conv2", "conv3", "conv4"])
+def test_towers_split_at_any_layer_and_joined_are_the_dense_head(name, cut):
+    head, levels = dense_head(name)
+    towers = {t: TowerLayers(getattr(head, f"{t}_subnet")) for t in ("cls", "bbox")}
+    assert towers["cls"].names == ["input", "conv1", "conv2", "conv3", "conv4"]
+    with torch.no_grad():
+        outputs = {}
+        for t, tower in towers.items():
+            middle = [tower.run(x, "input", cut) for x in levels]
+            outputs[t] = [tower.run(x, cut) for x in middle]
+        expected = head(levels)
+        for level, (a, b) in enumerate(zip(outputs["cls"], outputs["bbox"])):
+            assert torch.equal(head.cls_score(a), expected[0][level])
+            assert torch.equal(head.bbox_pred(b), expected[1][level])
+
+
+def test_the_outputs_of_a_tower_are_rectified_and_have_its_channels():
+    head, levels = dense_head("retinanet, GN", convs=2)
+    trace = TowerLayers(head.cls_subnet).trace(levels[0])
+    assert list(trace) == ["input", "conv1", "conv2"]
+    assert all((trace[n] >= 0).all() and trace[n].shape[1] == 32 for n in ("conv1", "conv2"))
+
+
+@pytest.mark.parametrize("modules", [[], [torch.nn.Conv2d(3, 3, 1)], [torch.nn.Linear(3, 3)]])
+def test_a_tower_of_other_modules_is_refused(modules):
+    with pytest.raises(TypeError, match="no known layers"):
+        TowerLayers(torch.nn.Sequential(*modules))

@@ -1,6 +1,7 @@
-"""A box head as a list of named layers, so that it can be entered and left anywhere.
+"""Heads as lists of named layers, so that they can be entered and left anywhere.
 
-Shape shorthand: R RoIs, C channels, (P, P) pooler resolution, D width of a fully connected layer.
+Shape shorthand: R RoIs, C channels, (P, P) pooler resolution, D width of a fully connected layer, N
+images, (Hi, Wi) size of level i of a pyramid.
 """
 
 import re
@@ -13,12 +14,71 @@ from torch import nn
 Shape = Tuple[int, ...]
 
 
-class BoxHeadLayers:
+class NamedLayers:
+    """Modules in the order in which they run, grouped into layers with names.
+
+    The modules stay those of their head: nothing is copied.
+
+    Attributes:
+        names: of the input, then of each layer.
+        shapes: name -> shape of the output without its first dimension.
+    """
+
+    def __init__(
+        self, first: str, layers: Dict[str, List[nn.Module]], shapes: Dict[str, Shape]
+    ) -> None:
+        """
+        Args:
+            first: name of the input.
+            layers: name -> modules.
+            shapes: of the input and each layer.
+        """
+        self._layers, self.shapes = layers, shapes
+        self.names = [first, *layers]
+
+    @property
+    def last(self) -> str:
+        return self.names[-1]
+
+    def depth(self, name: str) -> int:
+        """Position of a layer, the input being 0."""
+        return self.names.index(name)
+
+    def output_module(self, name: str) -> nn.Module:
+        """The module whose output is the layer's (for ``fck`` its ReLU); the input has none."""
+        return self._layers[name][-1]
+
+    def parameters(self, name: str) -> List[nn.Parameter]:
+        """The parameters of one layer; the input has none."""
+        return [p for module in self._layers.get(name, ()) for p in module.parameters()]
+
+    def run(self, x: torch.Tensor, after: str, until: str = "") -> torch.Tensor:
+        """Apply the layers after ``after`` up to and including ``until`` (default: the last).
+
+        Args:
+            x: the output of layer ``after``.
+
+        Returns:
+            The output of layer ``until``; ``x`` itself if the two are the same.
+        """
+        for name in self.names[self.depth(after) + 1 : self.depth(until or self.last) + 1]:
+            for module in self._layers[name]:
+                x = module(x)
+        return x
+
+    def trace(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """The output of every layer, from the input ``x`` on."""
+        outputs = {self.names[0]: x}
+        for previous, name in zip(self.names, self.names[1:]):
+            outputs[name] = self.run(outputs[previous], previous, name)
+        return outputs
+
+
+class BoxHeadLayers(NamedLayers):
     """The layers ``pool`` < ``conv1`` < ... < ``fc1`` < ... of a :class:`FastRCNNConvFCHead`.
 
     ``pool`` is the pooled map (R, C, P, P) that enters the head; ``convk`` and ``fck`` are outputs
-    after norm (if any) and ReLU; flattening belongs to ``fc1``. The modules stay those of the head:
-    nothing is copied.
+    after norm (if any) and ReLU; flattening belongs to ``fc1``.
     """
 
     def __init__(self, box_head: nn.Module, pooler_resolution: Tuple[int, int]):
@@ -39,58 +99,58 @@ class BoxHeadLayers:
                 f"box head {type(box_head).__name__} ({', '.join(names)}) has no known layers to "
                 "tap or enter; use FastRCNNConvFCHead (MODEL.ROI_BOX_HEAD.NAME)"
             )
-        self._layers: Dict[str, List[nn.Module]] = {}
-        self.shapes: Dict[str, Shape] = {}
+        layers: Dict[str, List[nn.Module]] = {}
+        shapes: Dict[str, Shape] = {}
         prefix: List[nn.Module] = []
         for name, module in names.items():
             if name.startswith("conv"):
                 channels, size = module.in_channels, tuple(pooler_resolution)
-                self.shapes.setdefault("pool", (channels, *size))
-                self._layers[name], self.shapes[name] = [module], (module.out_channels, *size)
+                shapes.setdefault("pool", (channels, *size))
+                layers[name], shapes[name] = [module], (module.out_channels, *size)
             elif name.startswith("fc_relu"):
-                self._layers[f"fc{name[len('fc_relu'):]}"].append(module)
+                layers[f"fc{name[len('fc_relu'):]}"].append(module)
             elif name.startswith("fc"):
                 area = pooler_resolution[0] * pooler_resolution[1]
-                self.shapes.setdefault("pool", (module.in_features // area, *pooler_resolution))
-                self._layers[name], self.shapes[name] = prefix + [module], (module.out_features,)
+                shapes.setdefault("pool", (module.in_features // area, *pooler_resolution))
+                layers[name], shapes[name] = prefix + [module], (module.out_features,)
                 prefix = []
             else:  # flatten
                 prefix = [module]
-        self.names = ["pool", *self._layers]
+        super().__init__("pool", layers, shapes)
 
-    @property
-    def last(self) -> str:
-        return self.names[-1]
 
-    def depth(self, name: str) -> int:
-        """Position of a layer, ``pool`` being 0."""
-        return self.names.index(name)
+class TowerLayers(NamedLayers):
+    """The layers ``input`` < ``conv1`` < ``conv2`` < ... of one tower of a dense head
+    (:class:`RetinaNetHead`, :class:`FCOSHead`).
 
-    def output_module(self, name: str) -> nn.Module:
-        """The module whose output is the layer's (for ``fck`` its ReLU); ``pool`` has none."""
-        return self._layers[name][-1]
+    ``input`` is a level of the pyramid (N, C, Hi, Wi); ``convk`` is the output of the k-th
+    convolution after norm (if any) and ReLU. A tower is shared over the levels: its norm may count
+    them, so run all levels in order, one after the other.
 
-    def parameters(self, name: str) -> List[nn.Parameter]:
-        """The parameters of one layer; ``pool`` has none."""
-        return [p for module in self._layers.get(name, ()) for p in module.parameters()]
+    The shapes are (C, 0, 0): a map of any size.
+    """
 
-    def run(self, x: torch.Tensor, after: str, until: str = "") -> torch.Tensor:
-        """Apply the layers after ``after`` up to and including ``until`` (default: the last).
-
-        Args:
-            x: the output of layer ``after``.
-
-        Returns:
-            The output of layer ``until``; ``x`` itself if the two are the same.
+    def __init__(self, tower: nn.Sequential):
         """
-        for name in self.names[self.depth(after) + 1 : self.depth(until or self.last) + 1]:
-            for module in self._layers[name]:
-                x = module(x)
-        return x
+        Args:
+            tower: convolutions, each with a norm or not, and ReLUs.
 
-    def trace(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """The output of every layer, from the pooled map ``x`` (R, C, P, P) on."""
-        outputs = {"pool": x}
-        for previous, name in zip(self.names, self.names[1:]):
-            outputs[name] = self.run(outputs[previous], previous, name)
-        return outputs
+        Raises:
+            TypeError: if it is made of something else.
+        """
+        layers: Dict[str, List[nn.Module]] = {}
+        shapes: Dict[str, Shape] = {}
+        for module in tower:
+            if isinstance(module, nn.Conv2d):
+                shapes.setdefault("input", (module.in_channels, 0, 0))
+                name = f"conv{len(layers) + 1}"
+                layers[name], shapes[name] = [module], (module.out_channels, 0, 0)
+            elif layers:
+                layers[name].append(module)
+        if not layers or not all(isinstance(m[-1], nn.ReLU) for m in layers.values()):
+            kinds = ", ".join(type(m).__name__ for m in tower)
+            raise TypeError(
+                f"a tower of ({kinds}) has no known layers to tap or enter; each must be a "
+                "convolution, a norm or none, and a ReLU"
+            )
+        super().__init__("input", layers, shapes)
