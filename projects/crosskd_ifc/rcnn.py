@@ -3,66 +3,28 @@
 Shape shorthand: N images.
 """
 
-from typing import Dict, List, Optional
+from typing import Dict, List
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
-from .inherit import Inheritance, plan_inheritance
 from .rcnn_distiller import RCNNDistiller
+from .student import Student
 from .teacher import Teacher
 
 
 @META_ARCH_REGISTRY.register()
-class CrossKDRCNN(GeneralizedRCNN):
+class CrossKDRCNN(Student, GeneralizedRCNN):
     """:class:`GeneralizedRCNN` that, once a teacher is attached, also returns distillation losses
     in training.
 
     Without a teacher, in evaluation and export it is its parent, bit for bit; so are its checkpoint
     keys, but for ``fusion.*`` where adapters are learned.
-
-    Attributes:
-        teacher: the attached teacher, or None.
-        kd_factor: multiplies the distillation losses; 0 doesn't run the teacher. A schedule sets
-            it, 1 without one.
     """
 
-    teacher: Optional[Teacher] = None
-    kd_factor: float = 1.0
-    _distiller: Optional[RCNNDistiller] = None
-    _inheritance: Optional[Inheritance] = None
-
-    def set_teacher(self, teacher: Teacher, cfg: CfgNode) -> None:
-        """Distil from ``teacher`` as ``cfg`` says; call it through
-        :func:`crosskd_ifc.attach_teacher`.
-
-        Raises:
-            ConfigError: if student and teacher don't fit each other.
-        """
-        distiller = inheritance = None
-        if cfg.MODEL.CROSSKD.ENABLED:
-            distiller = RCNNDistiller(cfg, self, teacher)
-            inheritance = plan_inheritance(cfg, self, teacher)
-        # All at once: a student that was refused a teacher stays as it was.
-        self.teacher, self._distiller, self._inheritance = teacher, distiller, inheritance
-        self._modules.pop("fusion", None)  # of an earlier teacher
-        if self.has_cross_head:
-            self.fusion = distiller.fusion.to(self.device)
-
-    @property
-    def has_cross_head(self) -> bool:
-        """Whether a teacher is attached whose head reads this student (``MIMIC`` "cross_head")."""
-        return self._distiller is not None and self._distiller.fusion is not None
-
-    def inherit_weights(self) -> None:
-        """Start from the teacher's weights, as ``MODEL.CROSSKD.INHERIT`` says.
-
-        Call it once, after ``MODEL.WEIGHTS`` are loaded, and not in a resumed run.
-        :class:`CrossKDTrainer` does.
-        """
-        if self._inheritance is not None:
-            self._inheritance.apply()
+    def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> RCNNDistiller:
+        return RCNNDistiller(cfg, self, teacher)
 
     def forward(self, batched_inputs: List[Dict[str, torch.Tensor]]):
         """As the parent's; in training with a teacher the dict also holds the distillation losses,
@@ -88,14 +50,6 @@ class CrossKDRCNN(GeneralizedRCNN):
         Returns:
             As ``forward`` in evaluation; classes are the teacher's.
         """
-        if not self.has_cross_head:
-            raise RuntimeError("without an attached teacher (MIMIC cross_head) there is none")
+        self._check_cross_head()
         results = self._distiller.detect(self, batched_inputs)
         return self._postprocess(results, batched_inputs, [r.image_size for r in results])
-
-    def _apply(self, *args, **kwargs):
-        # Called by to(), cuda(), half(), ...: the teacher follows the device, not the precision.
-        module = super()._apply(*args, **kwargs)
-        if self.teacher is not None:
-            self.teacher.to(self.device)
-        return module
