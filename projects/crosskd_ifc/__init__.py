@@ -6,7 +6,7 @@ built-in data sets.
 """
 
 from .config import ConfigError, add_crosskd_ifc_config
-from .fcos import FCOS
+from .fcos import FCOS, CrossKDFCOS
 from .fusion import FEATURE_FUSION_REGISTRY, standardize_like
 from .losses import (
     confident_giou,
@@ -17,6 +17,7 @@ from .losses import (
     quality_focal,
 )
 from .rcnn import CrossKDRCNN
+from .retinanet import CrossKDRetinaNet
 from .roi_heads import CrossKDROIHeads
 from .rpn import CrossKDRPN
 from .shapes import register_coarse_shapes, register_shapes
@@ -32,9 +33,11 @@ __all__ = [
     "FCOS",
     "FEATURE_FUSION_REGISTRY",
     "ConfigError",
+    "CrossKDFCOS",
     "CrossKDRCNN",
     "CrossKDRPN",
     "CrossKDROIHeads",
+    "CrossKDRetinaNet",
     "CrossKDTrainer",
     "Teacher",
     "add_crosskd_ifc_config",

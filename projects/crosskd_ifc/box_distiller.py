@@ -130,6 +130,11 @@ class BoxDistiller:
     ):
         kd = cfg.MODEL.CROSSKD
         box_type = kd.LOSS.BOX_TYPE or "l1"
+        if box_type == "iou":
+            raise ConfigError(
+                "MODEL.CROSSKD.LOSS.BOX_TYPE 'iou' is for dense detectors; possible values here: "
+                "'l1', 'giou'"
+            )
         if kd.MIMIC == "student_head":
             if box_type == "l1" and kd.LOSS.BOX_WEIGHT > 0:
                 _check_same_deltas(student, teacher)

@@ -12,11 +12,11 @@ from . import class_map
 from .fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-BOX_LOSSES = ("l1", "giou")
+BOX_LOSSES = ("l1", "giou", "iou")
 MIMICS = ("cross_head", "student_head")
 MASK_REDUCTIONS = ("mean", "published")
 MASK_CHANNELS = ("all", "ground_truth")
-META_ARCHITECTURES = ("CrossKDRCNN",)
+META_ARCHITECTURES = ("CrossKDRCNN", "CrossKDRetinaNet", "CrossKDFCOS")
 
 
 class ConfigError(ValueError):
@@ -135,7 +135,8 @@ def _add_fcos_config(cfg: CN) -> None:
 
 def class_count(cfg: CN) -> Tuple[str, int]:
     """The config key that holds the number of foreground classes of a config's detector, and it."""
-    node = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")
+    stock = cfg.MODEL.META_ARCHITECTURE.replace("CrossKD", "")
+    node = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(stock, "ROI_HEADS")
     return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
 
 

@@ -26,7 +26,7 @@ from .data import resolve_path
 
 # Config key -> this project's classes and the stock ones that they are in evaluation.
 STOCK_NAMES = {
-    "META_ARCHITECTURE": {"CrossKDRCNN": "GeneralizedRCNN"},
+    "META_ARCHITECTURE": {"CrossKDRCNN": "GeneralizedRCNN", "CrossKDRetinaNet": "RetinaNet"},
     "PROPOSAL_GENERATOR.NAME": {"CrossKDRPN": "RPN"},
     "ROI_HEADS.NAME": {"CrossKDROIHeads": "StandardROIHeads"},
 }
@@ -125,7 +125,7 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
     Raises:
         ConfigError: if stock detectron2 has no such config.
     """
-    if cfg.MODEL.META_ARCHITECTURE == "FCOS":
+    if cfg.MODEL.META_ARCHITECTURE in ("FCOS", "CrossKDFCOS"):
         raise ConfigError(
             "stock detectron2 builds FCOS from LazyConfig only, so there is no config to write; "
             "the checkpoint's weights load into its FCOS as they are"

@@ -1,14 +1,18 @@
-"""FCOS from a yacs config: detectron2 has the detector, but builds it from LazyConfig only.
+"""FCOS from a yacs config, which detectron2 builds from LazyConfig only, and FCOS that distils.
 
 Shape shorthand: C channels of the pyramid, K foreground classes.
 """
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch import fcos
+
+from .dense_distiller import DenseTrace, mean_over_processes
+from .dense_student import DenseStudent
 
 
 @BACKBONE_REGISTRY.register()
@@ -78,3 +82,23 @@ class FCOS(fcos.FCOS):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
         }
+
+
+@META_ARCH_REGISTRY.register()
+class CrossKDFCOS(DenseStudent, FCOS):
+    """:class:`FCOS` that, once a teacher is attached, also returns distillation losses in training.
+
+    Centerness is trained on the ground truth alone.
+    """
+
+    stock_class = fcos.FCOS
+    kd_depth = 2
+    kd_box_type = "iou"
+
+    def kd_normalizer(self, trace: DenseTrace) -> torch.Tensor:
+        """The sum of the centerness targets over the positives, averaged over processes, at least
+        1."""
+        targets = self.compute_ctrness_targets(trace.anchors, trace.boxes)  # NxR
+        # NaN outside of the boxes.
+        targets = torch.where(self.positives(trace), targets, torch.zeros_like(targets))
+        return mean_over_processes(targets.sum()).clamp(min=1)

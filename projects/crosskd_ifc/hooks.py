@@ -78,10 +78,14 @@ class _StudentTasks(nn.Module):
 
     def __init__(self, teacher: Teacher, student: nn.Module):
         super().__init__()
-        heads = student.roi_heads
         self._model = teacher.model
-        self._dropped = [] if heads.mask_on else ["pred_masks"]
-        self._dropped += [] if heads.keypoint_on else ["pred_keypoints", "pred_keypoint_heatmaps"]
+        heads, fields = getattr(student, "roi_heads", None), {
+            "mask_on": ["pred_masks"],
+            "keypoint_on": ["pred_keypoints", "pred_keypoint_heatmaps"],
+        }
+        self._dropped = [
+            x for k, names in fields.items() if not getattr(heads, k, 0) for x in names
+        ]
         self.eval()  # so that an evaluation leaves the teacher in this mode
 
     def forward(self, batched_inputs):

@@ -11,7 +11,7 @@ from detectron2.utils.file_io import PathManager
 
 from . import pair
 from .checkpoints import refuse_overwriting
-from .config import ConfigError, distillation_requested
+from .config import ConfigError, class_count, distillation_requested
 from .feature_maps import compare_features
 from .run_checks import check_evaluation_config, check_weights
 from .teacher import Teacher, attach_teacher
@@ -110,9 +110,13 @@ def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
     ours, theirs = pair.class_names(cfg), pair.class_names(teacher.cfg)
     if theirs is None and not cfg.MODEL.CROSSKD.TEACHER.CLASS_MAP:
         theirs = ours
-    ours = ours or [str(i) for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
-    theirs = theirs or [str(i) for i in range(teacher.model.roi_heads.num_classes)]
+    ours = ours or [str(i) for i in range(class_count(cfg)[1])]
+    theirs = theirs or [str(i) for i in range(_count(teacher.model))]
     return {column: theirs if column in ("teacher", "cross-head") else ours for column in COLUMNS}
+
+
+def _count(model) -> int:
+    return model.roi_heads.num_classes if hasattr(model, "roi_heads") else model.num_classes
 
 
 def _check(cfg: CfgNode) -> None:

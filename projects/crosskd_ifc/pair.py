@@ -236,11 +236,14 @@ def _check_layers(key: str, names: Tuple[str, ...], layers: BoxHeadLayers, whose
             )
 
 
-def check_same_padding(key: str, student: nn.Module, teacher: Teacher) -> None:
+def check_same_padding(
+    key: str, student: nn.Module, teacher: Teacher, advice: str = "set it to 0.0"
+) -> None:
     """Refuse backbones that pad images to different sizes, so that their maps differ in size.
 
     Args:
         key: what needs it, below MODEL.CROSSKD.
+        advice: the end of the message.
 
     Raises:
         ConfigError: naming ``key``.
@@ -252,7 +255,7 @@ def check_same_padding(key: str, student: nn.Module, teacher: Teacher) -> None:
     if ours != theirs:
         raise ConfigError(
             f"MODEL.CROSSKD.{key} compares feature maps, but the student pads images to {ours} and "
-            f"the teacher ({teacher.description}) to {theirs}; set it to 0.0"
+            f"the teacher ({teacher.description}) to {theirs}; {advice}"
         )
 
 

@@ -8,7 +8,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from .checkpoints import is_missing
-from .config import ConfigError, check_crosskd_config, class_count, distillation_requested
+from .config import (
+    META_ARCHITECTURES,
+    ConfigError,
+    check_crosskd_config,
+    class_count,
+    distillation_requested,
+)
 from .data import register_cards
 
 
@@ -98,7 +104,8 @@ def evaluator_type(name: str) -> str:
 def check_class_count(cfg: CfgNode, name: str) -> None:
     """Refuse a model of other classes: fewer fail deep inside the loss, more in the evaluator."""
     classes = MetadataCatalog.get(name).get("thing_classes", ())
-    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "CrossKDRCNN", "RetinaNet", "FCOS"):
+    stock = ("GeneralizedRCNN", "RetinaNet", "FCOS")
+    if cfg.MODEL.META_ARCHITECTURE in (*stock, *META_ARCHITECTURES):
         key, ours = class_count(cfg)
         if classes and ours != len(classes):
             raise ConfigError(

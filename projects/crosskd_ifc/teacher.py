@@ -135,8 +135,8 @@ def attach_teacher(
         raise ConfigError("attach the teacher to the model before it is wrapped in DDP")
     if not hasattr(model, "set_teacher"):
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE: {type(model).__name__} can't distil; use CrossKDRCNN in "
-            "place of GeneralizedRCNN"
+            f"MODEL.META_ARCHITECTURE: {type(model).__name__} can't distil; use CrossKDRCNN, "
+            "CrossKDRetinaNet or CrossKDFCOS"
         )
     kd = cfg.MODEL.CROSSKD
     with same_random_state(model.device):

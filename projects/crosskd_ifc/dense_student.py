@@ -1,0 +1,87 @@
+"""Dense students: their training forward is recorded for the distillation.
+
+Shape shorthand: N images, R anchors of an image over all levels.
+"""
+
+from typing import Dict, List, Optional, Type
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes
+
+from .dense_distiller import DenseDistiller, DenseTrace, record_towers
+from .student import Student
+from .teacher import Teacher
+
+
+class DenseStudent(Student):
+    """Mixin for a RetinaNet or FCOS; without a teacher and in evaluation it is its parent, bit for
+    bit.
+
+    Attributes:
+        stock_class: what its teacher must be.
+        kd_depth: of the taps ``conv1`` to ``conv<kd_depth>`` that are combined by default.
+        kd_box_type: box loss by default.
+    """
+
+    stock_class: Type[DenseDetector]
+    kd_depth: int
+    kd_box_type: str
+    _trace: Optional[DenseTrace] = None
+
+    def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> DenseDistiller:
+        return DenseDistiller(cfg, self, teacher)
+
+    def kd_normalizer(self, trace: DenseTrace) -> torch.Tensor:
+        """The divisor of the distillation losses, a scalar of at least 1."""
+        raise NotImplementedError
+
+    def positives(self, trace: DenseTrace) -> torch.Tensor:
+        """(N, R) whether an anchor is matched to an object."""
+        return (trace.labels >= 0) & (trace.labels != self.num_classes)
+
+    def forward(self, batched_inputs: List[Dict[str, torch.Tensor]]):
+        """As the parent's; in training with a teacher the dict also holds ``loss_cls_kd`` and
+        ``loss_box_reg_kd``."""
+        if not self.training or self._distiller is None:
+            return super().forward(batched_inputs)
+        with record_towers(self.head) as layers:
+            self._trace = trace = DenseTrace(layers)
+            try:
+                losses = super().forward(batched_inputs)
+            finally:
+                self._trace = None
+        losses.update(self._distiller.losses(self, batched_inputs, trace, self.kd_factor))
+        return losses
+
+    def losses(self, anchors: List[Boxes], pred_logits, gt_labels, pred_deltas, gt_boxes, *more):
+        """The parent's; in a recorded forward the labels are kept."""
+        if self._trace is not None:
+            self._trace.anchors, self._trace.boxes = anchors, gt_boxes
+            self._trace.labels = torch.stack(gt_labels)
+        return super().losses(anchors, pred_logits, gt_labels, pred_deltas, gt_boxes, *more)
+
+    @torch.no_grad()
+    def cross_head_inference(self, batched_inputs: List[Dict[str, torch.Tensor]]):
+        """What the teacher's head detects in the student's towers, with the teacher's thresholds.
+
+        For evaluation mode, with a teacher attached.
+
+        Args:
+            batched_inputs: as for :meth:`forward`.
+
+        Returns:
+            As ``forward`` in evaluation.
+        """
+        self._check_cross_head()
+        results = self._distiller.detect(self, batched_inputs)
+        return [
+            {
+                "instances": detector_postprocess(
+                    r, x.get("height", r.image_size[0]), x.get("width", r.image_size[1])
+                )
+            }
+            for r, x in zip(results, batched_inputs)
+        ]
