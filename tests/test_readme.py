@@ -50,6 +50,13 @@ def test_the_table_of_other_classes_is_that_of_the_recorded_runs():
         assert row in read("README.md")
 
 
+@pytest.mark.parametrize("arm", TITLES)
+def test_the_table_of_masks_is_that_of_the_recorded_runs(arm):
+    runs = recorded("mask_rcnn", "seeds.json", arm=arm)
+    cells = f"{mean(runs, 'mask_AP')} | {each(runs, 'mask_AP')} | {mean(runs, 'AP')}"
+    assert f"| Mask R-CNN {TITLES[arm]} | {cells} |" in read("README.md")
+
+
 def test_the_cost_of_diagnostics_is_the_measured_one():
     cases = json.loads(read("benchmarks", "diagnostics", "cost.json"))["cases"]
     text = read("docs", "options.md")
