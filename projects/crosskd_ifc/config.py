@@ -219,7 +219,7 @@ def check_unused(cfg: CN, keys: Sequence[str], reason: str) -> None:
         for name, (expected, found) in pairs.items():
             if found != expected and tuple(_listed(found)) != tuple(_listed(expected)):
                 raise ConfigError(
-                    f"MODEL.CROSSKD.{name} is {found!r}, but {reason}; leave it at its default, "
+                    f"MODEL.CROSSKD.{name} is {found!r}, but {reason}; set it to its default, "
                     f"{expected!r}"
                 )
 

@@ -16,6 +16,7 @@ from .config import (
     distillation_requested,
 )
 from .data import register_cards
+from .teacher import check_teacher_weights
 
 
 def check_training_config(cfg: CfgNode) -> None:
@@ -33,6 +34,8 @@ def check_training_config(cfg: CfgNode) -> None:
             f"{cfg.SOLVER.MAX_ITER}: nothing would be distilled"
         )
     kd = cfg.MODEL.CROSSKD
+    if distils and kd.TEACHER.WEIGHTS:
+        check_teacher_weights(kd.TEACHER.WEIGHTS)
     unused = () if cfg.MODEL.MASK_ON else ("MASK_WEIGHT",)
     weights = [v for k, v in kd.LOSS.items() if k.endswith("_WEIGHT") and k not in unused]
     if distils and not any(weights) and not kd.INHERIT:

@@ -197,13 +197,22 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
         ) from None
 
 
-def _load_strictly(model: nn.Module, weights: str) -> None:
-    """Load a file or URL into ``model``; whatever is wrong with it is a :class:`ConfigError`."""
+def check_teacher_weights(weights: str) -> None:
+    """Refuse a local path without a file.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     if is_missing(weights):
         raise ConfigError(
             f"MODEL.CROSSKD.TEACHER.WEIGHTS: there is no file {weights!r}; train the teacher "
             "first, or give the file of its trained weights"
         )
+
+
+def _load_strictly(model: nn.Module, weights: str) -> None:
+    """Load a file or URL into ``model``; whatever is wrong with it is a :class:`ConfigError`."""
+    check_teacher_weights(weights)
     try:
         _StrictCheckpointer(model).load(weights)
     except ConfigError as error:
