@@ -11,7 +11,6 @@ from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import cat
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -20,14 +19,9 @@ from detectron2.utils import comm
 from torch import nn
 
 from . import losses as L
-from .config import ConfigError, check_unused
-from .cross_head import TowerLayers
-from .fusion import FeatureFusion
-from .pair import check_same_padding, equal_tensors, refuse
+from .dense_pair import TOWERS, build_fusions, check_pair, check_settings, towers_of
 from .step import TeacherPass, is_logging_step, put_scalars
 from .teacher import Teacher
-
-TOWERS = ("cls", "bbox")
 
 
 @dataclasses.dataclass
@@ -45,17 +39,6 @@ class DenseTrace:
     anchors: List[Boxes] = dataclasses.field(default_factory=list)
     labels: Optional[torch.Tensor] = None
     boxes: List[torch.Tensor] = dataclasses.field(default_factory=list)
-
-
-def towers_of(head: RetinaNetHead) -> Dict[str, TowerLayers]:
-    """The towers of a dense head by name, "cls" and "bbox".
-
-    Raises:
-        TypeError: if it is no such head, or its towers have unknown layers.
-    """
-    if not isinstance(head, RetinaNetHead):
-        raise TypeError(f"head {type(head).__name__} is no RetinaNetHead or FCOSHead")
-    return {name: TowerLayers(head.get_submodule(f"{name}_subnet")) for name in TOWERS}
 
 
 @contextlib.contextmanager
@@ -116,11 +99,11 @@ class DenseDistiller:
     @classmethod
     def from_config(cls, cfg: CfgNode, student: DenseDetector, teacher: Teacher):
         kd = cfg.MODEL.CROSSKD
-        _check_settings(cfg)
-        _check_pair(student, teacher)
+        check_settings(cfg)
+        check_pair(student, teacher)
         return {
             "teacher": teacher,
-            "fusion": nn.ModuleDict(_build_fusions(kd.FUSION, student, teacher)),
+            "fusion": nn.ModuleDict(build_fusions(kd.FUSION, student, teacher)),
             "cls_weight": kd.LOSS.CLS_WEIGHT,
             "box_weight": kd.LOSS.BOX_WEIGHT,
             "box_type": kd.LOSS.BOX_TYPE or student.kd_box_type,
@@ -269,97 +252,3 @@ def mean_over_processes(x: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(x)
         x = x / comm.get_world_size()
     return x
-
-
-def _check_settings(cfg: CfgNode) -> None:
-    """Refuse settings of two-stage detectors."""
-    kd = cfg.MODEL.CROSSKD
-    reason = f"{cfg.MODEL.META_ARCHITECTURE} is a dense detector"
-    keys = ("MIMIC", "INHERIT", "TEACHER.CLASS_MAP", "FUSION.ROUTE", "LOSS.TEMPERATURE")
-    more = ("LOSS.FEATURE_WEIGHT", "LOSS.RPN_WEIGHT", "DIAGNOSTICS.GRAD_PERIOD")
-    check_unused(cfg, (*keys, *more), reason)
-    if kd.FUSION.ALIGN not in ("", "standardize"):
-        raise ConfigError(
-            f"MODEL.CROSSKD.FUSION.ALIGN is {kd.FUSION.ALIGN!r}, but {reason}, whose features are "
-            "always standardized; leave it at its default, ''"
-        )
-    if kd.LOSS.BOX_TYPE not in ("", "giou", "iou"):
-        raise ConfigError(
-            f"MODEL.CROSSKD.LOSS.BOX_TYPE is {kd.LOSS.BOX_TYPE!r}, but {reason}; possible values: "
-            "'giou', 'iou'"
-        )
-
-
-def _check_pair(student: DenseDetector, teacher: Teacher) -> None:
-    model, stock = teacher.model, student.stock_class
-    if not isinstance(model, stock):
-        refuse(teacher, f"is a {type(model).__name__}; this student needs a {stock.__name__}")
-    if model.num_classes != student.num_classes:
-        refuse(
-            teacher,
-            f"has {model.num_classes} classes and the student {student.num_classes} "
-            "(NUM_CLASSES); they must be the same",
-        )
-    check_same_padding("TEACHER.CONFIG_FILE", student, teacher, "they must be the same")
-    generators = student.anchor_generator, model.anchor_generator
-    differs = ""
-    if any(type(g) is not DefaultAnchorGenerator for g in generators):
-        differs = "MODEL.ANCHOR_GENERATOR.NAME"
-    elif generators[0].strides != generators[1].strides:
-        differs = "the strides of IN_FEATURES"
-    elif not equal_tensors(*([*g.cell_anchors] for g in generators)):
-        differs = "MODEL.ANCHOR_GENERATOR.SIZES or ASPECT_RATIOS"
-    elif generators[0].offset != generators[1].offset:
-        differs = "MODEL.ANCHOR_GENERATOR.OFFSET"
-    if differs:
-        refuse(teacher, f"has other anchors than the student: {differs} differ")
-
-
-def _build_fusions(
-    kd: CfgNode, student: DenseDetector, teacher: Teacher
-) -> Dict[str, FeatureFusion]:
-    """One fusion for each tower.
-
-    Args:
-        kd: the node MODEL.CROSSKD.FUSION.
-    """
-    try:
-        ours = towers_of(student.head)
-    except TypeError as error:
-        raise ConfigError(f"MODEL.META_ARCHITECTURE: the student's {error}") from None
-    try:
-        theirs = towers_of(teacher.model.head)
-    except TypeError as error:
-        refuse(teacher, f"can't be entered: {error}")
-    fusions = {}
-    for tower in TOWERS:
-        names = ours[tower].names[1:], theirs[tower].names[1:]
-        taps = tuple(kd.IN_FEATURES) or tuple(f"conv{i + 1}" for i in range(student.kd_depth))
-        _check_layers("IN_FEATURES", taps, names[0], "student")
-        entry = kd.ENTRY or max(taps, key=ours[tower].depth)
-        _check_layers("ENTRY", (entry,), names[1], "teacher")
-        try:
-            fusions[tower] = FeatureFusion(
-                name=kd.NAME,
-                taps=taps,
-                entry=entry,
-                route="direct",
-                align="standardize",
-                student_shapes=ours[tower].shapes,
-                teacher_shapes=theirs[tower].shapes,
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"MODEL.CROSSKD.FUSION (NAME '{kd.NAME}', IN_FEATURES {taps}, ENTRY '{entry}'): "
-                f"{error}"
-            ) from None
-    return fusions
-
-
-def _check_layers(key: str, names: Tuple[str, ...], known: List[str], whose: str) -> None:
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"MODEL.CROSSKD.FUSION.{key}: the {whose}'s towers have no layer {name!r}; they "
-                f"have {', '.join(known)}"
-            )

@@ -7,8 +7,8 @@ from typing import Dict, List, Optional, Type
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes
 
 from .dense_distiller import DenseDistiller, DenseTrace, record_towers
@@ -77,11 +77,5 @@ class DenseStudent(Student):
         """
         self._check_cross_head()
         results = self._distiller.detect(self, batched_inputs)
-        return [
-            {
-                "instances": detector_postprocess(
-                    r, x.get("height", r.image_size[0]), x.get("width", r.image_size[1])
-                )
-            }
-            for r, x in zip(results, batched_inputs)
-        ]
+        sizes = [r.image_size for r in results]
+        return GeneralizedRCNN._postprocess(results, batched_inputs, sizes)

@@ -3,10 +3,10 @@
 import logging
 from typing import Optional, Sequence, Tuple
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import (
     CascadeROIHeads,
@@ -19,7 +19,7 @@ from torch import nn
 from . import class_map
 from .class_map import ClassMap
 from .config import ConfigError, class_count
-from .cross_head import BoxHeadLayers
+from .cross_head import BoxHeadLayers, NamedLayers
 from .data import register_cards
 from .fusion import FeatureFusion
 from .roi_heads import CrossKDROIHeads
@@ -211,13 +211,35 @@ def build_fusion(kd: CfgNode, student: nn.Module, teacher: Teacher) -> FeatureFu
                 "route 'through' has no teacher layers to run; take taps from "
                 f"{theirs.names[: theirs.depth(entry) + 1]}, or ROUTE direct"
             )
+    return make_fusion(kd, taps, entry, kd.ROUTE, kd.ALIGN or "none", ours, theirs)
+
+
+def make_fusion(
+    kd: CfgNode,
+    taps: Tuple[str, ...],
+    entry: str,
+    route: str,
+    align: str,
+    ours: NamedLayers,
+    theirs: NamedLayers,
+) -> FeatureFusion:
+    """A fusion from layers of the student to one of the teacher.
+
+    Args:
+        kd: the node MODEL.CROSSKD.FUSION.
+        taps, entry, route, align: as of :class:`FeatureFusion`.
+        ours, theirs: the layers of student and teacher.
+
+    Raises:
+        ConfigError: if the shapes can't be bridged or the fusion refuses the taps.
+    """
     try:
         return FeatureFusion(
             name=kd.NAME,
             taps=taps,
             entry=entry,
-            route=kd.ROUTE,
-            align=kd.ALIGN or "none",
+            route=route,
+            align=align,
             student_shapes=ours.shapes,
             teacher_shapes=theirs.shapes,
         )
@@ -259,6 +281,22 @@ def check_same_padding(
         )
 
 
-def equal_tensors(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
-    """Whether two lists hold the same tensors."""
-    return len(a) == len(b) and all(x.shape == y.shape and x.equal(y) for x, y in zip(a, b))
+def differing_anchors(ours: nn.Module, theirs: nn.Module, strides: str) -> str:
+    """The config key by which two anchor generators differ, or "".
+
+    Args:
+        ours, theirs: the generators.
+        strides: what to name where the strides differ.
+    """
+    if any(type(g) is not DefaultAnchorGenerator for g in (ours, theirs)):
+        return "MODEL.ANCHOR_GENERATOR.NAME"
+    if ours.strides != theirs.strides:
+        return strides
+    cells = [list(g.cell_anchors) for g in (ours, theirs)]
+    if len(cells[0]) != len(cells[1]) or not all(
+        x.shape == y.shape and x.equal(y) for x, y in zip(*cells)
+    ):
+        return "MODEL.ANCHOR_GENERATOR.SIZES or ASPECT_RATIOS"
+    if ours.offset != theirs.offset:
+        return "MODEL.ANCHOR_GENERATOR.OFFSET"
+    return ""

@@ -11,13 +11,12 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import cat
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.structures import Boxes
 
 from . import losses as L
 from .config import ConfigError
-from .pair import check_same_padding, equal_tensors, refuse
+from .pair import check_same_padding, differing_anchors, refuse
 from .step import Step
 from .teacher import Teacher
 
@@ -154,15 +153,11 @@ def _check_rpn(student: GeneralizedRCNN, teacher: Teacher) -> None:
 
 def differing_key(ours: RPN, theirs: RPN) -> str:
     """The config key by which two RPNs answer for other anchors or in another encoding, or ""."""
-    generators = ours.anchor_generator, theirs.anchor_generator
-    if any(type(g) is not DefaultAnchorGenerator for g in generators):
-        return "MODEL.ANCHOR_GENERATOR.NAME"
-    if generators[0].strides != generators[1].strides:
-        return "MODEL.RPN.IN_FEATURES"
-    if not equal_tensors(*([*g.cell_anchors] for g in generators)):
-        return "MODEL.ANCHOR_GENERATOR.SIZES or ASPECT_RATIOS"
-    if generators[0].offset != generators[1].offset:
-        return "MODEL.ANCHOR_GENERATOR.OFFSET"
+    anchors = differing_anchors(
+        ours.anchor_generator, theirs.anchor_generator, "MODEL.RPN.IN_FEATURES"
+    )
+    if anchors:
+        return anchors
     if tuple(ours.box2box_transform.weights) != tuple(theirs.box2box_transform.weights):
         return "MODEL.RPN.BBOX_REG_WEIGHTS"
     return ""

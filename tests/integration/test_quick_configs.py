@@ -1,7 +1,6 @@
 """Every config of configs/quick trains, resumes and evaluates, on a few pictures."""
 
 import glob
-import importlib.util
 import json
 import os
 
@@ -11,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
+from test_train_net import TRAIN_NET, load_script
 
 from crosskd_ifc.runs import Run
 from crosskd_ifc.shapes import generate, register_coarse_shapes, register_shapes
@@ -18,14 +18,6 @@ from crosskd_ifc.shapes import generate, register_coarse_shapes, register_shapes
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
 QUICK = os.path.join(ROOT, "configs", "quick")
 SMALL = ("SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 0, "SOLVER.BASE_LR", 0.001)
-
-
-def load_train_net():
-    path = os.path.join(ROOT, "tools", "train_net.py")
-    spec = importlib.util.spec_from_file_location("train_net_quick", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def configs():
@@ -85,7 +77,7 @@ def test_a_quick_config_trains_resumes_and_evaluates(config, few_pictures, teach
         opts += ["MODEL.CROSSKD.TEACHER.WEIGHTS", teachers(teacher)]
     if cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD:
         opts += ["MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD", 1]
-    train_net = load_train_net()
+    train_net = load_script(TRAIN_NET)
 
     def run(*more):
         arguments = [*more, *opts] if more and more[0] == "--resume" else [*opts, *more]
