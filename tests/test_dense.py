@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS as StockFCOS
 from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 
 from crosskd_ifc import (
     ConfigError,
@@ -115,21 +116,18 @@ def test_several_taps_are_not_zero_even_for_equal_models(kind):
 
 def traced(student, batch):
     """The student's trace, as its own forward has recorded it."""
-    seen = {}
-    original = student._distiller.losses
-    student._distiller.losses = lambda s, b, trace, f: seen.update(trace=trace) or {}
-    train_losses(student, batch)
-    student._distiller.losses = original
-    return seen["trace"]
+    with EventStorage(), student.record() as trace:
+        student.stock_class.forward(student, batch)
+    return trace
 
 
 @dense
 def test_the_losses_are_the_documented_functions_of_the_predictions(kind):
     student, teacher = pair(kind)
-    batch, distiller = tiny_batch(boxes_per_image=(9, 12)), student._distiller
+    batch, box = tiny_batch(boxes_per_image=(9, 12)), student._distiller.box
     trace = traced(student, batch)
-    theirs, wanted = distiller.predict(TeacherPass(student.teacher, batch))
-    found = distiller.cross_head(trace.layers, theirs)
+    theirs, wanted = box.teacher.run(TeacherPass(student.teacher, batch))
+    found = box.mimic.maps(trace.layers, theirs)
     (z, d), (t, b) = (teacher._transpose_dense_predictions(x[:2], [3, 4]) for x in (found, wanted))
     z, d, t, b = (torch.cat(x, dim=1) for x in (z, d, t, b))
     anchors = Boxes.cat(trace.anchors).tensor
@@ -164,7 +162,7 @@ def test_the_losses_are_the_documented_functions_of_the_predictions(kind):
 def test_the_teachers_own_predictions_are_those_of_its_forward(kind):
     student, teacher = pair(kind)
     batch = tiny_batch()
-    _, wanted = student._distiller.predict(TeacherPass(student.teacher, batch))
+    _, wanted = student._distiller.box.teacher.run(TeacherPass(student.teacher, batch))
     with torch.no_grad():
         features = teacher.backbone(teacher.preprocess_image(batch).tensor)
         expected = teacher.head([features[f] for f in teacher.head_in_features])
@@ -178,8 +176,8 @@ def test_plain_crosskd_standardizes_one_tap_and_runs_the_teachers_remaining_laye
     student, teacher = pair(kind, *fusion("none", ("conv2",)))
     batch = tiny_batch()
     trace = traced(student, batch)
-    theirs, _ = student._distiller.predict(TeacherPass(student.teacher, batch))
-    found = student._distiller.cross_head(trace.layers, theirs)
+    theirs, _ = student._distiller.box.teacher.run(TeacherPass(student.teacher, batch))
+    found = student._distiller.box.mimic.maps(trace.layers, theirs)
     for level in range(5):
         s = trace.layers["cls"]["conv2"][level]
         x = standardize_like(s, theirs["cls"][level]["conv2"]).relu()
@@ -306,12 +304,17 @@ def test_statistics_are_logged(kind):
     _, storage = train_losses(student, tiny_batch(), iteration=19)
     found = {k[8:]: v for k, (v, _) in storage.latest().items() if k.startswith("crosskd/")}
     names = {"factor", "teacher_seconds", "teacher_confidence", "cross_head_confidence"}
-    assert set(found) == names | {"agreement_cross_head"}
-    assert 0 <= found["agreement_cross_head"] <= 1
+    shares = {"agreement_cross_head", "agreement_student", "disagreement_truth_foreground"}
+    assert set(found) == names | shares
+    assert all(0 <= found[name] <= 1 for name in shares)
 
 
 REFUSED = {
-    "classes": ((), ("MODEL.RETINANET.NUM_CLASSES", 5), "5 classes and the student 3"),
+    "classes": (
+        (),
+        ("MODEL.RETINANET.NUM_CLASSES", 5),
+        "CLASS_MAP: the student has 3 classes and the teacher 5.*RETINANET.NUM_CLASSES 3",
+    ),
     "anchors": (
         (),
         ("MODEL.ANCHOR_GENERATOR.SIZES", [[9], [16], [32], [48], [64]]),
@@ -327,7 +330,12 @@ REFUSED = {
     "route": ((K + "FUSION.ROUTE", "through"), (), "FUSION.ROUTE is 'through', but.*dense"),
     "align": ((K + "FUSION.ALIGN", "none"), (), "FUSION.ALIGN is 'none'.*always standardized"),
     "l1": ((K + "LOSS.BOX_TYPE", "l1"), (), "BOX_TYPE is 'l1'.*'giou', 'iou'"),
-    "mimic": ((K + "MIMIC", "student_head"), (), "MIMIC is 'student_head', but.*dense"),
+    "RPN mimicking": ((K + "LOSS.RPN_WEIGHT", 1.0), (), "RPN_WEIGHT"),
+    "no map for student_head": (
+        (K + "MIMIC", "student_head", K + "TEACHER.CLASS_MAP", ("teacher",)),
+        (),
+        "CLASS_MAP.*MIMIC 'student_head' compares them",
+    ),
     "temperature": ((K + "LOSS.TEMPERATURE", 1.0), (), "TEMPERATURE is 1.0, but.*dense"),
     "a two-stage teacher": (
         (),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from common import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
 
 from crosskd_ifc import ConfigError, attach_teacher, losses
@@ -27,7 +28,7 @@ def test_the_losses_compare_the_students_own_predictions_with_the_teachers():
     batch = tiny_batch()
     torch.manual_seed(0)
     with EventStorage(), student.roi_heads.record() as trace:
-        super(type(student), student).forward(batch)
+        GeneralizedRCNN.forward(student, batch)
     t, _ = student._distiller.box.predict(TeacherPass(student.teacher, batch), trace.boxes)
     result, _ = train_losses(student, batch)
     kl = losses.kl_divergence(trace.logits, t.logits, temperature=3.0, normalizer=len(t.logits))

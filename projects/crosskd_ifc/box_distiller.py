@@ -152,10 +152,15 @@ class BoxDistiller:
             "box_type": box_type,
         }
 
+    @property
+    def is_active(self) -> bool:
+        """Whether a loss has a weight."""
+        return self.cls_weight > 0 or self.box_weight > 0
+
     def losses(self, step: Step) -> Dict[str, torch.Tensor]:
         """The weighted losses of one step, scalars; with both weights 0 nothing is computed."""
         trace = step.heads
-        if self.cls_weight == 0 and self.box_weight == 0:
+        if not self.is_active:
             return {key: self.zero(trace) for key in self.keys}
         targets, layers = self.predict(step.teacher, trace.boxes)
         found, wanted = self.mimic.predict(trace, layers), self.mimic.targets(targets)

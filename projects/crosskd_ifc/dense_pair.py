@@ -30,9 +30,7 @@ def check_settings(cfg: CfgNode) -> None:
     """Refuse settings of two-stage detectors."""
     kd = cfg.MODEL.CROSSKD
     reason = f"{cfg.MODEL.META_ARCHITECTURE} is a dense detector"
-    keys = ("MIMIC", "INHERIT", "TEACHER.CLASS_MAP", "FUSION.ROUTE", "LOSS.TEMPERATURE")
-    more = ("LOSS.FEATURE_WEIGHT", "LOSS.RPN_WEIGHT", "DIAGNOSTICS.GRAD_PERIOD")
-    check_unused(cfg, (*keys, *more), reason)
+    check_unused(cfg, ("FUSION.ROUTE", "LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT"), reason)
     if kd.FUSION.ALIGN not in ("", "standardize"):
         raise ConfigError(
             f"MODEL.CROSSKD.FUSION.ALIGN is {kd.FUSION.ALIGN!r}, but {reason}, whose features are "
@@ -49,12 +47,6 @@ def check_pair(student: DenseDetector, teacher: Teacher) -> None:
     model, stock = teacher.model, student.stock_class
     if not isinstance(model, stock):
         refuse(teacher, f"is a {type(model).__name__}; this student needs a {stock.__name__}")
-    if model.num_classes != student.num_classes:
-        refuse(
-            teacher,
-            f"has {model.num_classes} classes and the student {student.num_classes} "
-            "(NUM_CLASSES); they must be the same",
-        )
     check_same_padding("TEACHER.CONFIG_FILE", student, teacher, "they must be the same")
     differs = differing_anchors(
         student.anchor_generator, model.anchor_generator, "the strides of IN_FEATURES"

@@ -3,7 +3,8 @@
 Shape shorthand: N images, R anchors of an image over all levels.
 """
 
-from typing import Dict, List, Optional, Type
+import contextlib
+from typing import Dict, Iterator, List, Optional, Type
 
 import torch
 from detectron2.config import CfgNode
@@ -11,7 +12,8 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes
 
-from .dense_distiller import DenseDistiller, DenseTrace, record_towers
+from .dense_distiller import DenseDistiller
+from .dense_mimics import DenseTrace, record_towers
 from .student import Student
 from .teacher import Teacher
 
@@ -42,25 +44,22 @@ class DenseStudent(Student):
         """(N, R) whether an anchor is matched to an object."""
         return (trace.labels >= 0) & (trace.labels != self.num_classes)
 
-    def forward(self, batched_inputs: List[Dict[str, torch.Tensor]]):
-        """As the parent's; in training with a teacher the dict also holds ``loss_cls_kd`` and
-        ``loss_box_reg_kd``."""
-        if not self.training or self._distiller is None:
-            return super().forward(batched_inputs)
+    @contextlib.contextmanager
+    def record(self) -> Iterator[DenseTrace]:
+        """Within this context, the next forward fills the trace that it yields."""
         with record_towers(self.head) as layers:
-            self._trace = trace = DenseTrace(layers)
+            self._trace = DenseTrace(layers)
             try:
-                losses = super().forward(batched_inputs)
+                yield self._trace
             finally:
                 self._trace = None
-        losses.update(self._distiller.losses(self, batched_inputs, trace, self.kd_factor))
-        return losses
 
     def losses(self, anchors: List[Boxes], pred_logits, gt_labels, pred_deltas, gt_boxes, *more):
-        """The parent's; in a recorded forward the labels are kept."""
+        """The parent's; in a recorded forward labels and predictions are kept."""
         if self._trace is not None:
             self._trace.anchors, self._trace.boxes = anchors, gt_boxes
             self._trace.labels = torch.stack(gt_labels)
+            self._trace.predictions = pred_logits, pred_deltas
         return super().losses(anchors, pred_logits, gt_labels, pred_deltas, gt_boxes, *more)
 
     @torch.no_grad()

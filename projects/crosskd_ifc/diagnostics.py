@@ -3,22 +3,22 @@
 from typing import Dict, List, Mapping, Optional
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.modeling import FPN, GeneralizedRCNN
+from detectron2.config import CfgNode
+from detectron2.modeling import FPN
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from .fusion import FeatureFusion
 from .step import put_scalars
 
 
 class GradientDiagnostics:
     """Cosine and ratio of the gradients of both kinds of losses, every so many iterations.
 
-    Measured at the last layer that both reach (the deepest tapped layer of the student's box head;
-    for student-head mimicking its last layer; for ``pool``, or without losses of the box branch,
-    the output convolutions of the FPN, or all of another backbone) and at the box predictor, which
-    cross-head distillation doesn't reach. All losses of a kind are added, with their weights,
+    Measured at the last layer that both reach (the deepest tapped layer of the student's box head,
+    or of both towers of a dense head; for student-head mimicking its last layer; for ``pool``, or
+    without losses of classes and boxes, the output convolutions of the FPN, or all of another
+    backbone) and at the predictors of classes and boxes, which cross-head distillation doesn't
+    reach. All losses of a kind are added, with their weights,
     before the gradient is taken.
 
     Logged as ``crosskd/grad_cosine_shared``, ``grad_cosine_predictor`` (-1 to 1; 0 where one of the
@@ -26,7 +26,6 @@ class GradientDiagnostics:
     gradient over that of detection). In a distributed run they are the first process's.
     """
 
-    @configurable
     def __init__(self, *, period: int, shared: List[nn.Parameter], predictor: List[nn.Parameter]):
         """
         Args:
@@ -37,15 +36,20 @@ class GradientDiagnostics:
         self._places = {"shared": shared, "predictor": predictor}
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: GeneralizedRCNN, fusion: Optional[FeatureFusion]):
-        kd = cfg.MODEL.CROSSKD
-        return {
-            "period": kd.DIAGNOSTICS.GRAD_PERIOD,
-            "shared": _shared_parameters(
-                student, fusion, kd.LOSS.CLS_WEIGHT > 0 or kd.LOSS.BOX_WEIGHT > 0
-            ),
-            "predictor": list(student.roi_heads.box_predictor.parameters()),
-        }
+    def build(
+        cls, cfg: CfgNode, shared: List[nn.Parameter], *predictors: nn.Module
+    ) -> Optional["GradientDiagnostics"]:
+        """What ``MODEL.CROSSKD.DIAGNOSTICS`` asks for, None if nothing.
+
+        Args:
+            shared: as of the constructor.
+            predictors: the modules whose parameters are the predictor's.
+        """
+        period = cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD
+        if period == 0:
+            return None
+        predictor = [p for module in predictors for p in module.parameters()]
+        return cls(period=period, shared=shared, predictor=predictor)
 
     def measure(self, losses: Mapping[str, torch.Tensor]) -> None:
         """Measure and log, if this iteration is due.
@@ -87,13 +91,8 @@ class GradientDiagnostics:
         }
 
 
-def _shared_parameters(
-    student: GeneralizedRCNN, fusion: Optional[FeatureFusion], reaches_head: bool
-) -> List[nn.Parameter]:
-    layers = student.roi_heads.box_head_layers()
-    deepest = layers.last if fusion is None else max(fusion.taps, key=layers.depth)
-    if deepest != "pool" and reaches_head:
-        return layers.parameters(deepest)
+def pyramid_outputs(student: nn.Module) -> List[nn.Parameter]:
+    """The parameters of the output convolutions of an FPN; of all of another backbone."""
     backbone = student.backbone
     modules = backbone.output_convs if isinstance(backbone, FPN) else [backbone]
     return [p for m in modules for p in m.parameters()]

@@ -10,8 +10,9 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch import fcos
+from detectron2.utils import comm
 
-from .dense_distiller import DenseTrace, mean_over_processes
+from .dense_mimics import DenseTrace
 from .dense_student import DenseStudent
 
 
@@ -102,3 +103,11 @@ class CrossKDFCOS(DenseStudent, FCOS):
         # NaN outside of the boxes.
         targets = torch.where(self.positives(trace), targets, torch.zeros_like(targets))
         return mean_over_processes(targets.sum()).clamp(min=1)
+
+
+def mean_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """The mean of a scalar over all processes."""
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(x)
+        x = x / comm.get_world_size()
+    return x

@@ -8,7 +8,7 @@ from typing import Dict, List, Sequence
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import GeneralizedRCNN
+from torch import nn
 
 from .config import ConfigError
 from .losses import at_least_float32, pkd
@@ -38,7 +38,7 @@ class FeatureDistiller:
         self.levels, self.sources, self.weight = list(levels), list(sources), weight
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher):
+    def from_config(cls, cfg: CfgNode, student: nn.Module, teacher: Teacher):
         kd = cfg.MODEL.CROSSKD.LOSS
         shapes = student.backbone.output_shape()
         channels = {name: shape.channels for name, shape in shapes.items()}
@@ -88,7 +88,7 @@ def combine_levels(
     return torch.stack(maps).sum(dim=0) if len(maps) > 1 else maps[0]
 
 
-def _shared_levels(student: GeneralizedRCNN, teacher: Teacher) -> List[str]:
+def _shared_levels(student: nn.Module, teacher: Teacher) -> List[str]:
     """The levels of equal name, stride and channels.
 
     Raises:

@@ -4,12 +4,13 @@ The inheriting start of ICD (Kang et al., 2021), FGD (Yang et al., 2022) and PKD
 """
 
 import logging
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.proposal_generator import RPN
+from torch import nn
 
 from .class_map import MASKED, ClassMap
 from .config import ConfigError
@@ -19,11 +20,26 @@ from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-# Tensors whose first dimension counts classes: name -> (rows per class, has a background row).
+
+class _Rows(NamedTuple):
+    """How the first dimension of a predictor's tensors counts classes.
+
+    Attributes:
+        each: rows of a class, side by side.
+        has_background: a last row of each group is background's.
+        repeated: all classes follow one another as often as there are anchors.
+    """
+
+    each: int = 1
+    has_background: bool = False
+    repeated: bool = False
+
+
 _PER_CLASS = {
-    "roi_heads.box_predictor.cls_score": (1, True),
-    "roi_heads.box_predictor.bbox_pred": (4, False),
-    "roi_heads.mask_head.predictor": (1, False),
+    "roi_heads.box_predictor.cls_score": _Rows(has_background=True),
+    "roi_heads.box_predictor.bbox_pred": _Rows(each=4),
+    "roi_heads.mask_head.predictor": _Rows(),
+    "head.cls_score": _Rows(repeated=True),  # of dense detectors
 }
 
 _RPN_PREDICTORS = ("objectness_logits", "anchor_deltas")
@@ -32,7 +48,7 @@ _RPN_PREDICTORS = ("objectness_logits", "anchor_deltas")
 class Inheritance:
     """What ``MODEL.CROSSKD.INHERIT`` means for a student and a teacher; :meth:`apply` does it."""
 
-    def __init__(self, cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher):
+    def __init__(self, cfg: CfgNode, student: nn.Module, teacher: Teacher):
         """
         Args:
             cfg: the student's config.
@@ -97,7 +113,7 @@ class Inheritance:
         elif per_class is not None and class_map is None:
             self.left[name] = "the teacher's classes are others"
         elif per_class is not None and _counts_classes(ours, theirs, per_class, class_map):
-            self.inherited[name] = _rows(per_class, class_map)
+            self.inherited[name] = _rows(per_class, class_map, len(ours))
         elif ours.shape != theirs.shape:
             self.left[name] = f"{tuple(ours.shape)}, the teacher's is {tuple(theirs.shape)}"
         else:
@@ -110,6 +126,10 @@ class Inheritance:
         if module in ("proposal_generator.rpn_head." + x for x in _RPN_PREDICTORS):
             generators = ours.proposal_generator, theirs.proposal_generator
             return differing_key(*generators) if all(isinstance(g, RPN) for g in generators) else ""
+        if module == "head.bbox_pred":
+            return _differing_encoding(ours.box2box_transform, theirs.box2box_transform)
+        if not hasattr(ours, "roi_heads"):
+            return ""
         predictors = ours.roi_heads.box_predictor, theirs.roi_heads.box_predictor
         if module == "roi_heads.box_predictor.bbox_pred":
             weights = {tuple(p.box2box_transform.weights) for p in predictors}
@@ -167,28 +187,42 @@ def _class_rows(name: str):
     return _PER_CLASS.get(name.rpartition(".")[0])
 
 
-def _counts_classes(ours, theirs, per_class, class_map: ClassMap) -> bool:
+def _differing_encoding(ours, theirs) -> str:
+    """The config key by which the box encodings of two dense detectors differ."""
+    weights = {tuple(x.weights) for x in (ours, theirs) if isinstance(x, Box2BoxTransform)}
+    return "MODEL.RETINANET.BBOX_REG_WEIGHTS" if len(weights) > 1 else ""
+
+
+def _counts_classes(ours, theirs, rows: _Rows, class_map: ClassMap) -> bool:
     """Whether both tensors have rows for their classes, and are otherwise alike."""
-    rows, background = per_class
-    sizes = [n * rows + background for n in (class_map.num_classes, class_map.num_teacher_classes)]
-    return [len(ours), len(theirs)] == sizes and ours.shape[1:] == theirs.shape[1:]
+    sizes = [
+        n * rows.each + rows.has_background
+        for n in (class_map.num_classes, class_map.num_teacher_classes)
+    ]
+    groups = len(ours) // sizes[0] if rows.repeated else 1
+    fits = [len(ours), len(theirs)] == [groups * size for size in sizes]
+    return fits and ours.shape[1:] == theirs.shape[1:]
 
 
-def _rows(per_class, class_map: ClassMap) -> Optional[List[int]]:
+def _rows(rows: _Rows, class_map: ClassMap, count: int) -> Optional[List[int]]:
+    """The teacher's row for each of the student's ``count``."""
     if class_map.is_identity:
         return None
-    count, background = per_class
-    rows = [
-        MASKED if t == MASKED else t * count + i
+    group = [
+        MASKED if t == MASKED else t * rows.each + i
         for t in class_map.teacher_classes
-        for i in range(count)
+        for i in range(rows.each)
     ]
-    return rows + [class_map.num_teacher_classes] * background
+    theirs = class_map.num_teacher_classes * rows.each + rows.has_background
+    group += [theirs - 1] * rows.has_background
+    return [
+        MASKED if row == MASKED else i * theirs + row
+        for i in range(count // len(group))
+        for row in group
+    ]
 
 
-def plan_inheritance(
-    cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher
-) -> Optional[Inheritance]:
+def plan_inheritance(cfg: CfgNode, student: nn.Module, teacher: Teacher) -> Optional[Inheritance]:
     """The :class:`Inheritance` that the config asks for, or None."""
     prefixes: Sequence[str] = cfg.MODEL.CROSSKD.INHERIT
     return Inheritance(cfg, student, teacher) if prefixes else None

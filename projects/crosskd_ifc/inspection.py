@@ -111,12 +111,8 @@ def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
     if theirs is None and not cfg.MODEL.CROSSKD.TEACHER.CLASS_MAP:
         theirs = ours
     ours = ours or [str(i) for i in range(class_count(cfg)[1])]
-    theirs = theirs or [str(i) for i in range(_count(teacher.model))]
+    theirs = theirs or [str(i) for i in range(pair.num_classes(teacher.model))]
     return {column: theirs if column in ("teacher", "cross-head") else ours for column in COLUMNS}
-
-
-def _count(model) -> int:
-    return model.roi_heads.num_classes if hasattr(model, "roi_heads") else model.num_classes
 
 
 def _check(cfg: CfgNode) -> None:

@@ -120,7 +120,7 @@ def build_class_map(
     Raises:
         ConfigError: if no map can be made of it.
     """
-    ours, theirs = student.roi_heads.num_classes, teacher.model.roi_heads.num_classes
+    ours, theirs = num_classes(student), num_classes(teacher.model)
     kd = cfg.MODEL.CROSSKD.TEACHER
     is_index = class_map.parse(kd.CLASS_MAP)[0] == "index"
     if kd.EVAL_AT_START and is_index:
@@ -133,7 +133,7 @@ def build_class_map(
         )
     except ValueError as error:
         raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.CLASS_MAP: {error} (student: MODEL.ROI_HEADS.NUM_CLASSES "
+            f"MODEL.CROSSKD.TEACHER.CLASS_MAP: {error} (student: {class_count(cfg)[0]} "
             f"{ours}; teacher: {teacher.description})"
         ) from None
     if is_index and needed_by and None in names:
@@ -149,6 +149,11 @@ def build_class_map(
             "set it to False"
         )
     return found
+
+
+def num_classes(model: nn.Module) -> int:
+    """Foreground classes of a two-stage or dense detector."""
+    return getattr(model, "roi_heads", model).num_classes
 
 
 def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Sequence[str]]:

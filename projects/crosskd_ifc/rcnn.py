@@ -3,13 +3,14 @@
 Shape shorthand: N images.
 """
 
-from typing import Dict, List
+from typing import ContextManager, Dict, List
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
 from .rcnn_distiller import RCNNDistiller
+from .roi_heads import HeadTrace
 from .student import Student
 from .teacher import Teacher
 
@@ -26,16 +27,8 @@ class CrossKDRCNN(Student, GeneralizedRCNN):
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> RCNNDistiller:
         return RCNNDistiller(cfg, self, teacher)
 
-    def forward(self, batched_inputs: List[Dict[str, torch.Tensor]]):
-        """As the parent's; in training with a teacher the dict also holds the distillation losses,
-        whose names end in ``_kd``."""
-        if not self.training or self._distiller is None:
-            return super().forward(batched_inputs)
-        with self._distiller.recording(self, batched_inputs, self.kd_factor) as step:
-            losses = super().forward(batched_inputs)
-        losses.update(self._distiller.losses(step))
-        self._distiller.diagnose(losses)
-        return losses
+    def record(self) -> ContextManager[HeadTrace]:
+        return self.roi_heads.record()
 
     @torch.no_grad()
     def cross_head_inference(self, batched_inputs: List[Dict[str, torch.Tensor]]):

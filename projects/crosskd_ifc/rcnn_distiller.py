@@ -7,41 +7,35 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
+from torch import nn
 
 from .box_distiller import BoxDistiller
-from .diagnostics import GradientDiagnostics
+from .diagnostics import GradientDiagnostics, pyramid_outputs
+from .distiller import Distiller
 from .feature_distiller import FeatureDistiller
 from .fusion import FeatureFusion
 from .mask_distiller import MaskDistiller
 from .pair import build_class_map, check_student, check_teacher
 from .rpn import RPNMimic
-from .step import Step, TeacherPass, is_logging_step, put_scalars
+from .step import Step, TeacherPass
 from .teacher import Teacher
 
 
-class RCNNDistiller:
-    """The distillation losses that a config asks for, computed beside the student's forward."""
+class RCNNDistiller(Distiller):
+    """The distillation of a :class:`GeneralizedRCNN` with :class:`CrossKDROIHeads`.
+
+    Its losses are without the RPN's, which the student's RPN adds itself.
+    """
 
     @configurable
-    def __init__(
-        self,
-        *,
-        teacher: Teacher,
-        box: BoxDistiller,
-        others: List,
-        rpn: Optional[RPNMimic],
-        diagnostics: Optional[GradientDiagnostics],
-    ):
+    def __init__(self, *, rpn: Optional[RPNMimic], **kwargs):
         """
         Args:
-            teacher: the frozen detector.
-            box: of the box branch.
-            others: more distillers, with ``keys`` and ``losses(step)``.
-            rpn: whose loss the student's RPN adds itself.
-            diagnostics: measured on all losses of a step.
+            rpn: whose loss the student's RPN adds.
+            kwargs: of :class:`Distiller`.
         """
-        self.teacher, self.box, self._others = teacher, box, others
-        self._rpn, self._diagnostics = rpn, diagnostics
+        super().__init__(**kwargs)
+        self._rpn = rpn
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher):
@@ -65,17 +59,10 @@ class RCNNDistiller:
             "box": box,
             "others": others,
             "rpn": RPNMimic(cfg, student, teacher) if kd.LOSS.RPN_WEIGHT > 0 else None,
-            "diagnostics": (
-                GradientDiagnostics(cfg, student, box.fusion)
-                if kd.DIAGNOSTICS.GRAD_PERIOD > 0
-                else None
+            "diagnostics": GradientDiagnostics.build(
+                cfg, _shared_parameters(student, box), student.roi_heads.box_predictor
             ),
         }
-
-    @property
-    def fusion(self) -> Optional[FeatureFusion]:
-        """The module with the learned parameters of the cross-head; None without one."""
-        return self.box.fusion
 
     @contextlib.contextmanager
     def recording(
@@ -84,57 +71,26 @@ class RCNNDistiller:
         batched_inputs: List[Dict[str, torch.Tensor]],
         factor: float,
     ) -> Iterator[Step]:
-        """Within this context, the student's next training forward fills the step that it yields.
-
-        Args:
-            student: a :class:`GeneralizedRCNN` with :class:`CrossKDROIHeads`.
-            batched_inputs: the student's raw images.
-            factor: of the schedule.
-        """
-        log = is_logging_step()
-        step = Step(TeacherPass(self.teacher, batched_inputs, timed=log), factor, log)
-
-        def keep_features(module, inputs, output: Dict[str, torch.Tensor]):
-            step.features = output
-
-        handle = student.backbone.register_forward_hook(keep_features)
         with contextlib.ExitStack() as stack:
-            stack.callback(handle.remove)
-            step.heads = stack.enter_context(student.roi_heads.record())
+            step = stack.enter_context(super().recording(student, batched_inputs, factor))
             if self._rpn is not None:
                 stack.enter_context(student.proposal_generator.mimicking(self._rpn, step))
             yield step
-
-    def losses(self, step: Step) -> Dict[str, torch.Tensor]:
-        """The weighted distillation losses of a step, scalars, but for the RPN's.
-
-        With a factor of 0 the teacher isn't run, and all are zeros with a graph to every learned
-        parameter of the distillation.
-        """
-        distillers = [self.box, *self._others]
-        if step.factor == 0:
-            zero = self.box.zero(step.heads)
-            losses = {key: zero for d in distillers for key in d.keys}
-        else:
-            losses = {}
-            for distiller in distillers:
-                for key, value in distiller.losses(step).items():
-                    losses[key] = value * step.factor
-        if step.log:
-            put_scalars({"factor": step.factor})
-            if step.factor > 0:
-                put_scalars({"teacher_seconds": step.teacher.seconds})
-        return losses
-
-    def diagnose(self, losses: Dict[str, torch.Tensor]) -> None:
-        """Measure what the config asks for on all losses of a step, those of detection included."""
-        if self._diagnostics is not None:
-            self._diagnostics.measure(losses)
 
     def detect(
         self, student: GeneralizedRCNN, batched_inputs: List[Dict[str, torch.Tensor]]
     ) -> List[Instances]:
         """What the cross-head detects, per image, in the network's pixels; in evaluation mode."""
-        with student.roi_heads.record() as trace:
+        with student.record() as trace:
             student.inference(batched_inputs, do_postprocess=False)
         return self.box.detect(TeacherPass(self.teacher, batched_inputs), trace)
+
+
+def _shared_parameters(student: GeneralizedRCNN, box: BoxDistiller) -> List[nn.Parameter]:
+    """Of the last layer that detection and distillation both reach."""
+    layers = student.roi_heads.box_head_layers()
+    fusion: Optional[FeatureFusion] = box.fusion
+    deepest = layers.last if fusion is None else max(fusion.taps, key=layers.depth)
+    if deepest != "pool" and box.is_active:
+        return layers.parameters(deepest)
+    return pyramid_outputs(student)

@@ -4,7 +4,7 @@ import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
 
-from .dense_distiller import DenseTrace
+from .dense_mimics import DenseTrace
 from .dense_student import DenseStudent
 
 

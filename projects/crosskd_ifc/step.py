@@ -7,12 +7,11 @@ import contextlib
 import dataclasses
 import functools
 import time
-from typing import Dict, Iterator, List
+from typing import Any, Dict, Iterator, List
 
 import torch
 from detectron2.utils.events import get_event_storage
 
-from .roi_heads import HeadTrace
 from .teacher import Teacher
 
 # Statistics are read from the device only this often, in the steps that detectron2's writers log.
@@ -69,14 +68,14 @@ class Step:
         factor: of the schedule; 0 must not run the teacher.
         log: whether statistics are wanted.
         features: the student's backbone features by name, each (N, C, Hi, Wi).
-        heads: what the student's ROI heads computed.
+        heads: what the student's heads computed, a :class:`HeadTrace` or :class:`DenseTrace`.
     """
 
     teacher: TeacherPass
     factor: float
     log: bool
     features: Dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    heads: HeadTrace = dataclasses.field(default_factory=HeadTrace)
+    heads: Any = None
 
 
 def put_scalars(scalars: Dict[str, float]) -> None:

@@ -1,11 +1,12 @@
 """What all students have in common: a teacher, its distillation, an inherited start."""
 
-from typing import Any, Optional
+from typing import Any, ContextManager, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from .distiller import Distiller
 from .inherit import Inheritance, plan_inheritance
 from .teacher import Teacher
 
@@ -13,7 +14,8 @@ from .teacher import Teacher
 class Student(nn.Module):
     """Mixin for a detector that distils once a teacher is attached.
 
-    Put it before the detector's class, and give :meth:`build_distiller`.
+    Put it before the detector's class, and give :meth:`build_distiller`, :meth:`record` and
+    :meth:`cross_head_inference`.
 
     Attributes:
         teacher: the attached teacher, or None.
@@ -23,17 +25,31 @@ class Student(nn.Module):
 
     teacher: Optional[Teacher] = None
     kd_factor: float = 1.0
-    _distiller: Any = None
+    _distiller: Optional[Distiller] = None
     _inheritance: Optional[Inheritance] = None
 
-    def build_distiller(self, cfg: CfgNode, teacher: Teacher):
-        """The distiller that ``cfg`` asks for; its ``fusion`` is a module with the learned
-        parameters of the cross-head, or None without one.
+    def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> Distiller:
+        """The distiller that ``cfg`` asks for.
 
         Raises:
             ConfigError: if student and teacher don't fit each other.
         """
         raise NotImplementedError
+
+    def record(self) -> ContextManager[Any]:
+        """Within this context, the next forward fills the trace of the heads that it yields."""
+        raise NotImplementedError
+
+    def forward(self, batched_inputs: List[Dict[str, torch.Tensor]]):
+        """As the parent's; in training with a teacher the dict also holds the distillation losses,
+        whose names end in ``_kd``."""
+        if not self.training or self._distiller is None:
+            return super().forward(batched_inputs)
+        with self._distiller.recording(self, batched_inputs, self.kd_factor) as step:
+            losses = super().forward(batched_inputs)
+        losses.update(self._distiller.losses(step))
+        self._distiller.diagnose(losses)
+        return losses
 
     def set_teacher(self, teacher: Teacher, cfg: CfgNode) -> None:
         """Distil from ``teacher`` as ``cfg`` says; call it through
