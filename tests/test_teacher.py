@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from common import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
+from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from crosskd_ifc import ConfigError, Teacher, attach_teacher
+from crosskd_ifc.config_files import find_config, merge_from_file
 
 T = "MODEL.CROSSKD.TEACHER."
 
@@ -123,6 +125,18 @@ def test_a_config_file_cannot_run_code(teacher_files, tmp_path):
     with pytest.raises(ConfigError, match="(?s)TEACHER.CONFIG_FILE.*python/object"):
         attach(student_cfg(teacher_files))
     assert not (tmp_path / "owned").exists()
+
+
+def test_only_the_zoos_own_configs_may_compute_values(tmp_path):
+    name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    path, zoo_name = find_config(name, key="KEY")
+    cfg = tiny_cfg()
+    merge_from_file(cfg, path, key="KEY")
+    assert zoo_name == name and len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == 5
+    with open(model_zoo.get_config_file("Base-RetinaNet.yaml")) as f:
+        (tmp_path / "copy.yaml").write_text(f.read())
+    with pytest.raises(ConfigError, match="(?s)KEY.*copy.yaml.*python/object"):
+        merge_from_file(tiny_cfg(), str(tmp_path / "copy.yaml"), key="KEY")
 
 
 def test_a_zoo_name_finds_config_and_trained_checkpoint(tmp_path, monkeypatch):

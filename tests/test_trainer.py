@@ -198,8 +198,9 @@ def config_files():
 
 @pytest.mark.parametrize("config", config_files())
 def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
-    # Big models have no values; those of quick/ have, since some options compare them.
-    device = "cpu" if config.startswith("quick") else "meta"
+    # Big models have no values, but where something compares them: options of quick/, anchors.
+    has_values = config.startswith("quick") or re.search("retinanet|fcos", config)
+    device = "cpu" if has_values else "meta"
     cfg = Run("", config, str(tmp_path), ["MODEL.DEVICE", device]).cfg()
     assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= set(DatasetCatalog.list())
     with torch.device(device):
@@ -237,7 +238,7 @@ def test_the_baselines_are_plain_configs_and_most_options_have_a_config():
     pairs = {c: baseline_of(c) for c in distilled_configs()}
     assert len(pairs) > 20
     for config, baseline in pairs.items():
-        assert re.match("(faster|mask)_rcnn_R_", os.path.basename(baseline)), (config, baseline)
+        assert re.match("((faster|mask)_rcnn|retinanet|fcos)_R_", os.path.basename(baseline)), (config, baseline)
 
 
 @pytest.mark.parametrize("config", distilled_configs())
