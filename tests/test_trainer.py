@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from common import distilling, tiny_cfg
+from detectron2 import model_zoo
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
@@ -217,6 +218,13 @@ def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
     name = os.path.basename(config)
     learns = any(name.startswith(x) for x in ("weighted", "attention", "concat", "unlike"))
     assert learns == any(n.startswith("fusion.") for n, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("config", config_files())
+def test_no_config_takes_the_name_of_one_of_the_model_zoo(config):
+    # The repository's configs are found first, so the zoo's could not be named any more.
+    with pytest.raises(RuntimeError):
+        model_zoo.get_config_file(config)
 
 
 def distilled_configs():
