@@ -221,10 +221,10 @@ def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
 
 
 @pytest.mark.parametrize("config", config_files())
-def test_no_config_takes_the_name_of_one_of_the_model_zoo(config):
+def test_no_config_takes_the_name_of_a_teacher_of_the_model_zoo(config):
     # The repository's configs are found first, so the zoo's could not be named any more.
     with pytest.raises(RuntimeError):
-        model_zoo.get_config_file(config)
+        model_zoo.get_checkpoint_url(config)
 
 
 def distilled_configs():
@@ -246,7 +246,8 @@ def test_the_baselines_are_plain_configs_and_most_options_have_a_config():
     pairs = {c: baseline_of(c) for c in distilled_configs()}
     assert len(pairs) > 20
     for config, baseline in pairs.items():
-        assert re.match("((faster|mask)_rcnn|retinanet|fcos)_R_", os.path.basename(baseline)), (config, baseline)
+        name = os.path.basename(baseline)
+        assert re.match("((faster|mask)_rcnn|retinanet|fcos)_R_", name), (config, baseline)
 
 
 @pytest.mark.parametrize("config", distilled_configs())
