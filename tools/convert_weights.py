@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Makes a detectron2 backbone file of torchvision's ResNet-18, 34, 50 or 101.
+"""Converts weights for detectron2: a backbone of torchvision's or a whole detector of mmdet's.
 
-    # a model that takes torchvision's input: RGB, divided by a std
+    # torchvision's ResNet-18, 34, 50 or 101, for a model that takes RGB, divided by a std
     python tools/convert_weights.py resnet18-f37072fd.pth R-18.pth
-    # a model that takes the model zoo's input: BGR, std 1
+    # the same for a model that takes the model zoo's input: BGR, std 1
     python tools/convert_weights.py resnet18-f37072fd.pth R-18.pth --fold-input
+    # mmdet's Faster R-CNN or RetinaNet with such a ResNet and an FPN: makes teacher.yaml, too
+    python tools/convert_weights.py retinanet_r101_fpn.pth teacher.pth
 
-Takes seconds and prints the config keys that the model needs. IN may be a URL. Nothing is
-overwritten without --force.
+Takes seconds. What IN holds is recognised; it may be a URL. Prints what the weights need in a
+config. Nothing is overwritten without --force.
 """
 
 import argparse
@@ -17,31 +19,44 @@ from typing import List, Optional
 
 from crosskd_ifc.convert import convert_file
 
+TEACHER = """\
+As a teacher:
+
+    MODEL.CROSSKD.TEACHER.CONFIG_FILE {config}
+    MODEL.CROSSKD.TEACHER.WEIGHTS {weights}
+"""
+
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("IN", help="torchvision's state dict, a file or URL")
-    parser.add_argument("OUT", help="the .pth file to write")
+    parser.add_argument("IN", help="a state dict or checkpoint, a file or URL")
+    parser.add_argument("OUT", help="the .pth file to write; a detector's config lies beside it")
     parser.add_argument(
         "--fold-input",
         action="store_true",
-        help="fold channel order and std into the stem: the model takes BGR and PIXEL_STD 1",
+        help="fold a backbone's input into its stem: the model takes BGR and PIXEL_STD 1",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--force", action="store_true", help="replace what exists")
     args = parser.parse_args(argv)
     try:
         done = convert_file(args.IN, args.OUT, fold_input=args.fold_input, force=args.force)
     except (OSError, ValueError) as error:
         print(f"convert_weights: {error}", file=sys.stderr)
         return 1
-    print(f"Found a torchvision ResNet-{done.depth} in {args.IN}")
+    print(f"Found a {done.found} in {args.IN}")
     left_out = f"left out {len(done.dropped)} (classifier, batch counters)"
-    print(f"Wrote {os.path.abspath(args.OUT)}: {done.written} tensors; {left_out}")
-    print("The model needs these keys in its config:\n")
-    print(done.config.dump(default_flow_style=None))
+    weights = os.path.abspath(args.OUT)
+    print(f"Wrote {weights}: {done.written} tensors; {left_out}")
+    if done.config_file:
+        print(f"Wrote {done.config_file}")
+        print(f"{done.note}.\n")
+        print(TEACHER.format(config=done.config_file, weights=weights))
+    else:
+        print("The model needs these keys in its config:\n")
+        print(done.config.dump(default_flow_style=None))
     return 0
 
 

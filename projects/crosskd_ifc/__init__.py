@@ -5,6 +5,7 @@ Importing this package registers its architectures, proposal generator, ROI head
 built-in data sets.
 """
 
+from . import top_blocks  # noqa: F401  registers backbones
 from .config import ConfigError, add_crosskd_ifc_config
 from .fcos import FCOS, CrossKDFCOS
 from .fusion import FEATURE_FUSION_REGISTRY, standardize_like

@@ -1,26 +1,31 @@
-"""torchvision's ImageNet ResNets as detectron2 backbones.
+"""torchvision's ImageNet ResNets as detectron2 backbones, and mmdet's detectors as detectron2's.
 
-The file written holds unprefixed names (``stem.conv1.weight``, ``res2.0.conv1.norm.bias``) and
+A backbone's file holds unprefixed names (``stem.conv1.weight``, ``res2.0.conv1.norm.bias``) and
 ``matching_heuristics: True``, with which detectron2 matches names by their endings: the same file
 fills the backbone of an FPN (``backbone.bottom_up.res5``) in any detector and a C4 model, whose
-res5 is part of the ROI heads. Names with a prefix would fit only one of them.
+res5 is part of the ROI heads. Names with a prefix would fit only one of them. A detector's file
+holds full names, and its config lies beside it; see ``convert_mmdet.py``.
 """
 
 import os
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
+import textwrap
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import torch
 import torchvision
 from detectron2.config import CfgNode as CN
+from detectron2.utils.file_io import PathManager
 
 from .checkpoints import (
     describe_mismatch,
     is_state_dict,
-    load_torch_file,
     refuse_overwriting,
     staging_folder,
 )
+from .config import class_count
+from .convert_mmdet import convert_detector
+from .mmdet_checkpoint import is_detector, load_source, read_detector
 
 DEPTHS = (18, 34, 50, 101)
 # torchvision's ImageNet statistics on the scale of detectron2's images, 0 to 255; R, G, B.
@@ -34,55 +39,83 @@ class Conversion(NamedTuple):
     """What :func:`convert_file` did.
 
     Attributes:
+        found: what the source holds, such as "torchvision ResNet-18".
         depth: of the ResNet that was found.
         written: number of tensors in the file.
-        dropped: names in the source that the backbone doesn't need.
+        dropped: names in the source that the model doesn't need.
         config: the config keys that the model needs to run on these weights.
+        config_file: of a detector, the complete config that was written, else "".
+        note: what is known of a detector's training, else "".
     """
 
+    found: str
     depth: int
     written: int
     dropped: List[str]
     config: CN
+    config_file: str = ""
+    note: str = ""
 
 
 def convert_file(
     source: str, out: str, *, fold_input: bool = False, force: bool = False
 ) -> Conversion:
-    """Convert a torchvision ResNet-18, 34, 50 or 101 for ``MODEL.WEIGHTS`` of a detector.
+    """Convert weights for ``MODEL.WEIGHTS`` of detectron2: a torchvision ResNet-18, 34, 50 or 101,
+    or a detector of mmdet's with such a backbone.
 
     Args:
-        source: a state dict saved by torch, a path or URL.
-        out: the ``.pth`` file to write; it appears complete or not at all.
-        fold_input: see :func:`fold_input_format`.
-        force: replace an existing ``out``.
+        source: a state dict saved by torch, or a checkpoint of mmdet's; a path or URL.
+        out: the ``.pth`` file to write; it appears complete or not at all. So does a detector's
+            config, in a ``.yaml`` file beside it.
+        fold_input: see :func:`fold_input_format`; not for detectors.
+        force: replace existing files.
 
     Raises:
-        FileExistsError: if ``out`` exists, without ``force``.
+        FileExistsError: if a file to write exists, without ``force``.
         FileNotFoundError: if ``source`` doesn't exist.
-        ValueError: if ``source`` isn't such a state dict.
+        ValueError: if ``source`` is neither.
     """
     if not out.endswith(".pth"):
         # detectron2 takes .pkl and .pyth for other formats.
         raise ValueError(f"OUT is {out!r}; its name must end in .pth")
     refuse_overwriting(out, sources=[source], force=force)
-    state = load_torch_file(source)
-    depth, weights = convert_resnet(state, source)
+    content = load_source(source)
+    if is_detector(content):
+        if fold_input:
+            raise ValueError(
+                f"{source}: --fold-input is for backbones that are still to be trained in a "
+                "detector; this is a whole detector, whose config goes with its own input"
+            )
+        return _convert_detector(content, source, out, force)
+    depth, weights = convert_resnet(content, source)
     if fold_input:
         weights = fold_input_format(weights)
-    content = {
-        "model": weights,
-        "__author__": f"crosskd_ifc: torchvision ResNet-{depth}",
-        "matching_heuristics": True,
-    }
-    with staging_folder(os.path.dirname(os.path.abspath(out))) as folder:
-        staged = os.path.join(folder, os.path.basename(out))
-        torch.save(content, staged)
-        os.replace(staged, out)
-    dropped = [name for name in state if detectron2_name(name) not in weights]
+    found = f"torchvision ResNet-{depth}"
     config = required_config(depth, fold_input=fold_input)
     config.MODEL.WEIGHTS = os.path.abspath(out)
-    return Conversion(depth, len(weights), dropped, config)
+    _write({out: _content(weights, found, matching_heuristics=True)})
+    dropped = [name for name in content if detectron2_name(name) not in weights]
+    return Conversion(found, depth, len(weights), dropped, config)
+
+
+def _convert_detector(content: Mapping[str, Any], source: str, out: str, force: bool) -> Conversion:
+    config_out = out[: -len(".pth")] + ".yaml"
+    refuse_overwriting(config_out, sources=[source], force=force)
+    checkpoint = read_detector(content, source)
+    depth, backbone = convert_resnet(checkpoint.backbone, f"{source}: its backbone")
+    detector = convert_detector(
+        checkpoint, backbone, required_config(depth, fold_input=False), source
+    )
+    weights, config = detector.weights, detector.config
+    found = f"{detector.name} (mmdet, ResNet-{depth}-FPN, {class_count(config)[1]} classes)"
+    config.MODEL.WEIGHTS = os.path.abspath(out)
+    text = _header(found, source, config, checkpoint.classes)
+    text += config.dump(default_flow_style=None)
+    _write({out: _content(weights, found, matching_heuristics=False), config_out: text})
+    dropped = [name for name in checkpoint.backbone if _is_dropped(name)]
+    return Conversion(
+        found, depth, len(weights), dropped, config, os.path.abspath(config_out), detector.note
+    )
 
 
 def convert_resnet(state: Mapping[str, Any], source: str = "the file") -> Tuple[int, StateDict]:
@@ -142,6 +175,43 @@ def required_config(depth: int, *, fold_input: bool) -> CN:
     config.MODEL.PIXEL_STD = [1.0, 1.0, 1.0] if fold_input else list(PIXEL_STD)
     config.INPUT.FORMAT = "BGR" if fold_input else "RGB"
     return config
+
+
+def _content(weights: StateDict, found: str, *, matching_heuristics: bool) -> Dict[str, Any]:
+    return {
+        "model": weights,
+        "__author__": f"crosskd_ifc: {found}",
+        "matching_heuristics": matching_heuristics,
+    }
+
+
+def _header(found: str, source: str, config: CN, classes: Sequence[str]) -> str:
+    """The comment at the top of a detector's config; ASCII, whatever the names are."""
+    lines = [
+        f"{found}, from {ascii(os.path.basename(source))}.",
+        "MODEL.WEIGHTS is an absolute path: change it if you move the files.",
+    ]
+    if "mmdet" in config.MODEL.BACKBONE.NAME:
+        lines.append("`import crosskd_ifc` registers the backbone.")
+    if classes:
+        names = f"Classes: {', '.join(map(ascii, classes))}."
+        lines += textwrap.wrap(names, 96, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _write(files: Mapping[str, Any]) -> None:
+    """Write files into one folder, a text as it is and other content by torch; they appear when
+    all are complete."""
+    with staging_folder(os.path.dirname(os.path.abspath(next(iter(files))))) as folder:
+        staged = {path: os.path.join(folder, os.path.basename(path)) for path in files}
+        for path, content in files.items():
+            if isinstance(content, str):
+                with PathManager.open(staged[path], "w") as f:
+                    f.write(content)
+            else:
+                torch.save(content, staged[path])
+        for path in files:
+            os.replace(staged[path], path)
 
 
 def _is_dropped(name: str) -> bool:
