@@ -128,7 +128,7 @@ def test_the_table_of_options_names_every_key_with_its_default():
     path = os.path.join(os.path.dirname(__file__), "..", "docs", "options.md")
     with open(path) as f:
         rows = dict(re.findall(r"^\| `([A-Z_.]+)` \| `([^`]*)`", f.read(), re.MULTILINE))
-    for key, value in leaves(cfg.MODEL.CROSSKD):
+    for key, value in (*leaves(cfg.MODEL.CROSSKD), *leaves(cfg.MODEL.FCOS, "MODEL.FCOS.")):
         shown = f'"{value}"' if isinstance(value, str) else str(value)
         assert rows.pop(key) == shown, key
     assert set(rows) == set()

@@ -1,12 +1,14 @@
 """Runs as child processes: skipped, resumed, moved aside, or failing loudly."""
 
+import fcntl
 import json
 import os
+import threading
 
 import pytest
 
 from crosskd_ifc import runs
-from crosskd_ifc.runs import Run, RunFailed
+from crosskd_ifc.runs import Run, RunFailed, RunStopped
 
 # Stands for tools/train_net.py: notes its arguments, and leaves what a finished run leaves.
 SCRIPT = """
@@ -16,9 +18,15 @@ with open(os.path.join(folder, "calls.json"), "a") as f:
     f.write(json.dumps(sys.argv[1:]) + "\\n")
 if os.path.exists(os.path.join(folder, "fail")):
     sys.exit("the disk is on fire")
+lines = [{"iteration": 9, "time": 0.5}]
+tests = eval(sys.argv[sys.argv.index("DATASETS.TEST") + 1]) if "DATASETS.TEST" in sys.argv else ()
+for i, name in enumerate(tests or [""]):
+    key = name + "/bbox/AP" if len(tests) > 1 else "bbox/AP"
+    for iteration, ap in ((4, 7.5 + i), (9, 8.5 + i), (10, 12.5 + i)):
+        ap = float("nan") if "SEED" in sys.argv and "13" in sys.argv else ap
+        lines.append({"iteration": iteration, key: ap, key + "50": ap + 17.5})
 with open(os.path.join(folder, "metrics.json"), "a") as f:
-    f.write(json.dumps({"iteration": 9, "time": 0.5}) + "\\n")
-    f.write(json.dumps({"iteration": 10, "bbox/AP": 12.5, "bbox/AP50": 30.0}) + "\\n")
+    f.writelines(json.dumps(line) + "\\n" for line in lines if not os.environ.get("NO_METRICS"))
 """
 
 
@@ -26,7 +34,7 @@ with open(os.path.join(folder, "metrics.json"), "a") as f:
 def train(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    return lambda run: runs.train(run, str(script))
+    return lambda run, **options: runs.train(run, str(script), **options)
 
 
 def make_run(folder, *opts, needs=()):
@@ -84,3 +92,83 @@ def test_a_failing_run_shows_the_end_of_its_log_and_is_not_finished(train, tmp_p
     with pytest.raises(RunFailed, match="(?s)a run failed.*console.log.*disk is on fire"):
         train(make_run(folder))
     assert make_run(folder).result() is None
+
+
+def test_several_test_sets_are_told_apart(train, tmp_path):
+    names = "('crosskd_shapes_test', 'crosskd_shapes_val')"
+    done = train(make_run(tmp_path / "run", "DATASETS.TEST", names))
+    assert (done["AP"], done["AP50"]) == (12.5, 30.0)
+    assert list(done["splits"]) == ["crosskd_shapes_test", "crosskd_shapes_val"]
+    validation = done["splits"]["crosskd_shapes_val"]
+    assert (validation["AP"], validation["AP50"]) == (13.5, 31.0)
+    assert validation["curve"] == [[5, 8.5], [10, 13.5]]
+
+
+def test_a_model_that_detects_nothing_has_an_ap_of_0(train, tmp_path):
+    done = train(make_run(tmp_path / "run", "SEED", "13"))
+    assert (done["AP"], done["AP50"]) == (0, 0)
+
+
+def test_a_run_without_an_evaluation_has_failed(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_METRICS", "1")
+    with pytest.raises(RunFailed, match="no bbox/AP in .*metrics.json"):
+        train(make_run(tmp_path / "run"))
+
+
+def test_a_result_tells_where_it_was_made(train, tmp_path):
+    done = train(make_run(tmp_path / "run"), threads=1)
+    assert set(done["versions"]) == {"python", "torch", "torchvision", "detectron2"}
+    assert "CPU core" in done["hardware"] and "(1 for a run)" in done["hardware"]
+
+
+def test_what_does_not_change_results_does_not_change_the_digest(tmp_path):
+    plain = make_run(tmp_path)
+    same = make_run(tmp_path, "MODEL.DEVICE", "cuda", "SOLVER.CHECKPOINT_PERIOD", "7")
+    assert same.digest() == plain.digest()
+    # The student distils nothing.
+    assert make_run(tmp_path, "MODEL.CROSSKD.LOSS.CLS_WEIGHT", "2.0").digest() == plain.digest()
+    assert make_run(tmp_path, "SOLVER.BASE_LR", "0.5").digest() != plain.digest()
+
+
+def test_the_digest_changes_with_a_default_but_not_with_a_new_key(tmp_path, monkeypatch):
+    run = Run("a run", "quick/crosskd_ifc_R_18_shapes.yaml", str(tmp_path))
+    before, add = run.digest(), runs.add_crosskd_ifc_config
+
+    def with_new_key(cfg):
+        add(cfg)
+        cfg.MODEL.CROSSKD.LOSS.NEW_WEIGHT = 0.0
+        cfg.MODEL.NEW = "new"
+
+    monkeypatch.setattr(runs, "add_crosskd_ifc_config", with_new_key)
+    assert run.digest() == before
+
+    def with_new_default(cfg):
+        add(cfg)
+        cfg.MODEL.CROSSKD.LOSS.CLS_WEIGHT = 0.25
+
+    monkeypatch.setattr(runs, "add_crosskd_ifc_config", with_new_default)
+    assert run.digest() != before
+
+
+def test_a_stopped_run_ends_its_process_and_goes_on_later(train, tmp_path):
+    run, stop = make_run(tmp_path / "run"), threading.Event()
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+
+    with pytest.raises(RunStopped):
+        options = dict(stop=stop, on_progress=lambda *_: stop.set())
+        runs.train(run, str(tmp_path / "slow.py"), **options)
+    first = json.loads((tmp_path / "run" / "started.json").read_text())["seconds"]
+    assert 0 < first < 30
+    assert train(run)["seconds"] > first
+
+
+def test_two_processes_do_not_train_in_one_folder(train, tmp_path, caplog):
+    run, stop = make_run(tmp_path / "run"), threading.Event()
+    (tmp_path / "run").mkdir()
+    stop.set()
+    with open(tmp_path / "run" / "console.log", "ab") as log:  # what a child of a killed tool holds
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(RunStopped):
+            train(run, stop=stop)
+    assert "waiting for the process that trains in" in caplog.text
+    assert train(run)["AP"] == 12.5

@@ -203,7 +203,8 @@ def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
     has_values = config.startswith("quick") or re.search("retinanet|fcos", config)
     device = "cpu" if has_values else "meta"
     cfg = Run("", config, str(tmp_path), ["MODEL.DEVICE", device]).cfg()
-    assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= set(DatasetCatalog.list())
+    if not cfg.DATASETS.CARDS:  # else their data needn't be here
+        assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= set(DatasetCatalog.list())
     with torch.device(device):
         model = build_model(cfg)
         if not cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE:

@@ -63,25 +63,28 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # How the tapped features are combined: a key of FEATURE_FUSION_REGISTRY, such as "none",
     # "sum", "mean", "weighted", "attention", "concat".
     _C.FUSION.NAME = "sum"
-    # The student's layers to tap: pool, conv1, ..., fc1, ... Empty: ("fc1", "fc2").
+    # The student's layers to tap: pool, conv1, ..., fc1, ... Empty: ("fc1", "fc2"), RetinaNet conv1
+    # to conv3, FCOS conv1 and conv2.
     _C.FUSION.IN_FEATURES = ()
     # The teacher's layer whose output the combined feature replaces. Empty: the last of its box
-    # head.
+    # head; of dense detectors the deepest tap.
     _C.FUSION.ENTRY = ""
     # "direct": each tap jumps to ENTRY; "through": it runs the teacher's layers from its own depth
     # to ENTRY.
     _C.FUSION.ROUTE = "direct"
     # "none", or "standardize" to the channel statistics of the teacher's feature at ENTRY. Empty:
-    # "none".
+    # "none", dense detectors "standardize".
     _C.FUSION.ALIGN = ""
     # Weight decay of all learned adapters and fusion weights, in place of SOLVER.WEIGHT_DECAY.
     _C.FUSION.WEIGHT_DECAY = 0.0
 
     _C.LOSS = CN()
-    # Weight and temperature of the classification loss (KL divergence).
+    # Weight and temperature of the classification loss (KL divergence; quality focal, which has no
+    # temperature, for dense detectors, whose weights CrossKD sets to 1.0 and, for FCOS, 0.4).
     _C.LOSS.CLS_WEIGHT = 0.5
     _C.LOSS.TEMPERATURE = 3.0
-    # Box loss: "l1" on raw deltas or "giou" on decoded boxes, and its weight. Empty: "l1".
+    # Box loss: "l1" on raw deltas, "giou" or (dense) "iou" on decoded boxes, and its weight. Empty:
+    # "l1", RetinaNet "giou", FCOS "iou".
     _C.LOSS.BOX_TYPE = ""
     _C.LOSS.BOX_WEIGHT = 1.0
     # Weight of the mask loss (Mask R-CNN); "mean" divides its sum by the number of terms,

@@ -7,23 +7,24 @@ Each run is an ordinary ``tools/train_net.py`` run in a folder of its own. A fin
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import subprocess
 import sys
 import threading
 import time
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
 
-from .config import add_crosskd_ifc_config
+from .config import add_crosskd_ifc_config, distillation_requested
 from .config_files import find_config, merge_from_file, merge_from_list
+from .run_environment import hardware, versions
+from .run_process import RunFailed, RunStopped, claim_folder, read_json, supervise, write_json
 from .visualization import read_metrics
 
-
-class RunFailed(RuntimeError):
-    """A training run ended with an error; the message shows the end of its log."""
+# Settings that don't belong to a run's results.
+_NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
 
 
 @dataclasses.dataclass
@@ -54,21 +55,28 @@ class Run:
         return cfg
 
     def digest(self) -> str:
-        """A digest of the config and of those it needs; the folder's place doesn't matter."""
-        cfg = self.cfg()
-        cfg.defrost()
-        cfg.OUTPUT_DIR = ""
+        """A digest of the settings and of those of the runs it needs.
+
+        Folder and device don't matter, nor do keys that are new since then, as long as they are at
+        their defaults (those of ``MODEL.CROSSKD``: empty, 0 or False): results outlive new options.
+        """
+        settings = _settings(self.cfg())
         if self.needs:
-            cfg.MODEL.CROSSKD.TEACHER.WEIGHTS = ""
-        text = "".join([cfg.dump(), *(run.digest() for run in self.needs)])
+            settings.pop("MODEL.CROSSKD.TEACHER.WEIGHTS", None)
+        text = json.dumps([settings, *(run.digest() for run in self.needs)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def weights(self) -> str:
+        """The file of the trained weights, once they are there."""
+        return self.path("model_final.pth")
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
     def result(self) -> Optional[dict]:
         """The results of a finished run of this very config, or None."""
-        done = _read_json(self.path("run.json"))
+        done = read_json(self.path("run.json"))
         return done if done and done["digest"] == self.digest() else None
 
 
@@ -76,62 +84,65 @@ def train(
     run: Run,
     train_net: str,
     *,
+    arguments: Sequence[str] = (),
     threads: int = 0,
     stop: Optional[threading.Event] = None,
     on_progress: Callable[[int, int, float], None] = lambda *_: None,
 ) -> dict:
     """Train and evaluate ``run``, or take its results if it is finished.
 
-    An interrupted run is resumed. A folder that holds a run of another config is moved aside.
+    An interrupted run is resumed. A folder that holds a run of another config is moved aside. While
+    another process trains in the folder, this one waits.
 
     Args:
         run: what to train.
         train_net: path of ``tools/train_net.py``.
+        arguments: more of its arguments, such as ("--num-gpus", "8").
         threads: CPU threads for it; 0: as many as torch likes.
         stop: set it from another thread to end the run; a later call resumes it.
         on_progress: called every second with (steps done, steps in all, seconds per step or 0).
 
     Returns:
-        "AP", "AP50", "iterations", "seconds_per_step" (median), "seconds" (wall time since the last
-        start), "peak_memory_gb" (of the training process, 0 where there is no /proc) and "digest".
+        "AP", "AP50" (of the first data set in DATASETS.TEST), "splits" (data set -> "AP", "AP50"
+        and "curve", a list of [steps done, AP]), "iterations", "seconds_per_step" (median, 0 for a
+        run of a few steps), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
+        process, 0 where there is no /proc), "versions", "hardware" and "digest".
 
     Raises:
         RunFailed: if the training ended with an error.
+        RunStopped: if ``stop`` was set before it ended.
     """
     done = run.result()
     if done is not None:
         return done
-    digest, started = run.digest(), _read_json(run.path("started.json"))
-    if os.path.exists(run.folder) and (started or {}).get("digest") != digest:
-        _move_aside(run.folder)
-    os.makedirs(run.folder, exist_ok=True)
-    _write_json(run.path("started.json"), {"digest": digest})
-
-    steps, start, memory = run.cfg().SOLVER.MAX_ITER, time.monotonic(), 0.0
-    command = [sys.executable, "-W", "ignore", train_net, "--resume", "--config-file"]
-    command += [find_config(run.config, key=run.name)[0], *run.opts, "OUTPUT_DIR", run.folder]
-    with open(run.path("console.log"), "ab") as log:
-        environment = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
+    digest = run.digest()
+    with claim_folder(run.folder, name=run.name, digest=digest, stop=stop) as log:
+        done = run.result()  # of the process that we waited for
+        if done is not None:
+            return done
+        earlier = (read_json(run.path("started.json")) or {}).get("seconds", 0.0)
+        write_json(run.path("started.json"), {"digest": digest, "seconds": earlier})
+        command = [sys.executable, "-W", "ignore", train_net, "--resume", *arguments]
+        command += ["--config-file", find_config(run.config, key=run.name)[0]]
+        command += [*run.opts, "OUTPUT_DIR", run.folder]
+        steps, start = run.cfg().SOLVER.MAX_ITER, time.monotonic()
         try:
-            while process.poll() is None and not (stop and stop.is_set()):
-                on_progress(*_progress(run, steps))
-                memory = max(memory, _peak_memory_gb(process.pid))
-                time.sleep(1)
+            status, memory = supervise(
+                command, log, threads, stop, lambda: on_progress(*_progress(run, steps))
+            )
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode != 0:
-        with open(run.path("console.log"), errors="replace") as f:
-            tail = "".join(f.readlines()[-12:])
-        raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
-    done = {"digest": digest, "seconds": time.monotonic() - start, "peak_memory_gb": memory}
-    done.update(_collect(run))
-    _write_json(run.path("run.json"), done)
-    return done
+            seconds = earlier + time.monotonic() - start
+            write_json(run.path("started.json"), {"digest": digest, "seconds": seconds})
+        if status != 0 and stop is not None and stop.is_set():
+            raise RunStopped(f"{run.name} was stopped")
+        if status != 0:
+            with open(run.path("console.log"), errors="replace") as f:
+                tail = "".join(f.readlines()[-12:])
+            raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
+        done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **_collect(run)}
+        done.update(versions=versions(), hardware=hardware(run.cfg().MODEL.DEVICE, threads))
+        write_json(run.path("run.json"), done)
+        return done
 
 
 def _progress(run: Run, steps: int):
@@ -141,48 +152,62 @@ def _progress(run: Run, steps: int):
     return done, steps, times[-1] if times else 0.0
 
 
-def _peak_memory_gb(pid: int) -> float:
-    """The most memory that a process has had resident so far."""
-    try:
-        with open(f"/proc/{pid}/status") as f:
-            lines = [line for line in f if line.startswith("VmHWM")]
-    except OSError:
-        return 0.0
-    return int(lines[0].split()[1]) / 1024**2 if lines else 0.0
-
-
 def _metrics(run: Run) -> List[dict]:
     path = run.path("metrics.json")
     return read_metrics(path) if os.path.exists(path) else []
 
 
-def _collect(run: Run) -> Dict[str, float]:
-    lines = _metrics(run)
-    last = [line for line in lines if "bbox/AP" in line][-1]
+def _collect(run: Run) -> Dict[str, Any]:
+    cfg, lines = run.cfg(), _metrics(run)
+    steps, splits = cfg.SOLVER.MAX_ITER, {}
+    for name in cfg.DATASETS.TEST:
+        # With several test sets detectron2 writes each one's name before its metrics.
+        key = f"{name}/bbox/AP" if len(cfg.DATASETS.TEST) > 1 else "bbox/AP"
+        # Those in between are counted from 0, the last is not; a resumed run may have one twice.
+        points = {min(line["iteration"] + 1, steps): line for line in lines if key in line}
+        if not points:
+            raise RunFailed(f"{run.name}: no {key} in {run.path('metrics.json')}")
+        last = points[max(points)]
+        splits[name] = {
+            "AP": _score(last[key]),
+            "AP50": _score(last[f"{key}50"]),
+            "curve": [[i, _score(points[i][key])] for i in sorted(points)],
+        }
+    first = splits[cfg.DATASETS.TEST[0]]
+    times = [line["time"] for line in lines if "time" in line]
     return {
-        "AP": last["bbox/AP"],
-        "AP50": last["bbox/AP50"],
-        "iterations": run.cfg().SOLVER.MAX_ITER,
-        "seconds_per_step": float(np.median([x["time"] for x in lines if "time" in x])),
+        "AP": first["AP"],
+        "AP50": first["AP50"],
+        "splits": splits,
+        "iterations": steps,
+        "seconds_per_step": float(np.median(times)) if times else 0.0,
     }
 
 
-def _move_aside(folder: str) -> None:
-    n = 1
-    while os.path.exists(f"{folder}.old{n}"):
-        n += 1
-    os.rename(folder, f"{folder}.old{n}")
+def _score(value: float) -> float:
+    # detectron2 says NaN where a model detects nothing at all.
+    return 0.0 if math.isnan(value) else value
 
 
-def _read_json(path: str) -> Optional[dict]:
-    try:
-        with open(path) as f:
-            return json.load(f)
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+def _settings(cfg: CfgNode) -> Dict[str, Any]:
+    """What results depend on: all that isn't at its default; for a student that distils all of
+    MODEL.CROSSKD that is set, so that a changed default is another setting."""
+    defaults = get_cfg()
+    add_crosskd_ifc_config(defaults)
+    before, settings = dict(_flat(defaults)), {}
+    for key, value in _flat(cfg):
+        if key.startswith("MODEL.CROSSKD."):
+            counts = distillation_requested(cfg) and value not in (0, "", (), [], None)
+        else:
+            counts = key not in _NO_RESULT and value != before.get(key)
+        if counts:
+            settings[key] = value
+    return settings
 
 
-def _write_json(path: str, content: dict) -> None:
-    with open(f"{path}.partial", "w") as f:
-        json.dump(content, f, indent=1)
-    os.replace(f"{path}.partial", path)
+def _flat(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,208 @@
+"""The report of a comparison, from its ``results.json`` alone: statistics, tables, figures.
+
+Seeds are paired: runs of one seed share the start and, where they have one, the teacher, so that
+the difference of two arms is taken seed by seed.
+"""
+
+import os
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from scipy import stats
+from tabulate import tabulate
+
+from .report_figures import draw_curves, draw_differences
+
+Scores = Mapping[int, float]  # seed -> AP
+
+
+class Summary(NamedTuple):
+    """Mean and sample standard deviation (None for less than two values) of ``n`` values."""
+
+    n: int
+    mean: float
+    deviation: Optional[float]
+
+
+class Difference(NamedTuple):
+    """A paired difference: ``values`` by seed, and their mean; the 95 % confidence interval and the
+    p value of Student's t test are None for less than two seeds, or differences without spread."""
+
+    values: Dict[int, float]
+    mean: float
+    interval: Optional[Tuple[float, float]]
+    p: Optional[float]
+
+
+class Section(NamedTuple):
+    """The arms of one table: group ("" for the main arms), their names, and the arms that their
+    differences are taken to."""
+
+    group: str
+    arms: List[str]
+    references: List[str]
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Mean and standard deviation of at least one value."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Summary(len(values), float(np.mean(values)), deviation)
+
+
+def paired_difference(ours: Scores, theirs: Scores) -> Optional[Difference]:
+    """``ours`` minus ``theirs`` over the seeds that both have; None if there is none."""
+    seeds = sorted(set(ours) & set(theirs))
+    if not seeds:
+        return None
+    values = {seed: ours[seed] - theirs[seed] for seed in seeds}
+    mean, spread = float(np.mean(list(values.values()))), np.ptp(list(values.values()))
+    if len(seeds) < 2 or spread < 1e-9:
+        return Difference(values, mean, None, None)
+    test = stats.ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds])
+    interval = test.confidence_interval(0.95)
+    return Difference(values, mean, (float(interval.low), float(interval.high)), float(test.pvalue))
+
+
+class Table:
+    """What ``results.json`` holds, by arm."""
+
+    def __init__(self, content: dict):
+        self.content = content
+        self.arms = {arm["arm"]: arm for arm in content["arms"]}
+        self.runs: Dict[str, Dict[int, dict]] = {name: {} for name in self.arms}
+        for run in content["runs"]:
+            if run["arm"] in self.runs:
+                self.runs[run["arm"]][run["seed"]] = run
+
+    def scores(self, arm: str, key: str = "AP") -> Dict[int, float]:
+        """seed -> ``key`` of an arm."""
+        return {seed: run[key] for seed, run in self.runs[arm].items() if key in run}
+
+    def sections(self) -> List[Section]:
+        """The main arms, then each group of ablations; arms without a run are left out."""
+        sections = []
+        for group in dict.fromkeys(arm["group"] for arm in self.arms.values()):
+            names = [n for n, arm in self.arms.items() if arm["group"] == group and self.runs[n]]
+            wanted = [other for name in names for other in self.arms[name]["versus"]]
+            references = [n for n in dict.fromkeys(wanted) if self.runs.get(n)]
+            if names:
+                sections.append(Section(group, names, references))
+        return sections
+
+    def differences(self, section: Section, key: str = "AP"):
+        """(arm, reference, difference) of a section, in order, where there are common seeds."""
+        for arm in section.arms:
+            for other in self.arms[arm]["versus"]:
+                found = paired_difference(self.scores(arm, key), self.scores(other, key))
+                if found is not None:
+                    yield arm, other, found
+
+
+def write_report(content: dict, folder: str) -> str:
+    """Write ``report.md``, ``curves.png`` and ``differences.png``; returns the report's path.
+
+    Args:
+        content: of ``results.json``, with at least one run.
+        folder: folder to write to.
+    """
+    table = Table(content)
+    os.makedirs(folder, exist_ok=True)
+    draw_curves(table, os.path.join(folder, "curves.png"))
+    has_differences = draw_differences(table, os.path.join(folder, "differences.png"))
+    path = os.path.join(folder, "report.md")
+    with open(path, "w") as f:
+        f.write(report_text(content, differences_figure=has_differences))
+    return path
+
+
+def report_text(content: dict, *, differences_figure: bool = True) -> str:
+    """The report, Markdown that reads well as plain text, too."""
+    table = Table(content)
+    lines = [f"# {content['title']}", "", *_introduction(content), ""]
+    for section in table.sections():
+        lines += [f"## {section.group[:1].upper()}{section.group[1:] or 'Main arms'}", ""]
+        lines += [_results(table, section), ""]
+        differences = _differences(table, section)
+        lines += ["Paired differences of AP:", "", differences, ""] if differences else []
+    if any(run.get("outdated") for run in content["runs"]):
+        lines += ["\\* of earlier settings; the run with the present ones isn't finished.", ""]
+    lines += ["## Figures", "", "![Learning curves](curves.png)", ""]
+    if differences_figure:
+        lines += ["![Paired differences](differences.png)", ""]
+    return "\n".join([*lines, "## How", "", *_provenance(content), ""])
+
+
+def _introduction(content: dict) -> List[str]:
+    lines = [f"AP and AP50 on `{content['test']}`, in percent: mean ± standard deviation."]
+    if content["validation"]:
+        validation = f"`{content['validation']}`"
+        lines[0] = f"AP and AP50 on `{content['test']}`, AP (val) on {validation}, in percent:"
+        lines += ["mean ± standard deviation over seeds. Settings are chosen by AP (val) only."]
+    return lines + [
+        "Differences are taken seed by seed, with a 95 % confidence interval and the p value of a",
+        "paired t test, not corrected for the number of comparisons; one seed has neither.",
+    ]
+
+
+def _results(table: Table, section: Section) -> str:
+    arms = [n for n in section.references if n not in section.arms] + section.arms
+    seeds = sorted({seed for name in section.arms for seed in table.runs[name]})
+    headers = ["arm", "", "n", "AP", "AP50", f"AP of seed {' / '.join(map(str, seeds))}"]
+    with_validation = bool(table.content["validation"])
+    rows = []
+    for name in arms:
+        # An arm of another section, over this section's seeds, is here to compare with.
+        runs = {seed: run for seed, run in table.runs[name].items() if seed in seeds}
+        if not runs:
+            continue
+        each = " / ".join(_cell(runs.get(seed)) for seed in seeds)
+        row = [f"`{name}`", table.arms[name]["title"], len(runs)]
+        row += [_mean(runs, "AP"), _mean(runs, "AP50"), each]
+        rows.append(row + ([_mean(runs, "AP_val")] if with_validation else []))
+    headers += ["AP (val)"] if with_validation else []
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _differences(table: Table, section: Section) -> str:
+    cells: Dict[str, Dict[str, str]] = {}
+    for arm, other, found in table.differences(section):
+        cells.setdefault(arm, {})[other] = _difference(found)
+    others = [n for n in section.references if any(n in row for row in cells.values())]
+    rows = [[f"`{arm}`", *(row.get(other, "") for other in others)] for arm, row in cells.items()]
+    headers = ["arm", *(f"minus `{other}`" for other in others)]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
+
+
+def _difference(found: Difference) -> str:
+    text = f"{found.mean:+.1f}"
+    if found.interval is not None:
+        p = f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
+        text += " ({:+.1f} to {:+.1f}), {}".format(*found.interval, p)
+    return f"{text}, n = {len(found.values)}"
+
+
+def _cell(run: Optional[dict]) -> str:
+    return f"{run['AP']:.1f}{'*' if run.get('outdated') else ''}" if run else "-"
+
+
+def _mean(runs: Mapping[int, dict], key: str) -> str:
+    values = [run[key] for run in runs.values() if key in run]
+    if not values:
+        return ""
+    summary = summarize(values)
+    spread = "" if summary.deviation is None else f" ± {summary.deviation:.1f}"
+    return f"{summary.mean:.1f}{spread}"
+
+
+def _provenance(content: dict) -> List[str]:
+    runs = content["runs"]
+    hours = sum(run["seconds"] for run in runs) / 3600
+    used = [", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs]
+    lines = [f"    {content['command']}", ""]
+    lines.append(f"{len(runs)} runs, {hours:.1f} hours of training and evaluation, added up. With")
+    lines.append(f"{'; '.join(sorted(set(used)))}, on {_hardware(runs)}.")
+    return lines + ["Each seed has its own teacher. All numbers: [results.json](results.json)."]
+
+
+def _hardware(runs: Sequence[dict]) -> str:
+    return "; ".join(sorted({run["hardware"] for run in runs}))

@@ -1,0 +1,144 @@
+"""One run's process and folder: who may write to the folder, and how the process ends."""
+
+import fcntl
+import json
+import logging
+import os
+import subprocess
+import threading
+import time
+from typing import BinaryIO, Callable, Optional, Sequence, Tuple
+
+logger = logging.getLogger(__name__)
+
+
+class RunFailed(RuntimeError):
+    """A training run ended with an error; the message shows the end of its log."""
+
+
+class RunStopped(RunFailed):
+    """A training run was told to stop; it goes on when it is started again."""
+
+
+def claim_folder(
+    folder: str, *, name: str, digest: str, stop: Optional[threading.Event] = None
+) -> BinaryIO:
+    """Claim a run's folder for this process and its child alone, waiting for another one.
+
+    The child inherits the lock with its output, so that it outlives a killed parent: nobody trains
+    in the folder until the child has ended, too. A folder that holds another run is moved aside.
+
+    Args:
+        folder: made if it doesn't exist.
+        name: of the run, for people.
+        digest: "digest" in ``started.json``, if the folder holds this very run.
+        stop: set it from another thread to end the waiting.
+
+    Returns:
+        ``console.log``, opened and locked: the output of the child. Closing it gives up the folder.
+
+    Raises:
+        RunStopped: if ``stop`` was set.
+    """
+    path, told = os.path.join(folder, "console.log"), False
+    while True:
+        os.makedirs(folder, exist_ok=True)
+        log = open(path, "ab")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            if not told:
+                logger.warning(f"{name}: waiting for the process that trains in {folder}")
+            told = True
+            if stop is not None and stop.is_set():
+                raise RunStopped(f"{name} was stopped") from None
+            time.sleep(1)
+            continue
+        # The one that we waited for may have moved the folder aside.
+        if os.path.exists(path) and os.path.samestat(os.fstat(log.fileno()), os.stat(path)):
+            started = read_json(os.path.join(folder, "started.json")) or {}
+            is_new = os.listdir(folder) == ["console.log"] and not os.path.getsize(path)
+            if is_new or started.get("digest") == digest:
+                return log
+            move_aside(folder)
+        log.close()
+
+
+def move_aside(folder: str) -> None:
+    """Rename a folder, if it exists, to one that is free: ``folder.old1``, ``folder.old2``, ..."""
+    if not os.path.exists(folder):
+        return
+    n = 1
+    while os.path.exists(f"{folder}.old{n}"):
+        n += 1
+    os.rename(folder, f"{folder}.old{n}")
+
+
+def supervise(
+    command: Sequence[str],
+    log: BinaryIO,
+    threads: int,
+    stop: Optional[threading.Event],
+    every_second: Callable[[], None],
+) -> Tuple[int, float]:
+    """Run a command until it ends or ``stop`` is set.
+
+    Args:
+        command: program and arguments.
+        log: for its output.
+        threads: its OMP_NUM_THREADS; 0 leaves the environment as it is.
+        stop: set it from another thread to end the process.
+        every_second: called while the process runs.
+
+    Returns:
+        Its exit status, and its peak memory in GB (0 where there is no /proc).
+    """
+    environment = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
+    memory = 0.0
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+    )
+    try:
+        while process.poll() is None and not (stop is not None and stop.is_set()):
+            every_second()
+            memory = max(memory, _peak_memory_gb(process.pid))
+            try:
+                process.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                pass
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    return process.returncode, memory
+
+
+def _peak_memory_gb(pid: int) -> float:
+    """The most memory that a process has had resident so far."""
+    try:
+        with open(f"/proc/{pid}/status") as f:
+            lines = [line for line in f if line.startswith("VmHWM")]
+    except OSError:
+        return 0.0
+    return int(lines[0].split()[1]) / 1024**2 if lines else 0.0
+
+
+def read_json(path: str) -> Optional[dict]:
+    """The content of a JSON file; None if there is none, or none that is complete."""
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write a JSON file; it is there complete or not at all."""
+    with open(f"{path}.partial", "w") as f:
+        json.dump(content, f, indent=1)
+    os.replace(f"{path}.partial", path)

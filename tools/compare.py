@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Compare arms over seeds as a protocol says: teacher, students, one recipe, one report.
+
+Every run is an ordinary tools/train_net.py run. Finished runs are skipped, interrupted ones
+resumed: just run it again. After each run results.json is up to date; the report (report.md,
+curves.png, differences.png) lies beside it.
+
+    python tools/compare.py benchmarks/protocols/shapes_faster_rcnn.yaml --jobs 2
+    python tools/compare.py benchmarks/protocols/shapes_faster_rcnn.yaml --report-only
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+
+import torch
+
+from crosskd_ifc import ConfigError
+from crosskd_ifc.comparison import Comparison, all_runs, select
+from crosskd_ifc.protocol import load_protocol
+from crosskd_ifc.report import write_report
+from crosskd_ifc.results import Results
+
+TOOLS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TOOLS)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("protocol", help="YAML file, see projects/crosskd_ifc/protocol.py")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
+    parser.add_argument("--arms", nargs="+", help="only these, and the teachers that they need")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--threads", type=int, help="of a run; default: CPU cores / jobs")
+    parser.add_argument("--device", help="MODEL.DEVICE; default: a GPU if there is one")
+    parser.add_argument("--num-gpus", type=int, default=1, help="for each run")
+    parser.add_argument("--runs", help="folder for runs; default: output/compare/NAME")
+    parser.add_argument("--output", help="folder for the report; default: benchmarks/NAME")
+    parser.add_argument("--discard-weights", action="store_true", help="of finished students")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    return args
+
+
+def main(args):
+    protocol = load_protocol(args.protocol)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "")
+    folder = args.runs or os.path.join("output", "compare", protocol.name)
+    output = args.output or os.path.join(ROOT, "benchmarks", protocol.name)
+    file = os.path.relpath(args.protocol, ROOT)
+    file = os.path.basename(args.protocol) if file.startswith("..") else file
+    runs = all_runs(protocol, folder, device=device)
+    command = f"python tools/compare.py {file}"
+    results = Results(protocol, os.path.join(output, "results.json"), runs, command=command)
+
+    failed = {}
+    if args.report_only:
+        results.add({})  # titles and groups may have changed
+    else:
+        threads = (os.cpu_count() or 1) // args.jobs if args.threads is None else args.threads
+        comparison = Comparison(
+            runs,
+            results,
+            os.path.join(TOOLS, "train_net.py"),
+            jobs=args.jobs,
+            threads=max(threads, 1),
+            arguments=("--num-gpus", str(args.num_gpus)) if args.num_gpus > 1 else (),
+            discard_weights=args.discard_weights,
+        )
+        failed = comparison.do(select(protocol, runs, arms=args.arms, seeds=args.seeds))
+    if results.entries:
+        print(f"Report: {write_report(results.content(), output)}")
+    return list(failed.values())
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    logging.basicConfig(format="%(message)s")
+    try:
+        errors = main(parse_args())
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped; run it again to go on.")
+    if errors:
+        sys.exit(f"\n{len(errors)} runs failed:\n" + "\n".join(e.split("\n")[0] for e in errors))
