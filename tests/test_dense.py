@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from common import tiny_batch, train_losses
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import RetinaNet
@@ -19,6 +20,7 @@ from crosskd_ifc import (
     losses,
     standardize_like,
 )
+from crosskd_ifc.export import export_student
 from crosskd_ifc.step import TeacherPass
 
 K = "MODEL.CROSSKD."
@@ -231,6 +233,24 @@ def test_the_moving_average_of_positives_is_updated_once_per_step(kind):
         train_losses(student, tiny_batch())
         train_losses(stock.train(), tiny_batch())
     assert student.loss_normalizer == stock.loss_normalizer
+
+
+def test_an_exported_retinanet_is_a_stock_model_with_the_same_detections(tmp_path):
+    learned = fusion("weighted", ("conv1", "conv2"))
+    student, _ = pair("RetinaNet", *learned)
+    DetectionCheckpointer(student, str(tmp_path)).save("model_final")
+    (tmp_path / "config.yaml").write_text(dense_cfg("RetinaNet", *learned).dump())
+    done = export_student(str(tmp_path / "model_final.pth"), str(tmp_path / "student"))
+    assert done.architecture == ("CrossKDRetinaNet", "RetinaNet") and done.detections > 0
+    assert any(name.startswith("fusion.cls") for name in done.dropped)
+    cfg = get_cfg()
+    cfg.merge_from_file(done.config, allow_unsafe=False)
+    stock = build_model(cfg)
+    DetectionCheckpointer(stock).load(done.weights)
+    assert type(stock) is RetinaNet
+    with torch.no_grad():
+        for x, y in zip(stock.eval()(tiny_batch()), student.eval()(tiny_batch())):
+            assert torch.equal(x["instances"].scores, y["instances"].scores)
 
 
 def gradients(student, batch):
