@@ -57,6 +57,14 @@ def test_the_table_of_masks_is_that_of_the_recorded_runs(arm):
     assert f"| Mask R-CNN {TITLES[arm]} | {cells} |" in read("README.md")
 
 
+@pytest.mark.parametrize("arm", TITLES)
+def test_the_table_of_dense_detectors_is_that_of_the_recorded_runs(arm):
+    runs = recorded("dense", "quick.json", arm=arm)
+    assert [r["detector"] for r in runs] == ["retinanet", "fcos"]
+    cells = " | ".join(f"{r['AP']:.1f} | {r['AP50']:.1f}" for r in runs)
+    assert f"| {TITLES[arm]} | {cells} |" in read("README.md")
+
+
 def test_the_cost_of_diagnostics_is_the_measured_one():
     cases = json.loads(read("benchmarks", "diagnostics", "cost.json"))["cases"]
     text = read("docs", "options.md")
