@@ -65,6 +65,21 @@ def test_the_table_of_dense_detectors_is_that_of_the_recorded_runs(arm):
     assert f"| {TITLES[arm]} | {cells} |" in read("README.md")
 
 
+def test_the_costs_of_a_step_are_the_measured_ones():
+    text = read("docs", "performance.md")
+    for name in ("faster_rcnn", "retinanet", "fcos"):
+        found = json.loads(read("benchmarks", "step_cost", f"{name}_R50_R18_cpu.json"))
+        cost = {key: f"{ratio['median']:.2f}" for key, ratio in found["ratios"].items()}
+        peak = {key: value / 2**20 for key, value in found["peak_bytes"].items()}
+        cells = [cost[key] for key in ("c/a", "(a+b)/a", "c/(a+b)", "c/floor")]
+        cells += [f"{peak['distillation'] - peak['student']:.0f}", f"{peak['teacher']:.0f}"]
+        assert f"| {' | '.join(cells)} |" in text
+        if name == "faster_rcnn":
+            readme = read("README.md")
+            assert f"takes {cost['c/(a+b)']} times the time of the plain student's step" in readme
+            assert f"{cost['c/a']} times the plain step" in readme
+
+
 def test_the_cost_of_diagnostics_is_the_measured_one():
     cases = json.loads(read("benchmarks", "diagnostics", "cost.json"))["cases"]
     text = read("docs", "options.md")
@@ -82,7 +97,9 @@ def test_the_table_of_mask_losses_is_that_of_the_recorded_runs():
         assert f"{cells} | {weight} | {run['mask_AP']:.1f} | {run['AP']:.1f} |" in text
 
 
-@pytest.mark.parametrize("document", ["README.md", "tools/README.md", "docs/options.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "tools/README.md", "docs/options.md", "docs/performance.md"]
+)
 def test_files_that_a_document_names_exist(document):
     text = read(document)
     folder = os.path.join(ROOT, os.path.dirname(document))

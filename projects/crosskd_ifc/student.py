@@ -45,6 +45,8 @@ class Student(nn.Module):
         whose names end in ``_kd``."""
         if not self.training or self._distiller is None:
             return super().forward(batched_inputs)
+        # Once for both networks.
+        batched_inputs = [{**x, "image": x["image"].to(self.device)} for x in batched_inputs]
         with self._distiller.recording(self, batched_inputs, self.kd_factor) as step:
             losses = super().forward(batched_inputs)
         losses.update(self._distiller.losses(step))

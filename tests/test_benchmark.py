@@ -1,0 +1,112 @@
+"""What the benchmark measures; no time is asserted."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from common import tiny_cfg
+from test_dense import dense_cfg
+
+from crosskd_ifc.benchmark import PARTS, Bench, Case, _peak_on_cpu, make_batch, summarize
+from crosskd_ifc.benchmark_sweep import draw_sweep, sweep
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "benchmark.py"
+SMALL = Case(48, 64, boxes=3)
+KINDS = ("RCNN", "RetinaNet", "FCOS")
+
+
+def student_cfg(folder, kind, *opts):
+    """A student's config; of its teacher there is a config, but no weights."""
+    teacher = tiny_cfg(architecture="GeneralizedRCNN")
+    if kind != "RCNN":
+        teacher = dense_cfg(kind, stock=True)
+    (folder / "teacher.yaml").write_text(teacher.dump())
+    names = ("MODEL.CROSSKD.TEACHER.CONFIG_FILE", str(folder / "teacher.yaml"))
+    names += ("MODEL.CROSSKD.TEACHER.WEIGHTS", "none.pth")
+    return tiny_cfg(*names, *opts) if kind == "RCNN" else dense_cfg(kind, *names, *opts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_runs_in_every_round_and_changes_no_weight(kind, tmp_path):
+    bench = Bench(student_cfg(tmp_path, kind), SMALL)
+    before = {k: v.clone() for k, v in bench.student.state_dict().items()}
+    seconds = bench.measure(2, warmup=0)
+    assert tuple(seconds) == PARTS and all(len(v) == 2 and min(v) > 0 for v in seconds.values())
+    after = bench.student.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    assert set(before) == set(bench.plain.state_dict())
+    pieces = bench.breakdown(1)
+    assert {"student backbone", "teacher backbone", "rest of the forward", "backward"} <= set(
+        pieces
+    )
+    assert min(pieces.values()) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_distillation_step_holds_no_less_memory_than_a_plain_one(kind, tmp_path):
+    memory = Bench(student_cfg(tmp_path, kind), Case(96, 128)).peak_memory()
+    assert set(memory) == set(PARTS) and min(memory.values()) > 0
+    assert memory["distillation"] >= memory["student"]
+
+
+def test_memory_is_counted_to_the_byte():
+    def part():
+        a = torch.zeros(1000)
+        del a
+        b = torch.zeros(3000)
+        b += torch.ones(500).sum()
+
+    assert 4 * 3500 <= _peak_on_cpu(part) <= 4 * 3500 + 256
+
+
+def test_a_students_own_head_needs_no_cross_head_pass(tmp_path):
+    bench = Bench(student_cfg(tmp_path, "RCNN", "MODEL.CROSSKD.MIMIC", "student_head"), SMALL)
+    assert "cross_head" not in bench.measure(1, warmup=0)
+
+
+def test_ratios_are_taken_within_each_round():
+    seconds = {"student": [1.0, 2.0], "teacher": [1.0, 2.0], "cross_head": [0.5, 1.0]}
+    found = summarize({**seconds, "distillation": [3.0, 5.0]})
+    assert found["ratios"]["c/a"]["median"] == 2.75
+    assert found["ratios"]["c/(a+b)"]["median"] == 1.375
+    assert found["ratios"]["c/floor"]["median"] == 1.1
+    assert found["ratios"]["(a+b)/a"] == {"median": 2.0, "quartiles": [2.0, 2.0]}
+    assert found["seconds"]["student"]["median"] == 1.5
+
+
+def test_a_batch_is_what_detectron2s_loader_gives():
+    batch = make_batch(Case(40, 60, images=3, boxes=5), num_classes=2, has_masks=True)
+    assert len(batch) == 3
+    for one in batch:
+        truth = one["instances"]
+        assert one["image"].shape == (3, 40, 60) and one["image"].dtype == torch.uint8
+        assert len(truth) == 5 and truth.gt_boxes.nonempty().all()
+        assert truth.gt_classes.max() < 2 and truth.gt_masks.tensor.shape == (5, 40, 60)
+
+
+def test_the_tool_prints_ratios_and_writes_numbers(tmp_path, capsys):
+    (tmp_path / "student.yaml").write_text(student_cfg(tmp_path, "RCNN").dump())
+    tool = runpy.run_path(str(TOOL))
+    out = tmp_path / "out" / "cost.json"
+    words = ["--config-file", tmp_path / "student.yaml", "--device", "cpu", "--rois", 16]
+    words += ["--image-size", 48, 64, "--rounds", 2, "--output", out]
+    tool["main"](tool["parse_args"](list(map(str, words))))
+    assert "c/(a+b)" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert {"command", "versions", "hardware", "seconds", "ratios", "peak_bytes"} <= set(found)
+
+
+def test_a_sweep_varies_one_size_at_a_time_and_is_drawn(tmp_path):
+    cases = []
+
+    def build(case, *opts):
+        cases.append((case, opts))
+        return Bench(student_cfg(tmp_path, "RetinaNet", *opts), case)
+
+    results = sweep(build, SMALL, rounds=2)
+    assert [r["what"] for r in results] == ["image height"] * 3 + ["images"] * 3 + ["taps"] * 3
+    assert all(case == SMALL for case, opts in cases if opts)
+    path = draw_sweep(results, str(tmp_path / "sweep"))
+    assert path == str(tmp_path / "sweep.png") and Path(path).stat().st_size > 1000

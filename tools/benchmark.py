@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+r"""Times a distillation step beside the plain student's step and the stock teacher's forward.
+
+All in one run, in turns, on random images and weights: no data and no weights are needed.
+
+    python tools/benchmark.py --config-file configs/COCO-Detection/crosskd_ifc_R_18_FPN_1x.yaml
+    python tools/benchmark.py --config-file ... --sweep --output sweep.json    # and sweep.png
+    python tools/benchmark.py --config-file ... --image-size 800 1333 --batch 16 \
+        SOLVER.AMP.ENABLED True
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+
+import torch
+from tabulate import tabulate
+
+from crosskd_ifc import ConfigError
+from crosskd_ifc.benchmark import Bench, Case, summarize
+from crosskd_ifc.benchmark_sweep import draw_sweep, sweep
+from crosskd_ifc.run_environment import hardware, versions
+from crosskd_ifc.runs import Run
+
+TITLES = {
+    "student": "(a) plain student, training step",
+    "teacher": "(b) stock teacher, forward",
+    "cross_head": "(d) cross-head alone, forward and backward",
+    "distillation": "(c) distillation, training step",
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="of a student with a teacher")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--image-size", type=int, nargs=2, default=(320, 480), metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=2, help="images")
+    parser.add_argument("--rois", type=int, default=512, help="for each image, two-stage")
+    parser.add_argument("--precision", default="float32", help="of the teacher's forward")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    parser.add_argument("--sweep", action="store_true", help="how the cost grows with each size")
+    parser.add_argument("--output", default="", help="JSON file to write")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    case = Case(*args.image_size, images=args.batch)
+
+    def build(case, *opts):
+        settings = ["MODEL.DEVICE", args.device, "MODEL.CROSSKD.TEACHER.PRECISION", args.precision]
+        settings += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(args.rois)]
+        cfg = Run("KEY VALUE", args.config_file, "", [*settings, *opts, *args.opts]).cfg()
+        return Bench(cfg, case)
+
+    if args.sweep:
+        found = {"sweep": sweep(build, case, args.rounds)}
+        rows = [(r["what"], r["value"], r["ratios"]["c/a"]["median"]) for r in found["sweep"]]
+        print(tabulate(rows, ("varied", "value", "c/a"), tablefmt="github"))
+    else:
+        found = measure(build(case), args.rounds)
+    found = {
+        "command": "python tools/benchmark.py " + " ".join(sys.argv[1:]),
+        "versions": versions(),
+        "hardware": hardware(args.device, torch.get_num_threads()),
+        **found,
+    }
+    if args.output:
+        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
+        with open(args.output, "w") as f:
+            json.dump(found, f, indent=1)
+        print(f"Numbers: {args.output}")
+        if args.sweep:
+            print(f"Plot:    {draw_sweep(found['sweep'], os.path.splitext(args.output)[0])}")
+
+
+def measure(bench, rounds):
+    """Times, memory and breakdown, printed; returns them."""
+    found = summarize(bench.measure(rounds))
+    found["peak_bytes"] = memory = bench.peak_memory()
+    found["teacher_bytes"] = bench.teacher_bytes()
+    found["breakdown"] = bench.breakdown(max(rounds // 3, 3))
+    rows = [
+        (TITLES[n], x["median"], "{} - {}".format(*x["quartiles"]), memory[n] / 2**20)
+        for n, x in found["seconds"].items()
+    ]
+    headers = ("part", "seconds, median", "quartiles", "peak MiB")
+    print(tabulate(rows, headers, tablefmt="github", floatfmt=("", ".3f", "", ".0f")), "\n")
+    rows = [(n, x["median"], "{} - {}".format(*x["quartiles"])) for n, x in found["ratios"].items()]
+    print(tabulate(rows, ("ratio", "median", "quartiles"), tablefmt="github", floatfmt=".3f"), "\n")
+    rows = list(found["breakdown"].items())
+    print(tabulate(rows, ("piece of (c)", "seconds"), tablefmt="github", floatfmt=".3f"), "\n")
+    more, theirs = (
+        x / 2**20 for x in (memory["distillation"] - memory["student"], memory["teacher"])
+    )
+    print(f"At its peak (c) has {more:.0f} MiB more alive than (a), and (b) {theirs:.0f} MiB")
+    return found
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    try:
+        main(parse_args())
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
