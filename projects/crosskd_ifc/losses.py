@@ -184,10 +184,12 @@ def quality_focal(
     cross = at_least_float32(cross_logits)
     target = at_least_float32(teacher_logits.detach()).sigmoid()
     loss = F.binary_cross_entropy_with_logits(cross, target, reduction="none")
-    loss = loss * (cross.sigmoid() - target).abs().pow(beta)
+    factor = (cross.sigmoid() - target).abs()
+    # Dense detectors have millions of terms: every operation on all of them counts.
+    rows = (loss * (factor if beta == 1 else factor.pow(beta))).sum(dim=1)  # R
     if weights is not None:
-        loss = loss * at_least_float32(weights.detach())[:, None]
-    return loss.sum() / normalizer
+        rows = rows * at_least_float32(weights.detach())
+    return rows.sum() / normalizer
 
 
 def channel_statistics(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
