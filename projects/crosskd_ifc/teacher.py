@@ -59,8 +59,6 @@ class Teacher:
             ConfigError: if the student's images can't be turned into the teacher's channel order.
         """
         self.model = model.eval().requires_grad_(False)
-        # The values are the same, convolutions without gradient are faster so.
-        self.model.backbone.to(memory_format=torch.channels_last)
         self.cfg = cfg
         self.description = description
         self.dtype: torch.dtype = getattr(torch, precision)
@@ -107,8 +105,7 @@ class Teacher:
         """Backbone features of the student's raw images, feature name -> (N, C, H, W); no
         gradient."""
         with self.autocast():
-            images = self.preprocess(batched_inputs).tensor
-            return self.model.backbone(images.contiguous(memory_format=torch.channels_last))
+            return self.model.backbone(self.preprocess(batched_inputs).tensor)
 
 
 def attach_teacher(
