@@ -45,6 +45,15 @@ def test_every_part_runs_in_every_round_and_changes_no_weight(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_random_weights_give_activations_of_ordinary_size(kind, tmp_path):
+    bench = Bench(student_cfg(tmp_path, kind), SMALL)
+    for model in (bench.plain, bench.student, bench.stock_teacher, bench.student.teacher.model):
+        with torch.no_grad():
+            features = model.backbone.bottom_up(model.preprocess_image(bench.batch).tensor)
+        assert all(0.1 < x.std() < 10 for x in features.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_distillation_step_holds_no_less_memory_than_a_plain_one(kind, tmp_path):
     memory = Bench(student_cfg(tmp_path, kind), Case(96, 128)).peak_memory()
     assert set(memory) == set(PARTS) and min(memory.values()) > 0

@@ -9,6 +9,7 @@ from detectron2.structures import Boxes
 from test_dense import KEYS, K, dense, dense_cfg, fusion, gradients, pair, traced, twin_losses
 
 from crosskd_ifc import ConfigError, attach_teacher, losses
+from crosskd_ifc.dense_mimics import by_anchor
 from crosskd_ifc.step import TeacherPass
 
 STUDENT_HEAD = (K + "MIMIC", "student_head")
@@ -20,8 +21,13 @@ def by_index(*teacher_classes):
 
 
 def teachers_own(student, batch):
+    """Logits and deltas in the order of the anchors."""
     box = student._distiller.box
-    return box.teacher.flatten(box.teacher.run(TeacherPass(student.teacher, batch))[1])
+    return flat(box.teacher.by_level(box.run_teacher(TeacherPass(student.teacher, batch))[1]))
+
+
+def flat(predictions):
+    return by_anchor(predictions.logits), by_anchor(predictions.deltas)
 
 
 @dense
@@ -36,20 +42,18 @@ def test_student_head_is_zero_for_equal_models_and_has_nothing_to_learn(kind):
 def test_student_head_compares_the_students_own_predictions(kind):
     student, teacher = pair(kind, *STUDENT_HEAD)
     batch = tiny_batch(boxes_per_image=(9, 12))
-    trace, wanted = traced(student, batch), teachers_own(student, batch)
+    trace, (t, b) = traced(student, batch), teachers_own(student, batch)
+    z, d = flat(trace.own)
     valid = trace.labels >= 0
     n = student.kd_normalizer(trace)
-    cls = losses.quality_focal(
-        trace.own.logits[valid], wanted.logits[valid], beta=1.0, normalizer=n
-    )
+    cls = losses.quality_focal(z[valid], t[valid], beta=1.0, normalizer=n)
     anchors = Boxes.cat(trace.anchors).tensor.repeat(2, 1)
     ours, theirs = (
-        teacher.box2box_transform.apply_deltas(x.deltas.flatten(0, 1), anchors)
-        for x in (trace.own, wanted)
+        teacher.box2box_transform.apply_deltas(x.flatten(0, 1), anchors) for x in (d, b)
     )
     kept = valid.flatten() & (Boxes(theirs).area() > 0)
     measure = losses.confident_giou if kind == "RetinaNet" else losses.confident_iou
-    confidence = wanted.logits.sigmoid().amax(2).flatten()
+    confidence = t.sigmoid().amax(2).flatten()
     box = measure(ours[kept], theirs[kept], confidence[kept], normalizer=n)
     result, _ = train_losses(student, batch)
     torch.testing.assert_close(result["loss_cls_kd"], 0.5 * cls)
@@ -68,11 +72,11 @@ def test_student_head_reaches_the_students_predictors(kind):
 def test_a_class_map_compares_only_the_classes_that_correspond(kind):
     student, teacher = pair(kind, *STUDENT_HEAD, *by_index(4, "", 0), teacher_opts=OTHER_CLASSES)
     batch = tiny_batch()
-    trace, wanted = traced(student, batch), teachers_own(student, batch)
+    trace, (t, _) = traced(student, batch), teachers_own(student, batch)
     valid = trace.labels >= 0
     expected = losses.quality_focal(
-        trace.own.logits[valid][:, [0, 2]],
-        wanted.logits[valid][:, [4, 0]],
+        flat(trace.own)[0][valid][:, [0, 2]],
+        t[valid][:, [4, 0]],
         beta=1.0,
         normalizer=student.kd_normalizer(trace),
     )

@@ -71,6 +71,35 @@ def test_quality_focal_equals_the_reference(case):
     assert_matches(loss, case, "loss", grad_cross=cross)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("beta", [1.0, 1.5, 2.0])
+def test_quality_focal_has_the_gradient_of_its_formula_in_any_shape_and_strides(beta, weighted):
+    torch.manual_seed(0)
+    cross, teacher = (torch.randn(2, 4, 3, 5, dtype=torch.float64) for _ in range(2))
+    weights = torch.rand(2, 5, 3, dtype=torch.float64) if weighted else None
+    cross.requires_grad_()
+
+    def loss(x):  # (2, 4, 3, 5) -> (2, 5, 3, 4), not contiguous
+        x, t = (y.permute(0, 3, 2, 1) for y in (x, teacher))
+        return quality_focal(x, t, beta=beta, weights=weights, normalizer=7)
+
+    assert torch.autograd.gradcheck(loss, cross)
+    p, q = cross.sigmoid(), teacher.sigmoid()
+    terms = (p - q).abs() ** beta * -(q * p.log() + (1 - q) * (1 - p).log())
+    if weighted:
+        terms = terms * weights.permute(0, 2, 1).unsqueeze(1)
+    torch.testing.assert_close(loss(cross), terms.sum() / 7)
+
+
+def test_quality_focal_gives_its_gradient_as_often_as_its_graph_is_kept():
+    cross, teacher = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    loss = quality_focal(cross, teacher, beta=1.0, normalizer=2)
+    (first,) = torch.autograd.grad(3 * loss, cross, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, cross)
+    torch.testing.assert_close(first, 3 * second)
+    assert not quality_focal(cross.detach(), teacher, beta=1.0, normalizer=2).requires_grad
+
+
 @pytest.mark.parametrize("case", cases("confident_giou"))
 def test_confident_giou_equals_the_reference(case):
     cross, teacher, weights = load(case, "cross", "teacher", "weights")

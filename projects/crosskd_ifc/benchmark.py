@@ -1,6 +1,7 @@
 """What a distillation step costs beside its parts, measured side by side in one run.
 
-Everything is made up: random images, random weights. Times depend on sizes, not on values.
+Everything is made up: random images, random weights, normalized so that activations have the size
+that they have in a trained network.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -76,12 +78,14 @@ class Bench:
         teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
         self.plain = build_model(cfg).train()
         self.student = build_model(cfg).train()
-        self.student.load_state_dict(self.plain.state_dict())
         self.stock_teacher = build_model(teacher_cfg).eval().requires_grad_(False)
         teacher = build_model(teacher_cfg)
+        self.batch = make_batch(case, class_count(cfg)[1], cfg.MODEL.MASK_ON)
+        for model in (self.plain, self.stock_teacher):
+            _normalize(model, self.batch)
+        self.student.load_state_dict(self.plain.state_dict())
         teacher.load_state_dict(self.stock_teacher.state_dict())
         attach_teacher(self.student, cfg, teacher=teacher)
-        self.batch = make_batch(case, class_count(cfg)[1], cfg.MODEL.MASK_ON)
         self._amp = cfg.SOLVER.AMP.ENABLED and device.type == "cuda"
         self._device = device
         self._optimizers = {m: build_optimizer(cfg, m) for m in (self.plain, self.student)}
@@ -178,7 +182,7 @@ class Bench:
         taps = _leaves(self._trace.layers)
         trace = dataclasses.replace(self._trace, layers=taps)
         found = self.student._distiller.box.mimic.predict(trace, self._layers)
-        (found.logits.sum() + found.deltas.sum()).backward()
+        _sum([found.logits, found.deltas]).backward()
 
     def _record(self) -> Tuple[Any, Any]:
         """The trace of a step, and the teacher's layers on it; without graph."""
@@ -187,7 +191,7 @@ class Bench:
         box, run = self.student._distiller.box, TeacherPass(self.student.teacher, self.batch)
         if isinstance(self.student, GeneralizedRCNN):
             return trace, box.predict(run, trace.boxes)[1]
-        return trace, box.teacher.run(run)[0]
+        return trace, box.run_teacher(run)[0]
 
     def _clock(self) -> float:
         if self._device.type == "cuda":
@@ -220,6 +224,25 @@ def _peak_on_cpu(part: Callable[[], None]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+@torch.no_grad()
+def _normalize(model: nn.Module, batch: List[Dict[str, Any]]) -> None:
+    """Set the statistics of the backbone's norms to those of ``batch``.
+
+    With statistics of 0 and 1, activations of random weights grow from block to block until
+    sigmoids underflow, and a CPU computes with denormal numbers a hundred times slower.
+    """
+
+    def measure(norm: nn.Module, inputs: Tuple[torch.Tensor]) -> None:
+        norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
+
+    norms = [m for m in model.modules() if isinstance(m, (FrozenBatchNorm2d, nn.BatchNorm2d))]
+    handles = [norm.register_forward_pre_hook(measure) for norm in norms]
+    model.backbone(model.preprocess_image(batch).tensor)
+    for handle in handles:
+        handle.remove()
 
 
 @contextlib.contextmanager
@@ -255,6 +278,11 @@ def _leaves(x: Any) -> Any:
     if isinstance(x, dict):
         return {key: _leaves(value) for key, value in x.items()}
     return [_leaves(value) for value in x]
+
+
+def _sum(x: Any) -> Any:
+    """Of all elements of nested tensors."""
+    return x.sum() if isinstance(x, torch.Tensor) else sum(map(_sum, x))
 
 
 def summarize(seconds: Mapping[str, Sequence[float]]) -> Dict[str, Any]:

@@ -4,7 +4,7 @@ Shape shorthand: N images, K the teacher's foreground classes, R anchors of an i
 levels.
 """
 
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -20,6 +20,7 @@ from .dense_mimics import (
     DenseStudentHead,
     DenseTeacher,
     DenseTrace,
+    by_anchor,
     record_towers,
 )
 from .dense_pair import build_fusions, check_pair, check_settings, towers_of
@@ -99,23 +100,23 @@ class DenseBoxDistiller:
         trace = step.heads
         if not self.is_active:
             return {key: self.zero(trace) for key in self.keys}
-        layers, predictions = self.teacher.run(step.teacher)
-        targets = self.teacher.flatten(predictions)
-        found, wanted = self.mimic.predict(trace, layers), self.mimic.targets(targets)
+        entries, predictions = self.run_teacher(step.teacher)
+        targets = self.teacher.by_level(predictions)
+        found, wanted = self.mimic.predict(trace, entries), self.mimic.targets(targets)
         valid = (trace.labels >= 0).to(torch.float32)  # NxR
         normalizer = self._normalizer(trace)
-        loss_cls = L.quality_focal(
-            found.logits.flatten(0, 1),
-            wanted.logits.flatten(0, 1),
-            beta=1.0,
-            weights=valid.flatten(),
-            normalizer=normalizer,
+        sizes = [x.shape[1:3] for x in wanted.logits]
+        weights = valid.split([a * b for a, b in sizes], dim=1)
+        loss_cls = sum(
+            L.quality_focal(z, t, beta=1.0, weights=w.unflatten(1, size), normalizer=normalizer)
+            for z, t, w, size in zip(found.logits, wanted.logits, weights, sizes)
         )
-        confidence = L.at_least_float32(wanted.logits).sigmoid().amax(dim=2) * valid  # NxR
+        best = by_anchor([x.amax(dim=3) for x in wanted.logits])  # NxR
+        confidence = L.at_least_float32(best).sigmoid() * valid
         anchors = Boxes.cat(trace.anchors).tensor.repeat(len(valid), 1)  # NRx4
         theirs = self.teacher.model.box2box_transform
         found_boxes, wanted_boxes = (
-            transform.apply_deltas(L.at_least_float32(x.deltas).flatten(0, 1), anchors)
+            transform.apply_deltas(L.at_least_float32(by_anchor(x.deltas)).flatten(0, 1), anchors)
             for x, transform in ((found, self.mimic.transform), (wanted, theirs))
         )
         # FCOS can answer with an empty box, which has no overlap to learn from.
@@ -127,6 +128,12 @@ class DenseBoxDistiller:
             "loss_cls_kd": loss_cls * self.cls_weight,
             "loss_box_reg_kd": loss_box * self.box_weight,
         }
+
+    def run_teacher(
+        self, teacher: TeacherPass
+    ) -> Tuple[Dict[str, List[Optional[torch.Tensor]]], List[List[torch.Tensor]]]:
+        """As :meth:`DenseTeacher.run`, keeping the layers that the cross-head enters."""
+        return self.teacher.run(teacher, self.mimic.entries)
 
     def zero(self, trace: DenseTrace) -> torch.Tensor:
         """0, connected to every learned parameter of the fusions."""
@@ -144,22 +151,28 @@ class DenseBoxDistiller:
 
         Agreements are weighted by the teacher's confidence: most positions are plain background.
         """
-        confidence, answer = targets.logits.float().sigmoid().max(dim=2)  # NxR
+        confidence, answer = _best_class(targets)
         weight = confidence * valid
         scalars = {"teacher_confidence": _mean(confidence, valid)}
         if self.fusion is not None:
-            p, best = found.logits.float().sigmoid().max(dim=2)
+            p, best = _best_class(found)
             scalars["cross_head_confidence"] = _mean(p, valid)
             scalars["agreement_cross_head"] = _mean((best == answer).float(), weight)
         if self._class_map is not None:
             ours = self._class_map.to_student(answer)
-            same = (ours == trace.own.logits.argmax(dim=2)).float()
+            same = (ours == _best_class(trace.own)[1]).float()
             scalars["agreement_student"] = _mean(same, weight)
             positive = (trace.labels >= 0) & (trace.labels < self._class_map.num_classes)
             if positive.any():
                 wrong = (ours[positive] != trace.labels[positive]).float().mean()
                 scalars["disagreement_truth_foreground"] = wrong.item()
         put_scalars(scalars)
+
+
+def _best_class(predictions: DensePredictions) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The largest class probability (N, R) and its class."""
+    logits, classes = zip(*(x.max(dim=3) for x in predictions.logits))
+    return by_anchor(logits).float().sigmoid(), by_anchor(classes)
 
 
 def _mean(x: torch.Tensor, weights: torch.Tensor) -> float:
@@ -205,7 +218,7 @@ class DenseDistiller(Distiller):
         levels = [features[name] for name in student.head_in_features]
         with record_towers(student.head) as layers:
             student.head(levels)
-        theirs, _ = self.box.teacher.run(TeacherPass(self.teacher, batched_inputs))
+        theirs, _ = self.box.run_teacher(TeacherPass(self.teacher, batched_inputs))
         found = self.box.mimic.maps(layers, theirs)
         return self.teacher.model.forward_inference(images, levels, found)
 

@@ -1,12 +1,11 @@
 """Whose predictions learn to mimic the teacher's, in a dense detector.
 
 Shape shorthand: N images, A anchors per position, K foreground classes, C channels, (Hi, Wi) size
-of level i, R anchors of an image over all levels.
+of level i with Pi = Hi Wi positions, R anchors of an image over all levels.
 """
 
 import contextlib
 import dataclasses
-import functools
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
@@ -29,6 +28,7 @@ class DenseTrace:
 
     Attributes:
         layers: tower -> layer -> its output for each level, (N, C, Hi, Wi).
+        num_anchors: A.
         predictions: of its own predictors for each level, logits (N, Hi Wi A, K) and deltas (N,
             Hi Wi A, 4); in training only, as what follows.
         anchors: for each level.
@@ -36,16 +36,18 @@ class DenseTrace:
         boxes: for each image (R, 4), the matched ground truth.
     """
 
-    layers: Dict[str, Dict[str, List[torch.Tensor]]] = dataclasses.field(default_factory=dict)
+    layers: Dict[str, Dict[str, List[torch.Tensor]]]
+    num_anchors: int
     predictions: Tuple[List[torch.Tensor], ...] = ()
     anchors: List[Boxes] = dataclasses.field(default_factory=list)
     labels: Optional[torch.Tensor] = None
     boxes: List[torch.Tensor] = dataclasses.field(default_factory=list)
 
-    @functools.cached_property
+    @property
     def own(self) -> "DensePredictions":
-        """The predictions in the order of the anchors."""
-        return DensePredictions(*(cat(x, dim=1) for x in self.predictions))
+        """The predictions of its own predictors."""
+        shape = (-1, self.num_anchors)
+        return DensePredictions(*([x.unflatten(1, shape) for x in y] for y in self.predictions))
 
     def zero(self) -> torch.Tensor:
         return self.anchors[0].tensor.new_zeros(())
@@ -53,10 +55,19 @@ class DenseTrace:
 
 @dataclasses.dataclass
 class DensePredictions:
-    """Class logits (N, R, K) and box deltas (N, R, 4)."""
+    """For each level class logits (N, Pi, A, K) and box deltas (N, Pi, A, 4).
 
-    logits: torch.Tensor
-    deltas: torch.Tensor
+    They are views of what the predictors gave: the logits are by far the largest tensors of a dense
+    detector, too large to be copied into another order.
+    """
+
+    logits: List[torch.Tensor]
+    deltas: List[torch.Tensor]
+
+
+def by_anchor(levels: List[torch.Tensor]) -> torch.Tensor:
+    """For each level (N, Pi, A, ...) -> (N, R, ...), in the order of the anchors."""
+    return cat([x.flatten(1, 2) for x in levels], dim=1)
 
 
 @contextlib.contextmanager
@@ -90,20 +101,29 @@ class DenseTeacher:
         self.towers = towers_of(self.model.head)
 
     def run(
-        self, teacher: TeacherPass
-    ) -> Tuple[Dict[str, List[Dict[str, torch.Tensor]]], List[List[torch.Tensor]]]:
-        """The teacher's tower layers and predictions; no gradient.
+        self, teacher: TeacherPass, entries: Mapping[str, str]
+    ) -> Tuple[Dict[str, List[Optional[torch.Tensor]]], List[List[torch.Tensor]]]:
+        """The teacher's predictions, and what it has at the entry layers; no gradient.
+
+        Args:
+            entries: tower -> the layer to keep; "" keeps none.
 
         Returns:
-            tower -> for each level layer -> (N, C, Hi, Wi), and the predictions as in
+            tower -> for each level (N, C, Hi, Wi) or None, and the predictions as in
             :meth:`predict`.
         """
         features = teacher.features
+        kept: Dict[str, List[Optional[torch.Tensor]]] = {tower: [] for tower in TOWERS}
+        outputs: Dict[str, List[torch.Tensor]] = {tower: [] for tower in TOWERS}
         with teacher.running():
-            levels = [features[name] for name in self.model.head_in_features]
-            layers = {t: [named.trace(x) for x in levels] for t, named in self.towers.items()}
-            outputs = {t: [x[self.towers[t].last] for x in layers[t]] for t in TOWERS}
-            return layers, self.predict(outputs)
+            for tower, layers in self.towers.items():
+                entry = entries[tower]
+                for name in self.model.head_in_features:
+                    # Only the entry's output stays alive.
+                    x = layers.run(features[name], layers.names[0], entry or layers.names[0])
+                    kept[tower].append(x if entry else None)
+                    outputs[tower].append(layers.run(x, entry or layers.names[0]))
+            return kept, self.predict(outputs)
 
     def predict(self, outputs: Mapping[str, List[torch.Tensor]]) -> List[List[torch.Tensor]]:
         """What its head gives for the outputs of its towers.
@@ -124,11 +144,17 @@ class DenseTeacher:
             found.append([head.ctrness(x) for x in outputs["bbox"]])
         return found
 
-    def flatten(self, predictions: List[List[torch.Tensor]]) -> DensePredictions:
-        """The predictions in the order of the anchors."""
-        model = self.model
-        logits, deltas = model._transpose_dense_predictions(predictions[:2], [model.num_classes, 4])
-        return DensePredictions(cat(logits, dim=1), cat(deltas, dim=1))
+    def by_level(self, predictions: List[List[torch.Tensor]]) -> DensePredictions:
+        """Logits and deltas of :meth:`predict` with the columns of each anchor last."""
+        columns = self.model.num_classes, 4
+        return DensePredictions(
+            *([_columns_last(x, c) for x in maps] for maps, c in zip(predictions, columns))
+        )
+
+
+def _columns_last(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """(N, A columns, Hi, Wi) -> (N, Pi, A, columns), a view."""
+    return x.unflatten(1, (-1, columns)).flatten(3).permute(0, 3, 1, 2)
 
 
 class DenseCrossHead:
@@ -146,19 +172,20 @@ class DenseCrossHead:
             fusion: tower -> :class:`FeatureFusion`.
         """
         self.fusion = fusion
+        self.entries = {tower: f.entry for tower, f in fusion.items()}
         self.transform = teacher.model.box2box_transform
         self._teacher = teacher
 
     def maps(
         self,
         student: Mapping[str, Mapping[str, List[torch.Tensor]]],
-        teacher: Mapping[str, List[Dict[str, torch.Tensor]]],
+        teacher: Mapping[str, List[torch.Tensor]],
     ) -> List[List[torch.Tensor]]:
         """Cross-head predictions level by level, as of :meth:`DenseTeacher.predict`.
 
         Args:
             student: tower -> layer -> its output for each level.
-            teacher: tower -> for each level layer -> its output.
+            teacher: tower -> for each level the teacher's output of the entry layer.
         """
         outputs = {}
         for tower, named in self._teacher.towers.items():
@@ -166,14 +193,14 @@ class DenseCrossHead:
             outputs[tower] = []
             for level, theirs in enumerate(teacher[tower]):
                 taps = {tap: student[tower][tap][level] for tap in fusion.taps}
-                fused = fusion(taps, theirs[fusion.entry], named.run)
+                fused = fusion(taps, theirs, named.run)
                 outputs[tower].append(named.run(fused, after=fusion.entry))
         return self._teacher.predict(outputs)
 
     def predict(
-        self, trace: DenseTrace, teacher: Mapping[str, List[Dict[str, torch.Tensor]]]
+        self, trace: DenseTrace, teacher: Mapping[str, List[torch.Tensor]]
     ) -> DensePredictions:
-        return self._teacher.flatten(self.maps(trace.layers, teacher))
+        return self._teacher.by_level(self.maps(trace.layers, teacher))
 
     def targets(self, predictions: DensePredictions) -> DensePredictions:
         """What the predictions are compared with: the teacher's own."""
@@ -190,14 +217,13 @@ class DenseStudentHead:
     """The student's own predictions, compared class by class (plain prediction mimicking)."""
 
     fusion = None
+    entries = dict.fromkeys(TOWERS, "")
 
     def __init__(self, student: DenseDetector, class_map: ClassMap):
         self._class_map = class_map
         self.transform = student.box2box_transform
 
-    def predict(
-        self, trace: DenseTrace, teacher: Mapping[str, List[Dict[str, torch.Tensor]]]
-    ) -> DensePredictions:
+    def predict(self, trace: DenseTrace, teacher: Mapping[str, List[None]]) -> DensePredictions:
         """The student's predictions for the classes that have a teacher class."""
         return _selected(self._class_map.student_channels, trace.own)
 
@@ -212,6 +238,6 @@ class DenseStudentHead:
 def _selected(
     channels: Callable[[torch.Tensor], torch.Tensor], predictions: DensePredictions
 ) -> DensePredictions:
-    logits = channels(predictions.logits.flatten(0, 1))  # NRxM
-    shape = predictions.deltas.shape[:2]
-    return DensePredictions(logits.unflatten(0, shape), predictions.deltas)
+    """Only some of the classes."""
+    logits = [channels(x.flatten(0, 2)).unflatten(0, x.shape[:3]) for x in predictions.logits]
+    return DensePredictions(logits, predictions.deltas)

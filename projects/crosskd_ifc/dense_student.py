@@ -48,7 +48,7 @@ class DenseStudent(Student):
     def record(self) -> Iterator[DenseTrace]:
         """Within this context, the next forward fills the trace that it yields."""
         with record_towers(self.head) as layers:
-            self._trace = DenseTrace(layers)
+            self._trace = DenseTrace(layers, self.head.bbox_pred.out_channels // 4)
             try:
                 yield self._trace
             finally:

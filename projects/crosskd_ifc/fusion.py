@@ -182,9 +182,9 @@ def standardize_like(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
     student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     if student.numel() == 0:
         return student
-    mean_s, std_s = channel_statistics(student)
-    mean_t, std_t = channel_statistics(teacher)
-    return (student - mean_s) / (std_s + 1e-6) * std_t + mean_t
+    _, std_s, centered = channel_statistics(student)
+    mean_t, std_t, _ = channel_statistics(teacher)
+    return torch.addcmul(mean_t, centered, std_t / (std_s + 1e-6))
 
 
 class FeatureFusion(nn.Module):

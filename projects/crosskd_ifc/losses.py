@@ -14,6 +14,7 @@ from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torchvision.ops import generalized_box_iou_loss
 
 # Keeps a sum of confidences away from 0; the resolution of float32.
@@ -169,45 +170,82 @@ def quality_focal(
     sigmoid(teacher).
 
     Quality focal loss (Li et al., 2020, eq. 3) with the teacher's probability as the quality. The
-    factor |p - q|^beta is not detached.
+    factor |p - q|^beta is not detached. It can be differentiated once.
 
     Args:
-        cross_logits: (R, K) logits that learn.
+        cross_logits: (R, K) logits that learn; R may be several dimensions, and strides are free.
         teacher_logits: (R, K) target logits.
-        beta: exponent of the modulating factor.
+        beta: exponent of the modulating factor, at least 1.
         weights: (R,) weight of each row; 1 if not given.
         normalizer: the divisor of the sum over rows and columns.
 
     Returns:
         Scalar loss.
     """
-    cross = at_least_float32(cross_logits)
-    target = at_least_float32(teacher_logits.detach()).sigmoid()
-    loss = F.binary_cross_entropy_with_logits(cross, target, reduction="none")
-    factor = (cross.sigmoid() - target).abs()
-    # Dense detectors have millions of terms: every operation on all of them counts.
-    rows = (loss * (factor if beta == 1 else factor.pow(beta))).sum(dim=1)  # R
-    if weights is not None:
-        rows = rows * at_least_float32(weights.detach())
-    return rows.sum() / normalizer
+    cross, teacher = at_least_float32(cross_logits), at_least_float32(teacher_logits.detach())
+    weights = None if weights is None else at_least_float32(weights.detach())
+    return _QualityFocal.apply(cross, teacher, weights, beta) / normalizer
 
 
-def channel_statistics(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased standard deviation of each channel (dim 1) over all other dims.
+class _QualityFocal(torch.autograd.Function):
+    """The sum of :func:`quality_focal`, whose gradient is computed along with it.
 
-    With one element per channel the deviation is 0; ``torch.std`` would give NaN there.
+    Dense detectors have millions of terms: a graph of all operations on them would cost several
+    times the memory and half as much time again.
+    """
+
+    @staticmethod
+    def forward(ctx, cross, teacher, weights, beta):
+        q = teacher.sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(cross, q, reduction="none")
+        p = cross.sigmoid()
+        distance = torch.sub(p, q, out=q)
+        factor = distance.abs() if beta == 1 else distance.abs().pow_(beta)
+        rows = (factor * entropy).sum(dim=-1)
+        if weights is not None:
+            rows = rows * weights
+        if ctx.needs_input_grad[0]:
+            # d|p - q|^b / dx = b |p - q|^(b - 1) sign(p - q) p (1 - p); dBCE / dx = p - q
+            if beta == 1:
+                factor = distance.sign()
+            else:
+                factor = distance.abs().pow_(beta - 1).mul_(distance.sign())
+            gradient = p.mul_(1 - p).mul_(entropy).mul_(beta).addcmul_(distance, distance)
+            gradient = gradient.mul_(factor)
+            if weights is not None:
+                gradient.mul_(weights.unsqueeze(-1))
+            ctx.save_for_backward(gradient)
+        return rows.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output, None, None, None
+
+
+def channel_statistics(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, unbiased standard deviation and ``x - mean`` of each channel (dim 1) over all other
+    dims.
+
+    With one element per channel the deviation is 0; ``torch.std`` would give NaN there. A channel
+    without deviation has a gradient of 0 through it.
 
     Args:
         x: (N, C, ...) with at least one element per channel.
 
     Returns:
-        Two tensors shaped (1, C, 1, ...), to broadcast against ``x``.
+        Mean and deviation shaped (1, C, 1, ...), to broadcast against ``x``, and a tensor shaped as
+        ``x``, the only one of its size that the graph keeps.
     """
     dims = [d for d in range(x.dim()) if d != 1]
     mean = x.mean(dim=dims, keepdim=True)
-    if x.numel() == x.shape[1]:
-        return mean, torch.zeros_like(mean)
-    return mean, x.std(dim=dims, keepdim=True)
+    centered = x - mean
+    count = x.numel() // x.shape[1]
+    if count == 1:
+        return mean, torch.zeros_like(mean), centered
+    norm = torch.linalg.vector_norm(centered, dim=dims, keepdim=True)
+    return mean, norm / (count - 1) ** 0.5, centered
 
 
 def pkd(student_feature: torch.Tensor, teacher_feature: torch.Tensor) -> torch.Tensor:
@@ -230,5 +268,5 @@ def pkd(student_feature: torch.Tensor, teacher_feature: torch.Tensor) -> torch.T
 
 
 def _normalize(x: torch.Tensor) -> torch.Tensor:
-    mean, std = channel_statistics(x)
-    return (x - mean) / (std + 1e-6)
+    _, std, centered = channel_statistics(x)
+    return centered / (std + 1e-6)
