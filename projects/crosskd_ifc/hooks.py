@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .teacher import Teacher, same_random_state
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,7 @@ class TeacherEvaluation(HookBase):
             return
         student = unwrap(self.trainer.model)
         teacher = student.teacher
-        # A data loader draws a random number.
-        with same_random_state(student.device):
-            results = self.trainer.test(self._config(teacher), _StudentTasks(teacher, student))
+        results = self.trainer.test(self._config(teacher), _StudentTasks(teacher, student))
         if not comm.is_main_process():
             return
         for name, value in flatten_results_dict(results).items():

@@ -19,7 +19,7 @@ from .config import distillation_requested
 from .data import drop_degenerate_boxes
 from .hooks import DistillationSchedule, TeacherEvaluation, unwrap
 from .run_checks import check_class_count, check_training_config, evaluator_type
-from .teacher import attach_teacher
+from .teacher import attach_teacher, same_random_state
 
 
 class CrossKDTrainer(DefaultTrainer):
@@ -104,6 +104,16 @@ class CrossKDTrainer(DefaultTrainer):
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         # A VOC card is converted each time: a cached file of an earlier run could be stale.
         return COCOEvaluator(dataset_name, output_dir=folder, allow_cached_coco=False)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
+        """As the parent's, leaving the global random state as it was.
+
+        A data loader draws from it, and a run that was interrupted after a checkpoint and before
+        the evaluation has to go on with the same numbers.
+        """
+        with same_random_state(torch.device(cfg.MODEL.DEVICE)):
+            return super().test(cfg, model, evaluators)
 
     def build_hooks(self):
         """detectron2's hooks and, with a teacher, the distillation schedule and the teacher's
