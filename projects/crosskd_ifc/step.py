@@ -18,6 +18,10 @@ from .teacher import Teacher
 LOG_PERIOD = 20
 
 
+class TeacherOutOfMemory(RuntimeError):
+    """Memory ran out while the teacher was running."""
+
+
 class TeacherPass:
     """The teacher on one batch; what several losses need is computed once, when it is first asked
     for.
@@ -47,10 +51,27 @@ class TeacherPass:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The context of everything that the teacher computes for itself: no gradient, its
-        precision."""
+        precision.
+
+        Raises:
+            TeacherOutOfMemory: with advice.
+        """
         start = self._clock()
-        with self.teacher.autocast():
-            yield
+        try:
+            with self.teacher.autocast():
+                yield
+        except RuntimeError as error:
+            # A GPU has its own type; a CPU's allocator only says so.
+            if not isinstance(error, torch.cuda.OutOfMemoryError) and (
+                "can't allocate memory" not in str(error)
+            ):
+                raise
+            raise TeacherOutOfMemory(
+                "out of memory in the teacher's forward: lower SOLVER.IMS_PER_BATCH (per process), "
+                "INPUT.MIN_SIZE_TRAIN or MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, take a smaller "
+                "teacher, or on a GPU set MODEL.CROSSKD.TEACHER.PRECISION to 'bfloat16' "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from error
         self.seconds += self._clock() - start
 
     def _clock(self) -> float:

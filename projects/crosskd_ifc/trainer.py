@@ -4,21 +4,27 @@ data set's type."""
 import contextlib
 import functools
 import os
+import weakref
 from typing import Dict, Iterator, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.engine import DefaultTrainer, defaults
+from detectron2.engine import DefaultTrainer, HookBase, defaults
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils import comm
 from torch import nn
 
+from .checkpointer import SafeCheckpointer
 from .config import distillation_requested
 from .data import drop_degenerate_boxes
 from .hooks import DistillationSchedule, TeacherEvaluation, unwrap
+from .interruption import StepWatch, Termination, save_iteration
+from .resume import ResumeState
 from .run_checks import check_class_count, check_training_config, evaluator_type
+from .stream import TrainingStream
 from .teacher import attach_teacher, same_random_state
 
 
@@ -41,6 +47,33 @@ class CrossKDTrainer(DefaultTrainer):
                 evaluator_type(name)
         with _ddp_without_device_ids(enabled=cfg.MODEL.DEVICE == "cpu"):
             super().__init__(scale_schedule(cfg, comm.get_world_size()))
+        self._watch = StepWatch(self.model)
+
+    def run_step(self) -> None:
+        """As the parent's.
+
+        Raises:
+            FloatingPointError: for a loss that isn't finite, naming it, the iteration and the
+                images; the state before the step is in a checkpoint.
+        """
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            what = self._watch.explain(self.model, self.iter)
+            raise FloatingPointError(f"{what} {self._save_before_step()}") from error
+
+    def _save_before_step(self) -> str:
+        """Write a checkpoint of the state before the step that has failed; says where it is.
+
+        detectron2 looks at the losses before it changes the weights.
+        """
+        failed = self.iter
+        if failed > self.start_iter and all(
+            torch.isfinite(x).all() for x in self.model.state_dict().values()
+        ):
+            save_iteration(self, self.checkpointer, failed - 1)
+        last = self.checkpointer.get_checkpoint_file()
+        return f"The last good checkpoint: {last or 'none'}."
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -88,7 +121,7 @@ class CrossKDTrainer(DefaultTrainer):
         # Afterwards, since an image may have had no other box.
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
             dicts = filter_images_with_only_crowd_annotations(dicts)
-        return build_detection_train_loader(cfg, dataset=dicts)
+        return TrainingStream(cfg, dicts).build_loader()
 
     @classmethod
     def build_evaluator(
@@ -116,9 +149,16 @@ class CrossKDTrainer(DefaultTrainer):
             return super().test(cfg, model, evaluators)
 
     def build_hooks(self):
-        """detectron2's hooks and, with a teacher, the distillation schedule and the teacher's
-        evaluation."""
+        """detectron2's hooks, those that let a run be stopped and resumed exactly and, with a
+        teacher, the distillation schedule and the teacher's evaluation."""
+        # Here, since detectron2 makes its checkpointer just before and offers no other place.
+        self.checkpointer = SafeCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
         hooks = super().build_hooks()
+        state = ResumeState(self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
+        _insert_before(hooks, (PeriodicCheckpointer, EvalHook), state)
+        _insert_before(hooks, (EvalHook,), Termination(self.checkpointer, state))
         student = unwrap(self.model)
         if getattr(student, "teacher", None) is None:
             return hooks
@@ -133,6 +173,12 @@ class CrossKDTrainer(DefaultTrainer):
         if kd.TEACHER.EVAL_AT_START:
             ours.append(TeacherEvaluation())
         return ours + hooks
+
+
+def _insert_before(hooks: list, kinds: tuple, hook: HookBase) -> None:
+    """Insert a hook before the first of these kinds, or at the end."""
+    places = [i for i, h in enumerate(hooks) if isinstance(h, kinds)]
+    hooks.insert(places[0] if places else len(hooks), hook)
 
 
 def set_fusion_weight_decay(

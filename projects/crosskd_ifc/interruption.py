@@ -1,0 +1,149 @@
+"""How a run ends before its time: asked to stop (SIGTERM), or by a loss that isn't finite."""
+
+import logging
+import os
+import signal
+import threading
+from typing import Any, Dict, List
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.utils import comm
+from torch import nn
+
+from .hooks import unwrap
+from .resume import ResumeState
+
+logger = logging.getLogger(__name__)
+
+# Processes agree on stopping only this often: it makes them wait for each other.
+_AGREE_PERIOD = 10
+
+
+class Terminated(SystemExit):
+    """A run was told to stop, and a checkpoint is there; its exit status is 143, as by SIGTERM."""
+
+    def __init__(self):
+        super().__init__(128 + signal.SIGTERM)
+
+
+class Termination(HookBase):
+    """On SIGTERM, as cluster schedulers send it before they stop a job, finishes the step, writes a
+    checkpoint and ends the run; an evaluation is broken off.
+
+    Put it directly before the evaluation, in every process.
+    """
+
+    def __init__(self, checkpointer: DetectionCheckpointer, state: ResumeState):
+        self._checkpointer, self._state = checkpointer, state
+        self._asked = self._between_steps = False
+        self._done = -1  # last complete iteration
+        self._previous: Any = None
+
+    def before_train(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._pid = os.getpid()
+            self._previous = signal.signal(signal.SIGTERM, self._handle)
+
+    def after_train(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+    def before_step(self) -> None:
+        self._between_steps = False
+
+    def after_step(self) -> None:
+        self._done = self.trainer.iter
+        processes = comm.get_world_size()
+        if processes > 1 and (self.trainer.iter + 1) % _AGREE_PERIOD == 0:
+            self._asked = any(comm.all_gather(self._asked))
+        if self._asked and (processes == 1 or (self.trainer.iter + 1) % _AGREE_PERIOD == 0):
+            self._state.gather()
+            self._stop()
+        self._between_steps = True
+
+    def _handle(self, *_) -> None:
+        if os.getpid() != self._pid:  # a data loader's worker, forked with this handler
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        self._asked = True
+        if self._between_steps:
+            self._between_steps = False
+            self._stop()
+
+    def _stop(self) -> None:
+        save_iteration(self.trainer, self._checkpointer, self._done)
+        comm.synchronize()
+        logger.warning(
+            f"SIGTERM: stopped after iteration {self._done}; --resume goes on from "
+            f"{self._checkpointer.get_checkpoint_file()}"
+        )
+        raise Terminated
+
+
+def save_iteration(
+    trainer: DefaultTrainer, checkpointer: DetectionCheckpointer, iteration: int
+) -> None:
+    """Write the checkpoint that detectron2 would write after this iteration, if it hasn't, and
+    don't train any more.
+
+    Args:
+        trainer: whose last complete iteration this is; a next one may have begun.
+    """
+    trainer.iter = trainer._trainer.iter = iteration
+    name = f"model_{iteration:07d}"
+    done = f"{name}.pth", "model_final.pth"
+    if os.path.basename(checkpointer.get_checkpoint_file()) not in done:
+        checkpointer.save(name, iteration=iteration)
+
+
+class StepWatch:
+    """Remembers the images and the losses of a model's last training step."""
+
+    def __init__(self, model: nn.Module):
+        """
+        Args:
+            model: a detectron2 detector, or a DDP wrapper around it.
+        """
+        self._batch: List[Dict[str, Any]] = []
+        self._losses: Dict[str, torch.Tensor] = {}
+        model.register_forward_pre_hook(self._keep_batch)
+        model.register_forward_hook(self._keep_losses)
+
+    def explain(self, model: nn.Module, iteration: int) -> str:
+        """Which loss isn't finite, on which images, and whether the teacher's features are.
+
+        Args:
+            model: whose teacher, if it has one, is asked.
+            iteration: for the message.
+        """
+        terms = [k for k, v in self._losses.items() if not torch.isfinite(v).all()]
+        images = ", ".join(str(x.get("file_name", x.get("image_id", "?"))) for x in self._batch)
+        what = f"not finite at iteration {iteration}: {', '.join(terms)}"
+        if not terms:
+            what = (
+                f"a loss of another process is not finite at iteration {iteration} (see its log); "
+                "those of this process are"
+            )
+        return f"{what}. Images: {images or 'none'}.{self._about_teacher(model) if terms else ''}"
+
+    def _about_teacher(self, model: nn.Module) -> str:
+        teacher = getattr(unwrap(model), "teacher", None)
+        if teacher is None or not self._batch:
+            return ""
+        features = teacher.features(self._batch)
+        bad = [k for k, v in features.items() if not torch.isfinite(v).all()]
+        if bad:
+            return f" The teacher's own features of them are not finite: {', '.join(bad)}."
+        return " The teacher's own features of them are finite."
+
+    def _keep_batch(self, module: nn.Module, inputs: Any) -> None:
+        if module.training:
+            self._batch, self._losses = inputs[0], {}
+
+    def _keep_losses(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if module.training:
+            self._losses = {k: v.detach() for k, v in output.items()}

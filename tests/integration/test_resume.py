@@ -1,0 +1,311 @@
+"""Runs that are stopped in every way, and go on as if they never had been."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+from common import tiny_cfg, tiny_model
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from test_dense import dense_cfg, telling
+from test_train_dense import settings
+from test_train_net import TRAIN_NET, TRAINABLE, load_script
+
+from crosskd_ifc import ConfigError
+from crosskd_ifc.checkpointer import CheckpointError
+from crosskd_ifc.shapes import CLASSES, generate
+
+STEPS = 8
+KINDS = ("RCNN", "RetinaNet", "FCOS")
+CONCAT = ("MODEL.CROSSKD.FUSION.NAME", "concat")  # learned
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_jit():
+    """detectron2's focal loss is compiled while it runs: a process computes its first steps with
+    other rounding than the next ones, whether it was resumed or not."""
+    os.environ["PYTORCH_JIT"] = "0"  # of the processes that are started here
+    yield
+    del os.environ["PYTORCH_JIT"]
+
+
+def run(config, *arguments):
+    words = ["--config-file", str(config), *map(str, arguments)]
+    return load_script(TRAIN_NET).main(default_argument_parser().parse_args(words))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set of wide and high pictures, its card, teachers and students of each kind."""
+    folder = tmp_path_factory.mktemp("resume")
+    generate(str(folder / "data"), num_images={"train": 7, "test": 2}, image_size=64, seed=3)
+    crop_some(folder / "data" / "annotations" / "train.json", folder / "data" / "train")
+    splits = {s: {"json": f"annotations/{s}.json", "images": s} for s in ("train", "test")}
+    card = {"name": "resumeshapes", "format": "coco", "root": "data", "splits": splits}
+    card |= {"classes": list(CLASSES), "evaluator": "coco"}
+    (folder / "card.yaml").write_text(yaml.safe_dump(card))
+    for kind in KINDS:
+        rcnn = kind == "RCNN"
+        opts = TRAINABLE if rcnn else settings(kind)
+        cfg = tiny_cfg(*opts, architecture="GeneralizedRCNN") if rcnn else None
+        cfg = cfg or dense_cfg(kind, *opts, stock=True)
+        (folder / f"{kind}_teacher.yaml").write_text(cfg.dump())
+        teacher = tiny_model(cfg, seed=7) if rcnn else telling(build_model(cfg), 7)
+        DetectionCheckpointer(teacher, str(folder)).save(f"{kind}_teacher")
+        (folder / "last_checkpoint").unlink()
+        student = {
+            "MODEL.CROSSKD.TEACHER.CONFIG_FILE": str(folder / f"{kind}_teacher.yaml"),
+            "MODEL.CROSSKD.TEACHER.WEIGHTS": str(folder / f"{kind}_teacher.pth"),
+            "DATASETS.CARDS": (str(folder / "card.yaml"),),
+            "DATASETS.TRAIN": ("resumeshapes_train",),
+            "DATASETS.TEST": ("resumeshapes_test",),
+            "DATALOADER.ASPECT_RATIO_GROUPING": True,
+            "SOLVER.MAX_ITER": STEPS,
+            "SOLVER.STEPS": (5,),
+            "SOLVER.CHECKPOINT_PERIOD": 3,
+            "TEST.EVAL_PERIOD": 3,
+            "SEED": 5,
+        }
+        opts = (*opts, *CONCAT, *(x for pair in student.items() for x in pair))
+        cfg = tiny_cfg(*opts) if rcnn else dense_cfg(kind, *opts)
+        (folder / f"{kind}.yaml").write_text(cfg.dump())
+    return folder
+
+
+def crop_some(annotations, images):
+    """Make every second picture higher than wide; its boxes reach over the border then."""
+    from PIL import Image
+
+    coco = json.loads(annotations.read_text())
+    for record in coco["images"][::2]:
+        path = images / record["file_name"]
+        Image.open(path).crop((0, 0, 56, 64)).save(path)
+        record["width"] = 56
+    annotations.write_text(json.dumps(coco))
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """kind -> the last checkpoint of a run that was never stopped."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            train(folder / f"{kind}.yaml", folder / f"whole_{kind}")
+            made[kind] = load(folder / f"whole_{kind}")
+        return made[kind]
+
+    return get
+
+
+def load(out, name="model_final"):
+    return torch.load(out / f"{name}.pth", weights_only=True)
+
+
+def assert_same_run(a, b):
+    """Weights, adapters, momentum, schedule, random states: everything is equal to the bit."""
+    assert a["iteration"] == b["iteration"]
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    assert flat(a["trainer"]) == flat(b["trainer"])
+
+
+def flat(x):
+    if isinstance(x, torch.Tensor):
+        return x.tolist()
+    if isinstance(x, dict):
+        return {k: flat(v) for k, v in x.items()}
+    return [flat(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumed_from_a_checkpoint_ends_as_one_never_interrupted(
+    folder, whole, tmp_path, kind
+):
+    config = folder / f"{kind}.yaml"
+    train(config, tmp_path)
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    train(config, tmp_path)
+    assert_same_run(load(tmp_path), whole(kind))
+    assert any(k.startswith("fusion.") for k in load(tmp_path)["model"])
+    normalizer = load(tmp_path)["trainer"]["hooks"]["ResumeState"]["loss_normalizer"]
+    assert (normalizer is None) == (kind == "RCNN")
+
+
+def test_so_does_a_run_with_data_loader_workers(folder, whole, tmp_path):
+    opts = ("OUTPUT_DIR", tmp_path, "DATALOADER.NUM_WORKERS", 2)
+    run(folder / "RCNN.yaml", *opts)
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
+    run(folder / "RCNN.yaml", "--resume", *opts)
+    assert_same_run(load(tmp_path), whole("RCNN"))
+
+
+def test_evaluations_change_nothing_of_the_training(folder, whole, tmp_path):
+    train(folder / "RCNN.yaml", tmp_path, "TEST.EVAL_PERIOD", 0)
+    assert_same_run(load(tmp_path), whole("RCNN"))
+
+
+def run_in_child(config, out, opts):
+    os.dup2(os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    run(config, "--resume", "OUTPUT_DIR", out, *opts)
+
+
+def start(config, out, *opts):
+    """A run, from its last checkpoint if there is one, in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["crosskd_ifc", "test_resume"])
+    process = context.Process(target=run_in_child, args=(str(config), str(out), opts))
+    process.start()
+    return process
+
+
+def train(config, out, *opts):
+    """As :func:`start`, to its end."""
+    process = start(config, out, *opts)
+    process.join()
+    assert process.exitcode == 0, open(f"{out}.log").read()[-3000:]
+
+
+def kill_at_random(config, out, times, seed, *opts):
+    """Kill a run that often at random moments, resuming it each time; returns how often it was."""
+    moments, kills = random.Random(seed), 0
+    began = time.monotonic()
+    train(config, out.with_name("timing"), *opts)  # how long a run takes here
+    whole_run = time.monotonic() - began
+    while True:
+        process = start(config, out, *opts)
+        process.join(moments.uniform(0.1, 0.9) * whole_run if kills < times else None)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            continue
+        assert process.exitcode == 0, open(f"{out}.log").read()[-3000:]
+        return kills
+
+
+def test_a_run_killed_at_random_moments_ends_as_one_never_interrupted(folder, whole, tmp_path):
+    assert kill_at_random(folder / "RCNN.yaml", tmp_path / "run", 2, 1) >= 1
+    assert_same_run(load(tmp_path / "run"), whole("RCNN"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_at_twenty_random_moments_ends_as_one_never_interrupted(
+    folder, whole, tmp_path, kind
+):
+    kills = 0
+    for attempt in range(20):
+        out = tmp_path / str(attempt)
+        workers = ("DATALOADER.NUM_WORKERS", attempt % 3)
+        kills += kill_at_random(folder / f"{kind}.yaml", out, 3, attempt, *workers)
+        assert_same_run(load(out), whole(kind))
+        if kills >= 20:
+            return
+    raise AssertionError(f"only {kills} kills hit")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "tag empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(folder, whole, tmp_path, damage):
+    config = folder / "RCNN.yaml"
+    train(config, tmp_path)
+    last = tmp_path / "model_final.pth"
+    if damage == "truncated":
+        last.write_bytes(last.read_bytes()[:-1000])
+    elif damage == "empty":
+        last.write_bytes(b"")
+    else:
+        last.unlink()
+    if damage == "tag empty":
+        (tmp_path / "last_checkpoint").write_text("")
+    train(config, tmp_path)
+    log = (tmp_path / "log.txt").read_text()
+    assert "A checkpoint can't be read: " in log
+    assert f"Resuming from an earlier checkpoint instead: {tmp_path}/model_0000005.pth" in log
+    assert damage == "tag empty" or "model_final.pth" in log.split("can't be read: ")[1]
+    assert_same_run(load(tmp_path), whole("RCNN"))
+
+
+def test_a_folder_with_damaged_checkpoints_only_is_refused(folder, tmp_path):
+    (tmp_path / "model_0000005.pth").write_bytes(b"PK")
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints in .* can be read"):
+        run(folder / "RCNN.yaml", "--resume", "OUTPUT_DIR", tmp_path)
+    assert (tmp_path / "model_0000005.pth").read_bytes() == b"PK"
+
+
+def test_a_run_is_not_resumed_with_another_teacher(folder, tmp_path):
+    config = folder / "RCNN.yaml"
+    run(config, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 3)
+    other = torch.load(folder / "RCNN_teacher.pth", weights_only=True)
+    other["model"]["roi_heads.box_head.fc1.weight"] += 1
+    torch.save(other, tmp_path / "other.pth")
+    theirs = ("MODEL.CROSSKD.TEACHER.WEIGHTS", tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match="TEACHER: its weights are not those that this run start"):
+        run(config, "--resume", "OUTPUT_DIR", tmp_path, *theirs)
+
+
+def test_a_teacher_file_that_changes_during_a_run_has_no_effect(folder, whole, tmp_path):
+    weights = tmp_path / "teacher.pth"
+    weights.write_bytes((folder / "RCNN_teacher.pth").read_bytes())
+    opts = ("OUTPUT_DIR", tmp_path / "run", "MODEL.CROSSKD.TEACHER.WEIGHTS", weights)
+    process = start(folder / "RCNN.yaml", tmp_path / "run", *opts[2:])
+    wait_for(tmp_path / "run" / "model_0000002.pth", process)
+    weights.write_bytes(b"something else")
+    process.join()
+    assert_same_run(load(tmp_path / "run"), whole("RCNN"))
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.is_alive(), "the run has ended"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("moment", ["model_0000002.pth", "inference"])
+def test_sigterm_saves_and_ends_and_the_run_goes_on_exactly(folder, whole, tmp_path, moment):
+    out = tmp_path / "run"
+    opts = ("SOLVER.CHECKPOINT_PERIOD", 3 if moment.startswith("model") else 1000)
+    process = start(folder / "RCNN.yaml", out, *opts)
+    wait_for(out / moment, process)
+    process.terminate()
+    process.join()
+    log = (out / "log.txt").read_text()
+    assert process.exitcode == 128 + signal.SIGTERM, log[-2000:]
+    assert "SIGTERM: stopped after iteration" in log and "Traceback" not in log
+    assert not (out / "model_final.pth").exists()
+    train(folder / "RCNN.yaml", out, *opts)
+    assert_same_run(load(out), whole("RCNN"))
+
+
+def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(folder, tmp_path):
+    """The device is a file size limit: writing beyond it fails as on a full disk."""
+    import resource
+
+    out = tmp_path / "run"
+    run(folder / "RCNN.yaml", "OUTPUT_DIR", out, "SOLVER.MAX_ITER", 3)
+    before = {p.name: p.read_bytes() for p in out.glob("*.pth")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        size = len(before["model_final.pth"]) // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        with pytest.raises(CheckpointError, match="model_0000005.pth can't be written: .*--resume"):
+            run(folder / "RCNN.yaml", "--resume", "OUTPUT_DIR", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert {p.name: p.read_bytes() for p in out.glob("*.pth")} == before
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"
+    assert not list(out.glob(".unfinished*"))
