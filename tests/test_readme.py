@@ -67,11 +67,12 @@ def test_the_table_of_dense_detectors_is_that_of_the_recorded_runs(arm):
 
 def test_the_costs_of_a_step_are_the_measured_ones():
     text = read("docs", "performance.md")
-    for name in ("faster_rcnn", "retinanet", "fcos"):
+    for name in ("faster_rcnn", "faster_rcnn_through", "retinanet", "fcos"):
         found = json.loads(read("benchmarks", "step_cost", f"{name}_R50_R18_cpu.json"))
         cost = {key: f"{ratio['median']:.2f}" for key, ratio in found["ratios"].items()}
         peak = {key: value / 2**20 for key, value in found["peak_bytes"].items()}
         cells = [cost[key] for key in ("c/a", "(a+b)/a", "c/(a+b)", "c/floor")]
+        cells.append("{:.2f} to {:.2f}".format(*found["ratios"]["c/floor"]["quartiles"]))
         cells += [f"{peak['distillation'] - peak['student']:.0f}", f"{peak['teacher']:.0f}"]
         assert f"| {' | '.join(cells)} |" in text
         if name == "faster_rcnn":
@@ -98,7 +99,14 @@ def test_the_table_of_mask_losses_is_that_of_the_recorded_runs():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "tools/README.md", "docs/options.md", "docs/performance.md"]
+    "document",
+    [
+        "README.md",
+        "tools/README.md",
+        "docs/options.md",
+        "docs/performance.md",
+        "docs/robustness.md",
+    ],
 )
 def test_files_that_a_document_names_exist(document):
     text = read(document)

@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 
 import torch
@@ -68,7 +69,7 @@ def main(args):
     else:
         found = measure(build(case), args.rounds)
     found = {
-        "command": "python tools/benchmark.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
         "versions": versions(),
         "hardware": hardware(args.device, torch.get_num_threads()),
         **found,

@@ -6,23 +6,30 @@ Takes detectron2's own arguments:
     python tools/train_net.py --config-file CONFIG [--num-gpus 8] [KEY VALUE ...]
     python tools/train_net.py --config-file CONFIG --resume
     python tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS model_final.pth
+
+SIGTERM (preemption) ends a training after its step with a checkpoint and the exit status 143; start
+it again with --resume.
 """
 
+import datetime
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
+from crosskd_ifc.checkpointer import CheckpointError, SafeCheckpointer
 from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.interruption import Terminated
 from crosskd_ifc.run_checks import check_evaluation_config, check_training_config, check_weights
 
 
@@ -47,7 +54,7 @@ def main(args):
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="crosskd_ifc")
     if args.eval_only:
         model = build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = CrossKDTrainer.test(cfg, model)
@@ -64,14 +71,40 @@ def main(args):
     return trainer.train()
 
 
+def argument_parser():
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30,
+        metavar="MINUTES",
+        help="how long processes wait for one another before they end with an error",
+    )
+    return parser
+
+
+def ask_processes_to_stop(*_) -> None:
+    """SIGTERM reaches the process that has started the others; they would be killed with it."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+
+
 def invoke_main() -> None:
-    args = default_argument_parser().parse_args()
+    args = argument_parser().parse_args()
+    if args.num_gpus * args.num_machines > 1:
+        signal.signal(signal.SIGTERM, ask_processes_to_stop)
     try:
         setup(args)  # here too, so that a mistake shows once and not in every process
         machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
-        launch(main, args.num_gpus, dist_url=args.dist_url, args=(args,), **machines)
-    except ConfigError as error:
+        timeout = datetime.timedelta(minutes=args.timeout)
+        options = dict(dist_url=args.dist_url, args=(args,), timeout=timeout, **machines)
+        launch(main, args.num_gpus, **options)
+    except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except ProcessExitedException as error:
+        if error.exit_code != Terminated.status:
+            raise
+        sys.exit(error.exit_code)
     except ProcessRaisedException as error:
         _, found, message = str(error).rpartition("crosskd_ifc.config.ConfigError: ")
         sys.exit(f"error: {message.strip()}" if found else str(error))

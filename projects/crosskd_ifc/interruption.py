@@ -22,10 +22,16 @@ _AGREE_PERIOD = 10
 
 
 class Terminated(SystemExit):
-    """A run was told to stop, and a checkpoint is there; its exit status is 143, as by SIGTERM."""
+    """A run was told to stop, and a checkpoint is there.
+
+    Attributes:
+        status: the exit status, as shells report a death by SIGTERM.
+    """
+
+    status = 128 + signal.SIGTERM
 
     def __init__(self):
-        super().__init__(128 + signal.SIGTERM)
+        super().__init__(self.status)
 
 
 class Termination(HookBase):

@@ -1,0 +1,197 @@
+"""What goes wrong in a training: losses that aren't finite, memory, processes that die."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from test_resume import assert_same_run, folder, load, no_jit, train, whole  # noqa: F401
+from test_train_net import TRAIN_NET
+
+from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config
+from crosskd_ifc.step import TeacherOutOfMemory
+
+
+@pytest.fixture
+def trainer(folder, tmp_path):  # noqa: F811
+    """A Faster R-CNN's, that writes to tmp_path."""
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    cfg.merge_from_file(str(folder / "RCNN.yaml"))
+    cfg.OUTPUT_DIR = str(tmp_path / "run")
+    os.makedirs(cfg.OUTPUT_DIR)
+    from detectron2.utils.env import seed_all_rng
+
+    seed_all_rng(cfg.SEED)
+    trainer = CrossKDTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    return trainer
+
+
+def at_call(module, number, change):
+    """Change what a module gives in its number-th call."""
+    calls = []
+
+    def hook(_, inputs, output):
+        calls.append(1)
+        return change(output) if len(calls) == number else None
+
+    module.register_forward_hook(hook)
+
+
+def poison(x):
+    return {k: v * float("nan") if k == "p3" else v for k, v in x.items()}
+
+
+def test_a_nan_in_the_distillation_names_term_iteration_and_images(
+    trainer, folder, whole, tmp_path  # noqa: F811
+):
+    predictor = trainer.model.teacher.model.roi_heads.box_predictor
+    # Each step runs it twice: for the teacher and for the cross-head.
+    at_call(predictor, 2 * 5 - 1, lambda x: (x[0] * float("nan"), x[1]))
+    with pytest.raises(FloatingPointError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "not finite at iteration 4: loss_cls_kd, loss_box_reg_kd. Images: " in message
+    assert message.count(".jpg") + message.count(".png") == 2
+    assert "The teacher's own features of them are finite." in message
+    out = tmp_path / "run"
+    assert f"The last good checkpoint: {out}/model_0000003.pth" in message
+    assert load(out, "model_0000003")["iteration"] == 3
+    train(folder / "RCNN.yaml", out)  # goes on from there as if nothing had been
+    assert_weights_agree(load(out), whole("RCNN"))
+
+
+def assert_weights_agree(a, b):
+    assert a["iteration"] == b["iteration"]
+    for name, value in a["model"].items():
+        torch.testing.assert_close(value, b["model"][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_teacher_whose_features_are_not_finite_is_named(trainer):
+    at_call(trainer.model.teacher.model.backbone, 1, poison)
+    trainer.model.teacher.model.backbone.register_forward_hook(lambda m, i, o: poison(o))
+    with pytest.raises(FloatingPointError, match="features of them are not finite: p3.*: none"):
+        trainer.train()
+
+
+def test_a_nan_in_a_detection_loss_is_named_and_weights_that_are_not_finite_are_not_saved(
+    trainer, tmp_path
+):
+    def break_weights(module, inputs, output):
+        if trainer.iter == 4:
+            module.norm.running_mean.fill_(float("nan"))
+        return output * float("nan") if trainer.iter == 4 else output
+
+    trainer.model.backbone.fpn_output3.register_forward_hook(break_weights)
+    with pytest.raises(FloatingPointError, match="iteration 4: .*loss_rpn.*model_0000002.pth"):
+        trainer.train()
+    assert not (tmp_path / "run" / "model_0000003.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_out_of_memory_in_the_teacher_says_which_settings_to_lower(trainer, error):
+    def fail(*_):
+        raise error
+
+    trainer.model.teacher.model.backbone.register_forward_hook(fail)
+    expected = "out of memory in the teacher's forward: lower SOLVER.IMS_PER_BATCH.*PRECISION"
+    with pytest.raises(TeacherOutOfMemory, match=expected):
+        trainer.train()
+
+
+def test_other_errors_of_the_teacher_stay_what_they_are(trainer):
+    def fail(*_):
+        raise RuntimeError("something else")
+
+    trainer.model.teacher.model.backbone.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="^something else$"):
+        trainer.train()
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(config, out, *arguments):
+    command = [sys.executable, "-W", "ignore", TRAIN_NET, "--config-file", str(config)]
+    command += [*map(str, arguments), "OUTPUT_DIR", str(out)]
+    with open(f"{out}.{len(arguments)}.log", "ab") as log:
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
+
+
+def machines(config, out, *arguments):
+    """Two processes that are a machine each, on this one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    shared = ("--num-machines", 2, "--num-gpus", 1, "--dist-url", url, "--timeout", 2)
+    return [launch(config, out, "--machine-rank", rank, *shared, *arguments) for rank in (0, 1)]
+
+
+needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
+
+
+@needs_cpu
+def test_two_machines_train_save_once_resume_and_evaluate(folder, tmp_path):  # noqa: F811
+    out, config = tmp_path / "run", folder / "RCNN.yaml"
+    steps = ("SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 4)
+    assert [p.wait() for p in machines(config, out, *steps, "SOLVER.MAX_ITER", 2)] == [0, 0]
+    assert {p.name for p in out.glob("*.pth")} == {"model_0000001.pth", "model_final.pth"}
+    again = machines(config, out, "--resume", *steps, "SOLVER.MAX_ITER", 4)
+    assert [p.wait() for p in again] == [0, 0]
+    state = load(out)["trainer"]["hooks"]["ResumeState"]
+    assert load(out)["iteration"] == 3 and len(state["random"]) == 2
+    assert state["num_batches"] == 4 and state["stream"]["world_size"] == 2
+    assert (out / "inference" / "coco_instances_results.json").exists()
+    evaluated = machines(config, out, "--eval-only", "MODEL.WEIGHTS", out / "model_final.pth")
+    assert [p.wait() for p in evaluated] == [0, 0]
+
+
+def until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it didn't happen"
+        time.sleep(0.05)
+
+
+LONG = ("SOLVER.MAX_ITER", 100000, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 0)
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_a_machine_that_dies_makes_the_other_stop_with_an_error(folder, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    both = machines(folder / "RCNN.yaml", out, *LONG)
+    until(lambda: (out / "model_0000002.pth").exists())
+    both[1].kill()
+    assert both[0].wait(timeout=150) not in (0, None)
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_sigterm_stops_two_processes_together_and_they_go_on(folder, tmp_path):  # noqa: F811
+    out, config = tmp_path / "run", folder / "RCNN.yaml"
+    process = launch(config, out, "--num-gpus", 2, *LONG)
+    until(lambda: (out / "model_0000002.pth").exists())
+    process.terminate()
+    assert process.wait(timeout=120) == 143
+    name = (out / "last_checkpoint").read_text()
+    done = load(out, name[:-4])["iteration"] + 1
+    assert (
+        done % 10 == 0
+        and len(load(out, name[:-4])["trainer"]["hooks"]["ResumeState"]["random"]) == 2
+    )
+    more = ("SOLVER.MAX_ITER", done + 2, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 0)
+    assert launch(config, out, "--resume", "--num-gpus", 2, *more).wait() == 0
+    assert load(out)["iteration"] == done + 1

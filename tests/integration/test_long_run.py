@@ -1,0 +1,50 @@
+"""Two thousand steps: nothing grows."""
+
+import os
+import resource
+
+import pytest
+from test_faults import trainer  # noqa: F401
+from test_resume import folder, no_jit  # noqa: F401
+
+STEPS = 2000
+
+
+def resident_kib():
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmRSS"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_memory_open_files_and_the_log_do_not_grow(trainer, tmp_path):  # noqa: F811
+    """Memory may differ by 3 % between the first and the second half of what follows the warm-up;
+    a step's losses kept alive by mistake would be far more."""
+    found = []
+
+    class Count:
+        """A hook that isn't one of detectron2's."""
+
+        trainer = None
+
+        def __getattr__(self, name):
+            return lambda *_: None
+
+        def state_dict(self):
+            return {}
+
+        def after_step(self):
+            if (self.trainer.iter + 1) % 100 == 0:
+                found.append((resident_kib(), len(os.listdir("/proc/self/fd"))))
+
+    trainer.max_iter = STEPS
+    trainer.checkpointer.save = lambda *_, **__: None
+    trainer.register_hooks([Count()])
+    trainer.train()
+    memory, files = zip(*found[5:])
+    half = len(memory) // 2
+    assert max(memory[half:]) <= 1.03 * max(memory[:half])
+    assert len(set(files)) == 1
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert sum(sizes.values()) < 1000 * STEPS, sizes
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_nswap == 0
