@@ -45,8 +45,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             last = self.get_checkpoint_file()
             there = f"The last complete one is {last}" if last else "There is no earlier one"
             raise CheckpointError(
-                f"the checkpoint {path} can't be written: {type(error).__name__} {reason}. {there}; "
-                "make room, or repair the folder, and go on with --resume"
+                f"the checkpoint {path} can't be written: {type(error).__name__} {reason}. "
+                f"{there}; make room, or repair the folder, and go on with --resume"
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

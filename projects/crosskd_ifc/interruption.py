@@ -119,22 +119,28 @@ class StepWatch:
         model.register_forward_pre_hook(self._keep_batch)
         model.register_forward_hook(self._keep_losses)
 
-    def explain(self, model: nn.Module, iteration: int) -> str:
+    def explain(self, model: nn.Module, iteration: int, error: Exception) -> str:
         """Which loss isn't finite, on which images, and whether the teacher's features are.
 
         Args:
             model: whose teacher, if it has one, is asked.
             iteration: for the message.
+            error: detectron2's.
         """
         terms = [k for k, v in self._losses.items() if not torch.isfinite(v).all()]
         images = ", ".join(str(x.get("file_name", x.get("image_id", "?"))) for x in self._batch)
-        what = f"not finite at iteration {iteration}: {', '.join(terms)}"
-        if not terms:
+        if terms:
+            what = f"not finite at iteration {iteration}: {', '.join(terms)}"
+        elif self._losses:
             what = (
                 f"a loss of another process is not finite at iteration {iteration} (see its log); "
                 "those of this process are"
             )
-        return f"{what}. Images: {images or 'none'}.{self._about_teacher(model) if terms else ''}"
+        else:  # detectron2's RPN looks at its proposals
+            what = f"at iteration {iteration}: {str(error).strip()}"
+            what = what.rstrip(".")
+        about = "" if self._losses and not terms else self._about_teacher(model)
+        return f"{what}. Images: {images or 'none'}.{about}"
 
     def _about_teacher(self, model: nn.Module) -> str:
         teacher = getattr(unwrap(model), "teacher", None)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import random
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -64,17 +64,20 @@ class ResumeState(HookBase):
         states = comm.gather(get_random_state())
         self._gathered = {"iteration": self.trainer.iter, "random": states}
 
+    def set_random_state(self, iteration: int, state: Dict[str, Any]) -> None:
+        """What this process had after ``iteration``, for a checkpoint out of turn."""
+        states: List[Optional[Dict[str, Any]]] = [None] * comm.get_world_size()
+        states[comm.get_rank()] = state
+        self._gathered = {"iteration": iteration, "random": states}
+
     def state_dict(self) -> Dict[str, Any]:
         iteration, student = self.trainer.iter, unwrap(self.trainer.model)
-        if self._gathered.get("iteration") == iteration:
-            states = self._gathered["random"]
-        else:  # a checkpoint out of turn
-            states = [None] * comm.get_world_size()
-            states[comm.get_rank()] = get_random_state()
+        if self._gathered.get("iteration") != iteration:
+            self.set_random_state(iteration, get_random_state())
         normalizer = getattr(student, _NORMALIZER, None)
         stream = self._stream()
         return {
-            "random": states,
+            "random": self._gathered["random"],
             "num_batches": self._first_batch + iteration + 1 - self.trainer.start_iter,
             "stream": None if stream is None else stream.state_dict(),
             _NORMALIZER: None if normalizer is None else float(normalizer),

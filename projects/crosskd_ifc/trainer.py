@@ -22,7 +22,7 @@ from .config import distillation_requested
 from .data import drop_degenerate_boxes
 from .hooks import DistillationSchedule, TeacherEvaluation, unwrap
 from .interruption import StepWatch, Termination, save_iteration
-from .resume import ResumeState
+from .resume import ResumeState, get_random_state
 from .run_checks import check_class_count, check_training_config, evaluator_type
 from .stream import TrainingStream
 from .teacher import attach_teacher, same_random_state
@@ -56,10 +56,12 @@ class CrossKDTrainer(DefaultTrainer):
             FloatingPointError: for a loss that isn't finite, naming it, the iteration and the
                 images; the state before the step is in a checkpoint.
         """
+        before = get_random_state()
         try:
             super().run_step()
         except FloatingPointError as error:
-            what = self._watch.explain(self.model, self.iter)
+            self._resume_state.set_random_state(self.iter - 1, before)
+            what = self._watch.explain(self.model, self.iter, error)
             raise FloatingPointError(f"{what} {self._save_before_step()}") from error
 
     def _save_before_step(self) -> str:
@@ -156,9 +158,10 @@ class CrossKDTrainer(DefaultTrainer):
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         hooks = super().build_hooks()
-        state = ResumeState(self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD)
-        _insert_before(hooks, (PeriodicCheckpointer, EvalHook), state)
-        _insert_before(hooks, (EvalHook,), Termination(self.checkpointer, state))
+        periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
+        self._resume_state = ResumeState(*periods)
+        _insert_before(hooks, (PeriodicCheckpointer, EvalHook), self._resume_state)
+        _insert_before(hooks, (EvalHook,), Termination(self.checkpointer, self._resume_state))
         student = unwrap(self.model)
         if getattr(student, "teacher", None) is None:
             return hooks

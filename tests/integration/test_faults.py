@@ -9,8 +9,12 @@ import time
 import pytest
 import torch
 from detectron2.config import get_cfg
-from test_resume import assert_same_run, folder, load, no_jit, train, whole  # noqa: F401
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from test_resume import folder, load, no_jit, train, whole  # noqa: F401
 from test_train_net import TRAIN_NET
+from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.step import TeacherOutOfMemory
@@ -24,8 +28,6 @@ def trainer(folder, tmp_path):  # noqa: F811
     cfg.merge_from_file(str(folder / "RCNN.yaml"))
     cfg.OUTPUT_DIR = str(tmp_path / "run")
     os.makedirs(cfg.OUTPUT_DIR)
-    from detectron2.utils.env import seed_all_rng
-
     seed_all_rng(cfg.SEED)
     trainer = CrossKDTrainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -44,7 +46,7 @@ def at_call(module, number, change):
 
 
 def poison(x):
-    return {k: v * float("nan") if k == "p3" else v for k, v in x.items()}
+    return {k: v * float("nan") if k == "p2" else v for k, v in x.items()}
 
 
 def test_a_nan_in_the_distillation_names_term_iteration_and_images(
@@ -63,19 +65,15 @@ def test_a_nan_in_the_distillation_names_term_iteration_and_images(
     assert f"The last good checkpoint: {out}/model_0000003.pth" in message
     assert load(out, "model_0000003")["iteration"] == 3
     train(folder / "RCNN.yaml", out)  # goes on from there as if nothing had been
-    assert_weights_agree(load(out), whole("RCNN"))
-
-
-def assert_weights_agree(a, b):
-    assert a["iteration"] == b["iteration"]
-    for name, value in a["model"].items():
-        torch.testing.assert_close(value, b["model"][name], rtol=1e-3, atol=1e-4)
+    expected = whole("RCNN")["model"]
+    for name, value in load(out)["model"].items():
+        # BatchNorm has seen the images of that step once more.
+        assert torch.equal(value, expected[name]) or "running_" in name or "num_batches" in name
 
 
 def test_a_teacher_whose_features_are_not_finite_is_named(trainer):
-    at_call(trainer.model.teacher.model.backbone, 1, poison)
     trainer.model.teacher.model.backbone.register_forward_hook(lambda m, i, o: poison(o))
-    with pytest.raises(FloatingPointError, match="features of them are not finite: p3.*: none"):
+    with pytest.raises(FloatingPointError, match="features of them are not finite: p2.*: none"):
         trainer.train()
 
 
@@ -88,7 +86,7 @@ def test_a_nan_in_a_detection_loss_is_named_and_weights_that_are_not_finite_are_
         return output * float("nan") if trainer.iter == 4 else output
 
     trainer.model.backbone.fpn_output3.register_forward_hook(break_weights)
-    with pytest.raises(FloatingPointError, match="iteration 4: .*loss_rpn.*model_0000002.pth"):
+    with pytest.raises(FloatingPointError, match="(?s)iteration 4: .*NaN.*model_0000002.pth"):
         trainer.train()
     assert not (tmp_path / "run" / "model_0000003.pth").exists()
 
@@ -143,6 +141,7 @@ needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 wou
 
 
 @needs_cpu
+@pytest.mark.slow
 def test_two_machines_train_save_once_resume_and_evaluate(folder, tmp_path):  # noqa: F811
     out, config = tmp_path / "run", folder / "RCNN.yaml"
     steps = ("SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 4)
@@ -195,3 +194,34 @@ def test_sigterm_stops_two_processes_together_and_they_go_on(folder, tmp_path): 
     more = ("SOLVER.MAX_ITER", done + 2, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 0)
     assert launch(config, out, "--resume", "--num-gpus", 2, *more).wait() == 0
     assert load(out)["iteration"] == done + 1
+
+
+def train_with_nan_in_the_second(config, out):
+    """One of two processes, on which the distillation fails in the third step."""
+    torch.set_num_threads(1)
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    cfg.merge_from_file(config)
+    cfg.merge_from_list(["OUTPUT_DIR", out, "SOLVER.CHECKPOINT_PERIOD", 1])
+    trainer = CrossKDTrainer(cfg)
+    if comm.get_rank() == 1:
+        predictor = trainer.model.module.teacher.model.roi_heads.box_predictor
+        at_call(predictor, 5, lambda x: (x[0] * float("nan"), x[1]))
+    trainer.train()
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_a_nan_in_one_of_two_processes_stops_both(folder, tmp_path):  # noqa: F811
+    """The first process, which collects the losses, says so; nobody waits for the other."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with pytest.raises(ProcessRaisedException, match="a loss of another process is not finite"):
+        detectron2_launch(
+            train_with_nan_in_the_second,
+            2,
+            dist_url="auto",
+            args=(str(folder / "RCNN.yaml"), str(out)),
+        )
+    assert load(out, "model_0000001")["iteration"] == 1
+    assert not (out / "model_0000002.pth").exists()
