@@ -45,6 +45,7 @@ setup(
         "Pillow>=9.1",
         "pycocotools>=2.0.6",
         "PyYAML>=5.4",
+        "safetensors>=0.4",
         "scipy>=1.9",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
         "tabulate",

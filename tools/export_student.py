@@ -37,9 +37,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("OUT", help="a folder to make, or the .pth file to write")
     parser.add_argument("--config-file", default="", help="the config IN was trained with")
     parser.add_argument("--force", action="store_true", help="replace what was exported before")
+    parser.add_argument("--safetensors", action="store_true", help="write these weights too")
     args = parser.parse_args(argv)
+    options = dict(config_file=args.config_file, force=args.force, safetensors=args.safetensors)
     try:
-        done = export_student(args.IN, args.OUT, config_file=args.config_file, force=args.force)
+        done = export_student(args.IN, args.OUT, **options)
     except (OSError, ValueError) as error:
         print(f"export_student: {error}", file=sys.stderr)
         return 1

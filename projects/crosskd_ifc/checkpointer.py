@@ -7,9 +7,8 @@ import re
 from typing import Any, Dict, Iterator, List
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 
-from .checkpoints import load_torch_file
+from .weight_files import SafeReader, load_weights
 
 _NAMES = re.compile(r"model_(\d+|final)\.pth")  # as detectron2's hooks give them
 
@@ -18,9 +17,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint can't be written, or none can be read."""
 
 
-class SafeCheckpointer(DetectionCheckpointer):
-    """:class:`DetectionCheckpointer` whose files in a local folder are complete or absent, whatever
-    happens while they are written, and that runs no code from the files that it reads."""
+class SafeCheckpointer(SafeReader):
+    """:class:`SafeReader` whose files in a local folder are complete or absent, whatever happens
+    while they are written."""
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As the parent's.
@@ -68,7 +67,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         problems: List[str] = []
         for candidate in self._candidates():
             try:
-                load_torch_file(candidate)
+                load_weights(candidate)
             except (OSError, ValueError) as error:
                 problems.append(str(error))
                 self.logger.warning(f"A checkpoint can't be read: {error}")

@@ -18,29 +18,6 @@ def is_missing(weights: str) -> bool:
     return "://" not in path and not PathManager.isfile(path)
 
 
-def load_torch_file(path: str) -> Any:
-    """The content of a file written by ``torch.save``: tensors and plain values only, on the CPU.
-
-    Args:
-        path: a path or URL.
-
-    Raises:
-        FileNotFoundError: if it doesn't exist.
-        ValueError: if torch can't read it, or not without running code from it.
-    """
-    local = PathManager.get_local_path(path)
-    if not os.path.isfile(local):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return torch.load(local, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises what it likes on foreign bytes
-        raise ValueError(
-            f"{path}: torch can't read it as tensors and plain values ({type(error).__name__})"
-        ) from error
-
-
 def is_state_dict(x: Any) -> bool:
     """Whether this maps names to tensors."""
     return isinstance(x, Mapping) and all(

@@ -17,12 +17,12 @@ from .checkpoints import (
     ADAPTER_PREFIX,
     describe_mismatch,
     is_state_dict,
-    load_torch_file,
     refuse_overwriting,
     staging_folder,
 )
 from .config import ConfigError, add_crosskd_ifc_config
 from .data import resolve_path
+from .weight_files import load_weights, save_safetensors
 
 # Config key -> this project's classes and the stock ones that they are in evaluation.
 STOCK_NAMES = {
@@ -58,7 +58,12 @@ class Export(NamedTuple):
 
 
 def export_student(
-    checkpoint: str, out: str, *, config_file: str = "", force: bool = False
+    checkpoint: str,
+    out: str,
+    *,
+    config_file: str = "",
+    force: bool = False,
+    safetensors: bool = False,
 ) -> Export:
     """Write a checkpoint's student as a stock detectron2 model, without optimizer and adapters.
 
@@ -67,11 +72,13 @@ def export_student(
     detectron2 looks for a relative one from the current folder.
 
     Args:
-        checkpoint: ``.pth`` file written in training; of a distilled or a plain model.
+        checkpoint: ``.pth`` or ``.safetensors`` file; of a distilled or a plain model.
         out: a folder to make, with ``model.pth`` and ``config.yaml``; or a name ending in
             ``.pth``, beside which a ``.yaml`` is written.
         config_file: of the checkpoint's training; empty for the ``config.yaml`` beside it.
-        force: replace existing files (in an existing folder, only the two).
+        force: replace existing files (in an existing folder, only those written).
+        safetensors: also write the weights as ``.safetensors``, which stock detectron2 doesn't
+            read, but ``MODEL.WEIGHTS`` and ``TEACHER.WEIGHTS`` here and other tools do.
 
     Raises:
         FileExistsError: if ``out`` exists, without ``force``, or is the input.
@@ -79,10 +86,13 @@ def export_student(
         ConfigError: if the config can't be read or has parts without a stock counterpart.
         ValueError: if the weights don't fit the config, or the detections differ.
     """
-    content = load_torch_file(checkpoint)
+    content = load_weights(checkpoint)
     cfg, config_path = _load_config(checkpoint, config_file)
     weights_out, config_out = _output_files(out)
-    for path in (out, weights_out, config_out):
+    files_out = [weights_out, config_out]
+    if safetensors:
+        files_out.append(os.path.splitext(weights_out)[0] + ".safetensors")
+    for path in (out, *files_out):
         refuse_overwriting(path, sources=[checkpoint, config_path], force=force)
 
     stock_cfg = stock_config(cfg, weights_out)
@@ -95,15 +105,17 @@ def export_student(
     with staging_folder(os.path.dirname(folder_out) if is_new else folder_out) as staging:
         folder = os.path.join(staging, "student")
         PathManager.mkdirs(folder)
-        paths = [os.path.join(folder, os.path.basename(p)) for p in (weights_out, config_out)]
+        paths = [os.path.join(folder, os.path.basename(p)) for p in files_out]
         torch.save({"model": stock.state_dict()}, paths[0])
         with PathManager.open(paths[1], "w") as f:
             f.write(_HEADER + stock_cfg.dump())
-        detections = _verify(cfg, state, *paths)
+        if safetensors:
+            save_safetensors(stock.state_dict(), paths[2])
+        detections = _verify(cfg, state, *paths[:2])
         if is_new:
             os.rename(folder, folder_out)
         else:
-            for path, final in zip(paths, (weights_out, config_out)):
+            for path, final in zip(paths, files_out):
                 os.replace(path, final)
     return Export(
         weights_out,
@@ -223,7 +235,7 @@ def _verify(cfg: CfgNode, state: Mapping[str, torch.Tensor], weights: str, confi
     stock_cfg = get_cfg()
     stock_cfg.merge_from_file(config, allow_unsafe=False)
     exported, student = _build(stock_cfg), _build(cfg)
-    exported.load_state_dict(load_torch_file(weights)["model"])
+    exported.load_state_dict(load_weights(weights)["model"])
     student.load_state_dict(state)
     g = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, *hw), generator=g).float() for hw in ((96, 128), (128, 96))]

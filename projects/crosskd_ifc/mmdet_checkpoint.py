@@ -7,7 +7,8 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 import torch
 from detectron2.config import CfgNode as CN
 
-from .checkpoints import is_state_dict, load_torch_file
+from .checkpoints import is_state_dict
+from .weight_files import load_weights
 
 StateDict = Dict[str, torch.Tensor]
 # Key of a training config, such as "model.backbone.style" -> its possible values.
@@ -38,9 +39,9 @@ class Checkpoint(NamedTuple):
 
 
 def load_source(path: str) -> Any:
-    """:func:`load_torch_file` with an error that tells what to do about mmengine's own classes."""
+    """:func:`load_weights` with an error that tells what to do about mmengine's own classes."""
     try:
-        return load_torch_file(path)
+        return load_weights(path)
     except ValueError as error:
         # Training with mmdet 3.x saves its log, made of such objects, beside the weights.
         found = re.search(r"GLOBAL ((?:mmengine|mmcv|mmdet|numpy)\.\S+)", str(error.__cause__))

@@ -12,7 +12,6 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from detectron2 import model_zoo
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoints import ADAPTER_PREFIX, describe_problems, is_missing
 from .config import ConfigError, add_crosskd_ifc_config, check_crosskd_config
 from .config_files import find_config, merge_from_file, merge_from_list
+from .weight_files import SafeReader
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def _load_strictly(model: nn.Module, weights: str) -> None:
         ) from error
 
 
-class _StrictCheckpointer(DetectionCheckpointer):
+class _StrictCheckpointer(SafeReader):
     """Loads a teacher or fails: a partly random teacher would quietly teach noise."""
 
     def _load_model(self, checkpoint):

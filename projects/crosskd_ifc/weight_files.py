@@ -1,0 +1,111 @@
+"""Files of weights, read without running code from them: torch's, safetensors, and the pickles of
+detectron2's model zoo."""
+
+import os
+import pickle
+from typing import Any, Dict, Mapping
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+# All that a pickled dict of numpy arrays is made of; old and new names of numpy's modules.
+_ADMITTED = {
+    ("_codecs", "encode"),  # bytes in pickles of protocol 2
+    ("collections", "OrderedDict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    *(
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
+    ),
+}
+
+
+class _Refused(pickle.UnpicklingError):
+    pass
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Admits numpy arrays and plain containers; looking up anything else is where code would
+    start to run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED:
+            raise _Refused(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def load_weights(path: str) -> Any:
+    """The content of a file of weights, on the CPU.
+
+    Args:
+        path: a path or URL. ``.pkl``: a pickle of numpy arrays, as in detectron2's model zoo;
+            ``.safetensors``: gives ``{"model": tensors}``; all others: written by ``torch.save``.
+
+    Raises:
+        FileNotFoundError: if it doesn't exist.
+        ValueError: if it can't be read, or not without running code from it.
+    """
+    local = PathManager.get_local_path(path)
+    if not os.path.isfile(local):
+        raise FileNotFoundError(f"{path}: no such file")
+    if local.endswith(".pkl"):
+        return _load_pickle(local, path)
+    if local.endswith(".safetensors"):
+        try:
+            return {"model": load_file(local)}
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path}: safetensors can't read it ({error})") from error
+    try:
+        return torch.load(local, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises what it likes on foreign bytes
+        raise ValueError(
+            f"{path}: torch can't read it as tensors and plain values ({type(error).__name__})"
+        ) from error
+
+
+def _load_pickle(local: str, path: str) -> Any:
+    try:
+        with open(local, "rb") as f:
+            return _NumpyUnpickler(f, encoding="latin1").load()
+    except _Refused as error:
+        raise ValueError(
+            f"{path}: refused, since it holds {error}, not only numpy arrays and plain values: "
+            "loading it could run code"
+        ) from None
+    except OSError:
+        raise
+    except Exception as error:  # as does pickle
+        reason = f"{type(error).__name__} {error}".strip()
+        raise ValueError(
+            f"{path}: it can't be read as a pickle of numpy arrays ({reason})"
+        ) from error
+
+
+def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str) -> None:
+    """Write a state dict as safetensors; tensors that share memory are written one by one."""
+    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path)
+
+
+class SafeReader(DetectionCheckpointer):
+    """:class:`DetectionCheckpointer` that runs no code from the files that it reads, and reads
+    safetensors too."""
+
+    def _load_file(self, filename: str) -> Dict[str, Any]:
+        if filename.endswith((".pkl", ".pyth")):
+            # What passes here runs no code when detectron2 reads it in its own way.
+            load_weights(filename)
+        return super()._load_file(filename)
+
+    def _torch_load(self, f: str) -> Any:
+        return load_weights(f)
