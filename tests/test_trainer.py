@@ -98,7 +98,7 @@ def test_the_training_data_loses_boxes_without_area_and_images_left_empty(datase
     name = dataset([picture(0, good, flat), picture(1, flat), picture(2, good)])
     cfg = tiny_cfg("DATASETS.TRAIN", (name,))
     loader = CrossKDTrainer.build_train_loader(cfg)
-    kept = _dicts_of(loader)
+    kept = loader.stream.records
     assert [(d["image_id"], len(d["annotations"])) for d in kept] == [(0, 1), (2, 1)]
     assert "ropped 2 boxes" in caplog.text and "0.png" in caplog.text
 
@@ -115,14 +115,6 @@ def test_a_wrong_class_count_of_a_data_set_that_is_named_late_is_refused_when_it
     register_coco_instances("late", {}, str(tmp_path / "late.json"), str(tmp_path))
     with pytest.raises(ConfigError, match="NUM_CLASSES is 3, but data set 'late' has 5 classes"):
         CrossKDTrainer.build_train_loader(tiny_cfg("DATASETS.TRAIN", ("late",)))
-
-
-def _dicts_of(loader):
-    """The dicts behind detectron2's loader, before the mapper."""
-    node = loader
-    while not hasattr(node, "_map_func"):
-        node = node.dataset
-    return [node._dataset[i] for i in range(len(node._dataset))]
 
 
 REFUSED = {

@@ -169,6 +169,7 @@ class TrainingStream:
     """What decides which samples come, in which order and how augmented: a seed and a place.
 
     Attributes:
+        records: what is drawn from, in detectron2's format.
         seed: of shuffling and augmentations, the same in all processes.
         samples: what the loader iterates.
     """
@@ -180,7 +181,7 @@ class TrainingStream:
             records: in detectron2's format.
             mapper: a record -> what the model gets; default: detectron2's.
         """
-        self._cfg, self._records = cfg, records
+        self._cfg, self.records = cfg, records
         self.seed = comm.shared_random_seed()
         options = self._options(mapper)
         self._dataset = NumberedDataset(records, options.pop("mapper"), self.seed)
@@ -202,7 +203,7 @@ class TrainingStream:
         """What another stream must have in common to go on from here, less the place."""
         return {
             "seed": self.seed,
-            "num_records": len(self._records),
+            "num_records": len(self.records),
             "batch_size": self.samples.batch_size,
             "world_size": comm.get_world_size(),
         }
@@ -228,7 +229,7 @@ class TrainingStream:
         state = np.random.get_state()
         np.random.seed(self.seed % 2**32)
         try:
-            options = {"dataset": self._records, "mapper": mapper}
+            options = {"dataset": self.records, "mapper": mapper}
             return build_detection_train_loader.from_config(self._cfg, **options)
         finally:
             np.random.set_state(state)
