@@ -29,8 +29,9 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.checkpointer import CheckpointError, SafeCheckpointer
 from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
-from crosskd_ifc.interruption import Terminated
+from crosskd_ifc.interruption import Terminated, own_message
 from crosskd_ifc.run_checks import check_evaluation_config, check_training_config, check_weights
+from crosskd_ifc.samples import SampleError
 
 
 def setup(args):
@@ -101,13 +102,15 @@ def invoke_main() -> None:
         launch(main, args.num_gpus, **options)
     except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except SampleError as error:
+        sys.exit(f"error: {own_message(str(error), SampleError) or error}")
     except ProcessExitedException as error:
         if error.exit_code != Terminated.status:
             raise
         sys.exit(error.exit_code)
     except ProcessRaisedException as error:
-        _, found, message = str(error).rpartition("crosskd_ifc.config.ConfigError: ")
-        sys.exit(f"error: {message.strip()}" if found else str(error))
+        message = own_message(str(error), ConfigError, CheckpointError, SampleError)
+        sys.exit(f"error: {message}" if message else str(error))
 
 
 if __name__ == "__main__":

@@ -231,12 +231,14 @@ def register_card(path: str) -> List[str]:
 
 
 def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], int]:
-    """Drops the annotations whose box has no area or a coordinate that is no finite number.
+    """Drops the annotations whose box has no area, a coordinate that is no finite number, or no
+    part inside its image.
 
     Boxes that end on the border, or reach over it, stay. Logs one warning if any box was dropped.
 
     Args:
-        dataset_dicts: in detectron2's format; not changed. Each box goes by its ``bbox_mode``.
+        dataset_dicts: in detectron2's format; not changed. Each box goes by its ``bbox_mode``; where
+            a record has no "width" and "height", or for rotated boxes, "outside" isn't looked at.
 
     Returns:
         New dicts in the same order (an image that loses its last box stays), and the number of
@@ -246,29 +248,33 @@ def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], in
         ValueError: a box isn't made of numbers; names the image.
     """
     result, dropped_from = [], []
-    num_dropped = 0
+    num_flat = num_outside = 0
     for record in dataset_dicts:
         record = dict(record)
         result.append(record)
         if not record.get("annotations"):
             continue
         try:
-            kept = [a for a in record["annotations"] if "bbox" not in a or _has_area(a)]
+            solid = [a for a in record["annotations"] if "bbox" not in a or _has_area(a)]
+            kept = [a for a in solid if "bbox" not in a or not _is_outside(a, record)]
         except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{record.get('file_name')}: an annotation's bbox is not a box of numbers with a "
                 f"bbox_mode ({type(error).__name__}: {error})"
             ) from error
         if len(kept) < len(record["annotations"]):
-            num_dropped += len(record["annotations"]) - len(kept)
+            num_flat += len(record["annotations"]) - len(solid)
+            num_outside += len(solid) - len(kept)
             dropped_from.append(str(record.get("file_name", record.get("image_id"))))
         record["annotations"] = kept
-    if num_dropped:
+    if dropped_from:
+        counts = (num_flat, "without area"), (num_outside, "outside their image")
+        what = " and ".join(f"{n} box{'es' * (n != 1)} {kind}" for n, kind in counts if n)
         logger.warning(
-            f"Dropped {num_dropped} boxes without area in {len(dropped_from)} of {len(result)} "
+            f"Dropped {what} in {len(dropped_from)} of {len(result)} "
             f"images: {', '.join(dropped_from[:3])}{', ...' if len(dropped_from) > 3 else ''}"
         )
-    return result, num_dropped
+    return result, num_flat + num_outside
 
 
 def _is_name(value: Any) -> bool:
@@ -282,6 +288,19 @@ def _has_area(annotation: dict) -> bool:
     if annotation["bbox_mode"] in (BoxMode.XYXY_ABS, BoxMode.XYXY_REL):
         box[2:4] = box[2] - box[0], box[3] - box[1]
     return all(map(math.isfinite, box)) and box[2] > 0 and box[3] > 0
+
+
+def _is_outside(annotation: dict, record: dict) -> bool:
+    from detectron2.structures import BoxMode
+
+    width, height = record.get("width"), record.get("height")
+    if annotation["bbox_mode"] not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) or not (
+        width and height
+    ):
+        return False
+    mode = BoxMode(annotation["bbox_mode"])
+    box = BoxMode.convert([float(v) for v in annotation["bbox"]], mode, BoxMode.XYXY_ABS)
+    return box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0
 
 
 def _load_split(card: Card, split: str, name: str) -> List[dict]:

@@ -28,6 +28,7 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "unreadable image": ("error", "training stops"),
     "truncated image": ("error", "training stops"),
     "image too large": ("error", "over Pillow's limit against decompression bombs; not decoded"),
+    "more than 8 bits": ("error", "training stops; detectron2 would clip the pixels at 255"),
     "image size mismatch": ("error", "training stops"),
     "broken record": (
         "error",
@@ -40,7 +41,7 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "box without area": ("error", "training drops these boxes and says how many"),
     "box outside image": (
         "error",
-        "cut off at the border in training; VOC pixels count from 1",
+        "cut off at the border in training, or dropped; VOC pixels count from 1",
     ),
     "annotation id 0": ("warning", "the COCO evaluator never counts this box as found"),
     "box of no image": ("warning", "these boxes are never used"),
@@ -52,7 +53,6 @@ KINDS: Dict[str, Tuple[str, str]] = {
         "detectron2 turns the image; the boxes must fit the turned one",
     ),
     "bad EXIF": ("warning", "detectron2 ignores it; other programs may turn the image"),
-    "more than 8 bits": ("warning", "detectron2 clips the pixels to 0..255"),
     "picture in two splits": ("warning", "results on one say little if training saw the other"),
     "picture twice": ("warning", "the same picture more than once in one split"),
     "split inside a split": ("note", "never train on one and test on the other"),

@@ -106,6 +106,15 @@ def save_iteration(
         checkpointer.save(name, iteration=iteration)
 
 
+def own_message(text: str, *kinds: type) -> str:
+    """The message of the last error of one of these kinds in a traceback, or ""."""
+    for kind in kinds:
+        _, found, message = text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")
+        if found:
+            return message.strip()
+    return ""
+
+
 class StepWatch:
     """Remembers the images and the losses of a model's last training step."""
 

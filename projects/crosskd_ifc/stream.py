@@ -16,6 +16,7 @@ from detectron2.data import DatasetFromList, MapDataset, build_detection_train_l
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from .samples import CheckedMapper, build_mapper
 from .teacher import same_random_state
 
 
@@ -179,11 +180,12 @@ class TrainingStream:
         Args:
             cfg: DATALOADER and SOLVER.IMS_PER_BATCH are read; the seed is drawn from numpy.
             records: in detectron2's format.
-            mapper: a record -> what the model gets; default: detectron2's.
+            mapper: a record -> what the model gets; default: detectron2's. Its failures come as
+                :class:`SampleError`.
         """
         self._cfg, self.records = cfg, records
         self.seed = comm.shared_random_seed()
-        options = self._options(mapper)
+        options = self._options(CheckedMapper(mapper) if mapper else build_mapper(cfg, True))
         self._dataset = NumberedDataset(records, options.pop("mapper"), self.seed)
         grouped = options["aspect_ratio_grouping"]
         self.samples = SampleStream(

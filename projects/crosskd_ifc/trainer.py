@@ -9,7 +9,7 @@ from typing import Dict, Iterator, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
@@ -21,9 +21,10 @@ from .checkpointer import SafeCheckpointer
 from .config import distillation_requested
 from .data import drop_degenerate_boxes
 from .hooks import DistillationSchedule, TeacherEvaluation, unwrap
-from .interruption import StepWatch, Termination, save_iteration
+from .interruption import StepWatch, Termination, own_message, save_iteration
 from .resume import ResumeState, get_random_state
 from .run_checks import check_class_count, check_training_config, evaluator_type
+from .samples import SampleError, build_mapper
 from .stream import TrainingStream
 from .teacher import attach_teacher, same_random_state
 
@@ -55,6 +56,8 @@ class CrossKDTrainer(DefaultTrainer):
         Raises:
             FloatingPointError: for a loss that isn't finite, naming it, the iteration and the
                 images; the state before the step is in a checkpoint.
+            SampleError: for an image that can't be used, naming it; with one process, the state
+                before the step is in a checkpoint.
         """
         before = get_random_state()
         try:
@@ -63,6 +66,13 @@ class CrossKDTrainer(DefaultTrainer):
             self._resume_state.set_random_state(self.iter - 1, before)
             what = self._watch.explain(self.model, self.iter, error)
             raise FloatingPointError(f"{what} {self._save_before_step()}") from error
+        except SampleError as error:
+            if comm.get_world_size() > 1:  # the others are in the step already
+                raise
+            self._resume_state.set_random_state(self.iter - 1, before)
+            # A data loader's worker sends its traceback along.
+            what = own_message(str(error), SampleError) or str(error)
+            raise SampleError(f"{what}. {self._save_before_step()}") from error
 
     def _save_before_step(self) -> str:
         """Write a checkpoint of the state before the step that has failed; says where it is.
@@ -105,7 +115,7 @@ class CrossKDTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """detectron2's loader, less the boxes without area, which it logs."""
+        """detectron2's loader, less the boxes without area or outside their image, which it logs."""
         names = cfg.DATASETS.TRAIN
         dicts = get_detection_dataset_dicts(
             names,
@@ -124,6 +134,12 @@ class CrossKDTrainer(DefaultTrainer):
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
             dicts = filter_images_with_only_crowd_annotations(dicts)
         return TrainingStream(cfg, dicts).build_loader()
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """As the parent's; an image that can't be used is a :class:`SampleError`."""
+        mapper = build_mapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(

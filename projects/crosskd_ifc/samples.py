@@ -1,0 +1,79 @@
+"""Reads the samples of a data set: whatever is wrong with an image is one error that names it."""
+
+from typing import Any, Callable, Dict
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.utils.file_io import PathManager
+from PIL import Image, UnidentifiedImageError
+
+__all__ = ["CheckedMapper", "SampleError", "build_mapper"]
+
+
+class SampleError(ValueError):
+    """An image, or what a data set says about it, can't be used; the message names the file."""
+
+
+class CheckedMapper:
+    """A mapper whose every failure is a :class:`SampleError` that names the image.
+
+    Attributes:
+        mapper: the mapper inside.
+    """
+
+    def __init__(self, mapper: Callable[[Dict], Any], *, check_image: bool = False):
+        """
+        Args:
+            mapper: a record in detectron2's format -> what the model gets.
+            check_image: look at the image's header first, and refuse what detectron2's own mapper
+                would read wrongly or decode without a limit.
+        """
+        self.mapper, self._check_image = mapper, check_image
+
+    def __call__(self, record: Dict) -> Any:
+        path = record.get("file_name")
+        if self._check_image and path is not None:
+            check_image(path)
+        try:
+            return self.mapper(record)
+        except SampleError:
+            raise
+        except Exception as error:  # decoders raise what they like on hostile bytes
+            name = path if path is not None else f"image id {record.get('image_id')}"
+            said = " ".join(str(error).split())
+            raise SampleError(
+                f"{name}: detectron2 can't use this image: {type(error).__name__}: {said}"
+            ) from error
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> CheckedMapper:
+    """Returns detectron2's mapper of a config, checked."""
+    return CheckedMapper(DatasetMapper(cfg, is_train), check_image=True)
+
+
+def check_image(path: str) -> None:
+    """Refuses an image that is missing, unreadable, over Pillow's limit against decompression bombs
+    or of more than 8 bits (which detectron2 would clip at 255). Reads its header only.
+
+    Raises:
+        SampleError: naming the file and what to do.
+    """
+    advice = "repair or remove it; tools/prepare_data.py check lists all such files"
+    if not PathManager.isfile(path):
+        raise SampleError(f"{path}: the image is missing; {advice}")
+    try:
+        with PathManager.open(path, "rb") as f:
+            with Image.open(f) as image:
+                mode = image.mode
+    except UnidentifiedImageError:
+        raise SampleError(f"{path}: not an image, or an empty file; {advice}") from None
+    except Image.DecompressionBombError as error:
+        raise SampleError(f"{path}: too large to be decoded safely ({error}); {advice}") from None
+    except Exception as error:  # as above
+        said = f"{type(error).__name__}: {error}"
+        raise SampleError(f"{path}: unreadable image ({said}); {advice}") from error
+    if mode.startswith(("I", "F")):
+        raise SampleError(
+            f"{path}: more than 8 bits per channel (Pillow's mode {mode}), which detectron2 would "
+            "clip at 255; convert it to 8 bits"
+        )
