@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from reprlib import repr as short  # a hostile card's values may be huge
@@ -20,7 +21,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.utils.file_io import PathManager
 
-from .data_files import read_voc_annotation, read_voc_split, read_yaml
+from .data_files import read_coco_json, read_voc_annotation, read_voc_split, read_yaml
 
 __all__ = [
     "Card",
@@ -237,8 +238,8 @@ def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], in
     Boxes that end on the border, or reach over it, stay. Logs one warning if any box was dropped.
 
     Args:
-        dataset_dicts: in detectron2's format; not changed. Each box goes by its ``bbox_mode``; where
-            a record has no "width" and "height", or for rotated boxes, "outside" isn't looked at.
+        dataset_dicts: in detectron2's format; not changed. Each box goes by its ``bbox_mode``;
+            "outside" isn't looked at for rotated boxes, nor where a record has no size.
 
     Returns:
         New dicts in the same order (an image that loses its last box stays), and the number of
@@ -311,6 +312,7 @@ def _load_split(card: Card, split: str, name: str) -> List[dict]:
     try:
         if card.format == "voc":
             return _load_voc(card.root, source, card.classes)
+        _check_coco_images(source["json"])
         try:
             return load_coco_json(source["json"], source["images"], name)
         except Exception as error:  # KeyError, AssertionError and others, without the file's name
@@ -326,13 +328,28 @@ def _load_split(card: Card, split: str, name: str) -> List[dict]:
         ) from error
 
 
+def _check_coco_images(path: str) -> None:
+    # detectron2 lets the later of two images with one id replace the other, and stops without a
+    # file's name where there is none.
+    images = read_coco_json(path)["images"]
+    ids = Counter(repr(image.get("id")) for image in images if isinstance(image, dict))
+    if not images:
+        raise ValueError(f"{path}: there are no images in it")
+    for image_id, count in ids.most_common(1):
+        if count > 1:
+            raise ValueError(f"{path}: {count} images have the id {image_id[:80]}")
+
+
 def _load_voc(root: str, split: str, classes: Sequence[str]) -> List[dict]:
     from detectron2.data.datasets import load_voc_instances
 
     # detectron2 parses XML as it comes and names no file in its errors: look at all files first.
     for image_id in read_voc_split(root, split):
         path = os.path.join(root, "Annotations", image_id + ".xml")
-        for name, _, _ in read_voc_annotation(path)[1]:
+        size, objects = read_voc_annotation(path)
+        if min(size) < 1:
+            raise ValueError(f"{path}: <size> is {size[0]} x {size[1]} pixels")
+        for name, _, _ in objects:
             if name not in classes:
                 raise ValueError(f"{path}: class {name!r} is none of {', '.join(classes)}")
     records = load_voc_instances(root, split, list(classes))

@@ -115,7 +115,7 @@ class CrossKDTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """detectron2's loader, less the boxes without area or outside their image, which it logs."""
+        """detectron2's loader less the boxes without area or outside their image, which it logs."""
         names = cfg.DATASETS.TRAIN
         dicts = get_detection_dataset_dicts(
             names,

@@ -1,0 +1,321 @@
+"""Bad annotations and images on their way into training and evaluation: each is one error that
+names the file, or a repair that is counted."""
+
+import io
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from common import tiny_cfg
+from detectron2.data import DatasetCatalog
+from PIL import Image
+from test_data import Coco, Voc, _image, _write, _xml
+
+from crosskd_ifc import CrossKDTrainer
+from crosskd_ifc.data import register_card
+from crosskd_ifc.interruption import own_message
+from crosskd_ifc.samples import CheckedMapper, SampleError, build_mapper
+
+GOOD = ("rod", 1, 1, 30, 20)
+
+
+def _cfg(name, *opts):
+    options = ("DATASETS.TRAIN", (name,), "MODEL.ROI_HEADS.NUM_CLASSES", 2, *opts)
+    return tiny_cfg("MODEL.CROSSKD.ENABLED", False, "INPUT.MAX_SIZE_TRAIN", 96, *options)
+
+
+def _all_samples(name):
+    """What training gets of a data set, each image once."""
+    stream = CrossKDTrainer.build_train_loader(_cfg(name)).stream
+    mapper = build_mapper(_cfg(name), is_train=True)
+    return [mapper(record) for record in stream.records]
+
+
+# Annotations
+
+LAUGHS = "<!DOCTYPE a [<!ENTITY a 'ha'>%s]>" % "".join(
+    f"<!ENTITY a{i} '{('&a%s;' % (i - 1 or '')) * 10}'>" for i in range(1, 10)
+)
+XML_REFUSED = {
+    "not closed": _xml([GOOD])[:-8],
+    "nothing": "",
+    "other text": "hello",
+    "two roots": _xml([GOOD]) * 2,
+    "binary": b"\x00\x01\x02\xff" * 20,
+    "UTF-16": _xml([GOOD]).encode("utf-16"),
+    "Latin-1 bytes": _xml([("r\xf6d", 1, 1, 9, 9)]).encode("latin-1"),
+    "an entity bomb": LAUGHS + _xml([GOOD]).replace("rod", "&a9;"),
+    "an external entity": "<!DOCTYPE a [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>"
+    + _xml([GOOD]).replace("rod", "&e;"),
+    "a parameter entity": "<!DOCTYPE a [<!ENTITY % e SYSTEM 'http://127.0.0.1/x'> %e;]>"
+    + _xml([GOOD]),
+    "an undefined entity": _xml([GOOD]).replace("rod", "&rod;"),
+    "no size": "<annotation></annotation>",
+    "a width of text": _xml([GOOD], width="wide"),
+    "a fractional height": _xml([GOOD], height=29.5),
+    "a width with 400 digits": _xml([GOOD], width="9" * 5000),
+    "no name": _xml([GOOD]).replace("<name>rod</name>", ""),
+    "an empty name": _xml([GOOD]).replace("rod", ""),
+    "an unknown class": _xml([("wheel", 1, 1, 9, 9)]),
+    "no box": _xml([GOOD]).replace("bndbox", "box"),
+    "no xmax": _xml([GOOD]).replace("xmax", "right"),
+    "an empty coordinate": _xml([("rod", 1, "", 9, 9)]),
+    "a coordinate of text": _xml([("rod", "one", 1, 9, 9)]),
+    "another size than the image": _xml([GOOD], width=41),
+    "a size of 0": _xml([GOOD], width=0, height=0),
+    "a negative size": _xml([GOOD], width=-40),
+}
+
+
+@pytest.mark.parametrize("case", XML_REFUSED)
+def test_a_bad_voc_annotation_is_one_error_that_names_file_or_image(case, tmp_path):
+    voc = Voc(tmp_path)
+    _write(voc.root / "Annotations/b.xml", XML_REFUSED[case])
+    name = register_card(str(voc.card))[0]
+    with pytest.raises(ValueError, match=r"Annotations/b.xml|JPEGImages/b.jpg") as error:
+        _all_samples(name)
+    assert len(str(error.value)) < 600
+
+
+XML_DROPPED = {
+    "no width": (9, 3, 9, 8),
+    "a negative height": (3, 9, 8, 5),
+    "not a number": ("nan", 3, 9, 9),
+    "infinite": (1, 1, "inf", 9),
+    "a coordinate of 1e999": (1, 1, 9, "1e999"),
+    "right of the image": (41, 3, 60, 9),
+    "below the image": (3, 1e6, 9, 2e6),
+    "left of the image": (-30, 3, -1, 9),
+}
+
+
+@pytest.mark.parametrize("case", XML_DROPPED)
+def test_a_box_that_marks_nothing_is_dropped_and_counted(case, tmp_path, caplog):
+    voc = Voc(tmp_path)
+    voc.annotate("b", [GOOD, ("cell", *XML_DROPPED[case])])
+    name = register_card(str(voc.card))[0]
+    with caplog.at_level(logging.WARNING, "crosskd_ifc"):
+        samples = _all_samples(name)
+    assert [len(s["instances"]) for s in samples] == [2, 1, 2]
+    assert "Dropped 1 box " in caplog.text and "b.jpg" in caplog.text
+
+
+def test_huge_boxes_and_those_over_the_border_are_cut_at_the_border(tmp_path):
+    voc = Voc(tmp_path)
+    voc.annotate("b", [("cell", -1e9, -50, 1e12, 900), ("rod", 30, 20, 70, 70)])
+    sample = _all_samples(register_card(str(voc.card))[0])[1]
+    height, width = sample["image"].shape[1:]
+    boxes = sample["instances"].gt_boxes.tensor
+    assert len(boxes) == 2 and boxes.min() >= 0
+    assert boxes[:, 0::2].max() == width and boxes[:, 1::2].max() == height
+
+
+def _annotation(**fields):
+    return lambda coco: coco.json["annotations"][1].update(fields)
+
+
+def _image_record(**fields):
+    return lambda coco: coco.json["images"][1].update(fields)
+
+
+def _without(kind, field):
+    return lambda coco: coco.json[kind][1].pop(field)
+
+
+JSON_REFUSED = {
+    "a box of three": _annotation(bbox=[1, 1, 5]),
+    "a box of text": _annotation(bbox=["1", 1, 5, None]),
+    "a box that is no list": _annotation(bbox=7),
+    "a coordinate beyond floats": _annotation(bbox=[1, 1, 5, 10**400]),
+    "no box": _without("annotations", "bbox"),
+    "no category": _without("annotations", "category_id"),
+    "an unknown category": _annotation(category_id=99),
+    "a category of text": _annotation(category_id="cell"),
+    "no image id": _without("annotations", "image_id"),
+    "an id twice": _annotation(id=1),
+    "no file name": _without("images", "file_name"),
+    "a file name that is a number": _image_record(file_name=5),
+    "no width": _without("images", "width"),
+    "another height than the image's": _image_record(height=31),
+    "a width of text": _image_record(width="40"),
+    "a device as an image": _image_record(file_name="/dev/zero"),
+    "a folder as an image": _image_record(file_name="."),
+    "a file name with a null byte": _image_record(file_name="a\0b"),
+    "an image id twice": _image_record(id=0),
+    "a category without a name": lambda coco: coco.json["categories"].append({"id": 7}),
+    "a record that is a text": lambda coco: coco.json["annotations"].append("text"),
+    "images that are no list": lambda coco: coco.json.update(images={}),
+    "no categories": lambda coco: coco.json.pop("categories"),
+    "no images": lambda coco: coco.json.update(images=[]),
+}
+
+
+@pytest.mark.parametrize("case", JSON_REFUSED)
+def test_a_bad_coco_record_is_one_error_that_names_file_or_image(case, tmp_path):
+    coco = Coco(tmp_path)
+    JSON_REFUSED[case](coco)
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    with pytest.raises(ValueError, match=r"train.json|images/|/dev/zero") as error:
+        _all_samples(name)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[" * 200_000, b'{"images": "\xff"}', "{}".encode("utf-16"), b"null", b"1e999"],
+    ids=["nothing", "open", "deep", "not UTF-8", "UTF-16", "null", "a number"],
+)
+def test_a_file_that_is_no_coco_json_is_one_error_that_names_it(content, tmp_path):
+    coco = Coco(tmp_path)
+    _write(coco.root / "train.json", content)
+    name = register_card(str(coco.card))[0]
+    with pytest.raises(ValueError, match="train.json"):
+        DatasetCatalog.get(name)
+
+
+# Images
+
+
+def _png16():
+    out = io.BytesIO()
+    Image.fromarray(np.full((30, 40), 40000, dtype=np.uint16)).save(out, "PNG")
+    return out.getvalue()
+
+
+def _exif(orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif.tobytes()
+
+
+IMAGES_REFUSED = {
+    "zero bytes": (b"", "not an image"),
+    "text": (b"hello", "not an image"),
+    "missing": (None, "missing"),
+    "only a header": (_image(1)[:150], "unreadable|can't use"),
+    "truncated": (_image(1)[:-300], "truncated"),
+    "a PNG that ends early": (_image(1, kind="PNG")[:-200], "truncated|can't use"),
+    "16 bits": (_png16(), "more than 8 bits.*I;16.*convert it"),
+    "32-bit floats": (_image(1, kind="TIFF", mode="F"), "more than 8 bits.*mode F"),
+    "another size": (_image(1, (30, 40)), "SizeMismatchError"),
+    "turned by EXIF": (_image(1, exif=_exif(6)), "SizeMismatchError"),
+}
+
+
+@pytest.mark.parametrize("loading", ["training", "evaluation"])
+@pytest.mark.parametrize("case", IMAGES_REFUSED)
+def test_an_image_that_cant_be_used_is_one_error_that_names_it(case, loading, tmp_path):
+    content, message = IMAGES_REFUSED[case]
+    voc = Voc(tmp_path)
+    (voc.root / "JPEGImages/b.jpg").unlink()
+    if content is not None:
+        _write(voc.root / "JPEGImages/b.jpg", content)
+    name = register_card(str(voc.card))[0]
+    build = {
+        "training": lambda: CrossKDTrainer.build_train_loader(_cfg(name)),
+        "evaluation": lambda: CrossKDTrainer.build_test_loader(_cfg(name), name),
+    }
+    with pytest.raises(SampleError, match=f"JPEGImages/b.jpg: .*({message})"):
+        for _, batch in zip(range(4), build[loading]()):
+            pass
+
+
+IMAGES_READ = {
+    "greyscale": _image(1, mode="L"),
+    "CMYK": _image(1, mode="CMYK"),
+    "RGBA": _image(1, kind="PNG", mode="RGBA"),
+    "a palette": _image(1, kind="PNG", mode="P"),
+    "one bit": _image(1, kind="PNG", mode="1"),
+    "turned upside down by EXIF": _image(1, exif=_exif(3)),
+    "corrupt EXIF": _image(1, exif=b"Exif\0\0junk"),
+    "a PNG named .jpg": _image(1, kind="PNG"),
+}
+
+
+@pytest.mark.parametrize("case", IMAGES_READ)
+def test_images_of_other_modes_are_read_as_three_channels(case, tmp_path):
+    voc = Voc(tmp_path)
+    _write(voc.root / "JPEGImages/b.jpg", IMAGES_READ[case])
+    sample = _all_samples(register_card(str(voc.card))[0])[1]
+    assert sample["image"].shape[0] == 3 and sample["image"].dtype == torch.uint8
+    assert sample["image"].float().std() > 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30000, 1)])
+def test_images_of_extreme_shape_are_read_or_refused_by_name(size, tmp_path):
+    voc = Voc(tmp_path)
+    _write(voc.root / "JPEGImages/b.jpg", _image(1, size, kind="PNG"))
+    voc.annotate("b", [("cell", 1, 1, 1 + (size[0] > 1), 1)], width=size[0], height=size[1])
+    record = DatasetCatalog.get(register_card(str(voc.card))[0])[1]
+    mapper = build_mapper(_cfg("x"), is_train=False)
+    if size == (1, 1):
+        assert mapper(record)["image"].shape[0] == 3
+    else:  # 30000 : 1 leaves no pixel in height
+        with pytest.raises(SampleError, match="JPEGImages/b.jpg"):
+            mapper(record)
+
+
+def test_a_decompression_bomb_is_not_decoded(tmp_path, monkeypatch):
+    voc = Voc(tmp_path)
+    name = register_card(str(voc.card))[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # an image has 1,200, over twice as many
+    with pytest.raises(SampleError, match="JPEGImages/.*too large to be decoded safely"):
+        _all_samples(name)
+
+
+def test_a_worker_of_the_data_loader_names_the_image_too(tmp_path):
+    voc = Voc(tmp_path)
+    _write(voc.root / "JPEGImages/b.jpg", b"")
+    name = register_card(str(voc.card))[0]
+    loader = CrossKDTrainer.build_train_loader(_cfg(name, "DATALOADER.NUM_WORKERS", 1))
+    with pytest.raises(SampleError) as error:
+        for _, _batch in zip(range(4), loader):
+            pass
+    message = own_message(str(error.value), SampleError)
+    assert message.startswith(f"{voc.root}/JPEGImages/b.jpg: not an image") and "\n" not in message
+
+
+def test_a_mapper_of_ones_own_may_read_what_it_likes_but_its_failures_have_a_name():
+    assert CheckedMapper(lambda record: record["x"])({"x": 3, "file_name": "no.png"}) == 3
+    with pytest.raises(SampleError, match="no.png: .*KeyError: 'x'"):
+        CheckedMapper(lambda record: record["x"])({"file_name": "no.png"})
+    with pytest.raises(SampleError, match="image id 5: "):
+        CheckedMapper(lambda record: record["x"])({"image_id": 5})
+
+
+def test_a_broken_image_leaves_a_checkpoint_and_a_repaired_one_lets_the_run_go_on(tmp_path):
+    voc = Voc(tmp_path)
+    for image_id in "bc":
+        _write(voc.root / f"JPEGImages/{image_id}.jpg", _image(1, mode="L")[:-99])
+    name = register_card(str(voc.card))[0]
+    opts = ("SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 100)
+    # With this seed the first image is a whole one.
+    opts += ("SEED", 1, "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", 0)
+    cfg = _cfg(name, *opts)
+
+    def train(resume):
+        torch.manual_seed(0)
+        np.random.seed(_seed_that_starts_with_a_whole_image(cfg))
+        trainer = CrossKDTrainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        return trainer
+
+    with pytest.raises(SampleError, match="JPEGImages/[bc].jpg.*last good checkpoint: .*model_0"):
+        train(resume=False)
+    for image_id in "bc":
+        _write(voc.root / f"JPEGImages/{image_id}.jpg", _image(1))
+    trainer = train(resume=True)
+    assert trainer.start_iter > 0 and trainer.iter == 12
+
+
+def _seed_that_starts_with_a_whole_image(cfg):
+    for seed in range(50):
+        np.random.seed(seed)
+        stream = CrossKDTrainer.build_train_loader(cfg).stream
+        if stream.records[next(iter(stream.samples))]["file_name"].endswith("a.jpg"):
+            return seed
+    raise AssertionError("no such seed")
