@@ -176,6 +176,19 @@ def test_a_damaged_file_is_one_error_that_names_it(suffix, save, damage, tmp_pat
         into_teacher(path, tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("suffix, save", FORMATS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("load", PATHS, ids=lambda f: f.__name__)
+def test_weights_that_are_not_finite_are_refused_by_name(load, suffix, save, value, tmp_path):
+    model, path = tiny_model(STOCK), tmp_path / f"weights.{suffix}"
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.weight[0, 0] = value
+    save(model, path)
+    message = f"weights.{suffix}: 1 of its tensors hold NaN or infinity: .*cls_score.weight"
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        load(path, tmp_path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.pth: no such file"):
         load_weights(str(tmp_path / "gone.pth"))

@@ -32,6 +32,7 @@ from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_li
 from crosskd_ifc.interruption import Terminated, own_message
 from crosskd_ifc.run_checks import check_evaluation_config, check_training_config, check_weights
 from crosskd_ifc.samples import SampleError
+from crosskd_ifc.weight_files import WeightsError
 
 
 def setup(args):
@@ -100,7 +101,7 @@ def invoke_main() -> None:
         timeout = datetime.timedelta(minutes=args.timeout)
         options = dict(dist_url=args.dist_url, args=(args,), timeout=timeout, **machines)
         launch(main, args.num_gpus, **options)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, WeightsError) as error:
         sys.exit(f"error: {error}")
     except SampleError as error:
         sys.exit(f"error: {own_message(str(error), SampleError) or error}")
@@ -109,7 +110,7 @@ def invoke_main() -> None:
             raise
         sys.exit(error.exit_code)
     except ProcessRaisedException as error:
-        message = own_message(str(error), ConfigError, CheckpointError, SampleError)
+        message = own_message(str(error), ConfigError, CheckpointError, WeightsError, SampleError)
         sys.exit(f"error: {message}" if message else str(error))
 
 

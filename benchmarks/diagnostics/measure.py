@@ -21,7 +21,7 @@ from crosskd_ifc.config_files import find_config, merge_from_file
 
 STEPS = 15
 CASES = {
-    "fc1 + fc2": ("sum", ("fc1", "fc2"), ""),
+    "fc1 + fc2": ("mean", ("fc1", "fc2"), ""),
     "pool": ("none", ("pool",), "pool"),
 }
 

@@ -62,7 +62,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.FUSION = CN()
     # How the tapped features are combined: a key of FEATURE_FUSION_REGISTRY, such as "none",
     # "sum", "mean", "weighted", "attention", "concat".
-    _C.FUSION.NAME = "sum"
+    _C.FUSION.NAME = "mean"
     # The student's layers to tap: pool, conv1, ..., fc1, ... Empty: ("fc1", "fc2"), RetinaNet conv1
     # to conv3, FCOS conv1 and conv2.
     _C.FUSION.IN_FEATURES = ()
@@ -161,6 +161,7 @@ def check_crosskd_config(cfg: CN) -> None:
     Raises:
         ConfigError: for the first setting that can't work.
     """
+    _check_types(cfg)
     kd = cfg.MODEL.CROSSKD
     check_choice("MIMIC", kd.MIMIC, MIMICS)
     check_choice("FUSION.NAME", kd.FUSION.NAME, FEATURE_FUSION_REGISTRY.names())
@@ -209,8 +210,7 @@ def check_unused(cfg: CN, keys: Sequence[str], reason: str) -> None:
     Raises:
         ConfigError: naming the first key that isn't at its default.
     """
-    default = CN({"DATASETS": CN(), "MODEL": CN()})
-    add_crosskd_ifc_config(default)
+    default = _defaults()
     for key in keys:
         theirs, ours = (
             functools.reduce(operator.getitem, key.split("."), c.MODEL.CROSSKD)
@@ -224,6 +224,27 @@ def check_unused(cfg: CN, keys: Sequence[str], reason: str) -> None:
                 raise ConfigError(
                     f"MODEL.CROSSKD.{name} is {found!r}, but {reason}; set it to its default, "
                     f"{expected!r}"
+                )
+
+
+def _defaults() -> CN:
+    default = CN({"DATASETS": CN(), "MODEL": CN()})
+    add_crosskd_ifc_config(default)
+    return default
+
+
+def _check_types(cfg: CN) -> None:
+    # yacs lets a null through for every key, also for a whole section.
+    nodes = [("MODEL.CROSSKD", _defaults().MODEL.CROSSKD, cfg.MODEL.CROSSKD)]
+    for name, theirs, ours in nodes:
+        if isinstance(theirs, CN) and isinstance(ours, CN):
+            nodes += [(f"{name}.{key}", theirs[key], ours.get(key)) for key in theirs]
+        elif not isinstance(ours, type(theirs)):
+            same = ((tuple, list), (float, int), (list, tuple))
+            if isinstance(ours, bool) or (type(theirs), type(ours)) not in same:
+                raise ConfigError(
+                    f"{name} is {ours!r}; it must be of the type of its default, "
+                    f"{'a section' if isinstance(theirs, CN) else repr(theirs)}"
                 )
 
 

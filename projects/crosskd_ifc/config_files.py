@@ -80,10 +80,16 @@ def merge_from_list(cfg: CN, opts: Sequence, *, key: str) -> None:
     Raises:
         ConfigError: for an unknown key, a value of another type, or an odd number of items.
     """
-    try:
-        cfg.merge_from_list(list(opts))
-    except _MERGE_ERRORS as error:
-        raise ConfigError(f"{key}: {_text(error)}") from error
+    opts = list(opts)
+    if len(opts) % 2:
+        raise ConfigError(f"{key}: {len(opts)} items; expected KEY VALUE pairs")
+    for name, value in zip(opts[::2], opts[1::2]):
+        try:
+            cfg.merge_from_list([name, value])
+        except _MERGE_ERRORS as error:
+            reason = _text(error)
+            named = "" if str(name) in reason else f"{name}: "
+            raise ConfigError(f"{key}: {named}{reason}") from error
 
 
 def _is_of_the_zoo(path: str) -> bool:

@@ -5,6 +5,7 @@ import os
 import pickle
 from typing import Any, Dict, Mapping
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
@@ -27,6 +28,10 @@ _ADMITTED = {
         )
     ),
 }
+
+
+class WeightsError(ValueError):
+    """A file of weights can't be read, or must not be."""
 
 
 class _Refused(pickle.UnpicklingError):
@@ -52,24 +57,46 @@ def load_weights(path: str) -> Any:
 
     Raises:
         FileNotFoundError: if it doesn't exist.
-        ValueError: if it can't be read, or not without running code from it.
+        WeightsError: if it can't be read, or not without running code from it, or if its weights
+            hold a NaN or an infinite number.
     """
     local = PathManager.get_local_path(path)
     if not os.path.isfile(local):
         raise FileNotFoundError(f"{path}: no such file")
+    content = _read(local, path)
+    weights = content.get("model", content) if isinstance(content, Mapping) else {}
+    broken = [k for k, v in getattr(weights, "items", dict)() if not _is_finite(v)]
+    if broken:
+        names = ", ".join(map(str, broken[:3])) + (", ..." if len(broken) > 3 else "")
+        raise WeightsError(
+            f"{path}: {len(broken)} of its tensors hold NaN or infinity: {names}; the training "
+            "that wrote it had diverged, or the file is damaged"
+        )
+    return content
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return bool(np.isfinite(value).all())
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return bool(value.isfinite().all())
+    return True
+
+
+def _read(local: str, path: str) -> Any:
     if local.endswith(".pkl"):
         return _load_pickle(local, path)
     if local.endswith(".safetensors"):
         try:
             return {"model": load_file(local)}
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: safetensors can't read it ({error})") from error
+            raise WeightsError(f"{path}: safetensors can't read it ({error})") from error
     try:
         return torch.load(local, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises what it likes on foreign bytes
-        raise ValueError(
+        raise WeightsError(
             f"{path}: torch can't read it as tensors and plain values ({type(error).__name__})"
         ) from error
 
@@ -79,7 +106,7 @@ def _load_pickle(local: str, path: str) -> Any:
         with open(local, "rb") as f:
             return _NumpyUnpickler(f, encoding="latin1").load()
     except _Refused as error:
-        raise ValueError(
+        raise WeightsError(
             f"{path}: refused, since it holds {error}, not only numpy arrays and plain values: "
             "loading it could run code"
         ) from None
@@ -87,7 +114,7 @@ def _load_pickle(local: str, path: str) -> Any:
         raise
     except Exception as error:  # as does pickle
         reason = f"{type(error).__name__} {error}".strip()
-        raise ValueError(
+        raise WeightsError(
             f"{path}: it can't be read as a pickle of numpy arrays ({reason})"
         ) from error
 
