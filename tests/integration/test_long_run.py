@@ -1,7 +1,6 @@
 """Two thousand steps: nothing grows."""
 
 import os
-import resource
 
 import pytest
 from test_faults import trainer  # noqa: F401
@@ -47,4 +46,3 @@ def test_memory_open_files_and_the_log_do_not_grow(trainer, tmp_path):  # noqa: 
     assert len(set(files)) == 1
     sizes = {p.name: p.stat().st_size for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert sum(sizes.values()) < 1000 * STEPS, sizes
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_nswap == 0

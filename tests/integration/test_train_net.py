@@ -276,6 +276,24 @@ def test_a_wrong_setting_ends_the_script_with_one_line(files, tmp_path, processe
     assert "Traceback" not in done.stderr.split("error: ")[-1]
 
 
+def test_weights_that_are_not_finite_end_the_script_with_one_line(files, tmp_path):
+    weights = torch.load(files / "teacher.pth", weights_only=False)
+    weights["model"]["roi_heads.box_predictor.cls_score.bias"][0] = float("nan")
+    torch.save(weights, tmp_path / "broken.pth")
+    config, _ = write_config(files, tmp_path)
+    command = [sys.executable, TRAIN_NET, "--config-file", config, "--eval-only", "MODEL.WEIGHTS"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(tmp_path / "broken.pth")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search("^error: .*broken.pth: 1 of its tensors hold NaN", done.stderr, re.MULTILINE)
+
+
 def test_missing_weights_are_one_error_naming_the_key(files, tmp_path):
     config, _ = write_config(files, tmp_path)
     for mode in ((), ("--eval-only",)):
