@@ -29,7 +29,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.checkpointer import CheckpointError, SafeCheckpointer
 from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
-from crosskd_ifc.interruption import Terminated, own_message
+from crosskd_ifc.interruption import Terminated, end_with_parent, own_message
 from crosskd_ifc.run_checks import check_evaluation_config, check_training_config, check_weights
 from crosskd_ifc.samples import SampleError
 from crosskd_ifc.weight_files import WeightsError
@@ -51,6 +51,7 @@ def setup(args):
 
 
 def main(args):
+    end_with_parent()
     cfg = setup(args)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="crosskd_ifc")
