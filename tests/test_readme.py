@@ -81,6 +81,13 @@ def test_the_costs_of_a_step_are_the_measured_ones():
             assert f"{cost['c/a']} times the plain step" in readme
 
 
+def test_the_differences_of_a_bfloat16_teacher_are_the_measured_ones():
+    found = json.loads(read("benchmarks", "precision", "bfloat16.json"))["relative_difference"]
+    for name, values in found.items():
+        cells = " | ".join(f"{values[key]:.2%}" for key in ("median", "95 %", "largest"))
+        assert f"| `{name}` | {cells} |".replace("%", " %") in read("docs", "performance.md")
+
+
 def test_the_cost_of_diagnostics_is_the_measured_one():
     cases = json.loads(read("benchmarks", "diagnostics", "cost.json"))["cases"]
     text = read("docs", "options.md")

@@ -22,18 +22,22 @@ from crosskd_ifc.interruption import end_with_parent
 from crosskd_ifc.step import TeacherOutOfMemory
 
 
-@pytest.fixture
-def trainer(folder, tmp_path):  # noqa: F811
-    """A Faster R-CNN's, that writes to tmp_path."""
+def build_trainer(config, out, *opts):
     cfg = get_cfg()
     add_crosskd_ifc_config(cfg)
-    cfg.merge_from_file(str(folder / "RCNN.yaml"))
-    cfg.OUTPUT_DIR = str(tmp_path / "run")
+    cfg.merge_from_file(str(config))
+    cfg.merge_from_list(["OUTPUT_DIR", str(out), *opts])
     os.makedirs(cfg.OUTPUT_DIR)
     seed_all_rng(cfg.SEED)
     trainer = CrossKDTrainer(cfg)
     trainer.resume_or_load(resume=False)
     return trainer
+
+
+@pytest.fixture
+def trainer(folder, tmp_path):  # noqa: F811
+    """A Faster R-CNN's, that writes to tmp_path."""
+    return build_trainer(folder / "RCNN.yaml", tmp_path / "run")
 
 
 def at_call(module, number, change):
