@@ -7,6 +7,8 @@ import statistics
 
 import pytest
 
+from crosskd_ifc.report import Table, paired_difference, report_text, summarize
+
 ROOT = os.path.join(os.path.dirname(__file__), "..")
 TITLES = {
     "teacher": "teacher R34",
@@ -35,15 +37,48 @@ def each(runs, key="AP"):
     return " / ".join(f"{r[key]:.1f}" for r in runs)
 
 
-@pytest.mark.parametrize("arm", TITLES)
-def test_the_demos_table_is_that_of_the_recorded_runs(arm):
-    runs = recorded("demo", "seeds.json", arm=arm)
-    cells = f"{mean(runs, 'AP')} | {mean(runs, 'AP50')} | {each(runs)}"
-    assert f"| {TITLES[arm]} | {cells} |" in read("README.md")
+COMPARED = {
+    "teacher": "teacher",
+    "student": "student, plain",
+    "student_head": "mimicking by the student's own head",
+    "feature": "feature mimicking (PKD)",
+    "crosskd": "plain CrossKD",
+    "crosskd_ifc": "CrossKD-IFC",
+}
+PROTOCOLS = ("shapes_faster_rcnn", "bccd_faster_rcnn")
+
+
+def rows_of_the_comparison():
+    """The README's table of results, from the recorded runs."""
+    tables = [Table(json.loads(read("benchmarks", name, "results.json"))) for name in PROTOCOLS]
+    for arm, title in COMPARED.items():
+        cells = []
+        for table in tables:
+            values = list(table.scores(arm).values())
+            summary = summarize(values) if len(values) > 1 else None
+            cells.append("{1:.1f} ± {2:.1f}, {0} seeds".format(*summary) if summary else "-")
+        yield f"| {title} | {' | '.join(cells)} |"
+    for other, title in (("student", "the plain student"), ("crosskd", "plain CrossKD")):
+        cells = []
+        for table in tables:
+            found = paired_difference(table.scores("crosskd_ifc"), table.scores(other))
+            cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(found.mean, *found.interval))
+        yield f"| CrossKD-IFC minus {title} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("number", range(len(COMPARED) + 2))
+def test_the_table_of_results_is_that_of_the_recorded_runs(number):
+    assert list(rows_of_the_comparison())[number] in read("README.md").splitlines()
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_committed_report_is_that_of_the_recorded_runs(name):
+    content = json.loads(read("benchmarks", name, "results.json"))
+    assert report_text(content) == read("benchmarks", name, "report.md")
 
 
 def test_the_table_of_other_classes_is_that_of_the_recorded_runs():
-    plain = recorded("demo", "seeds.json", arm="student")
+    plain = recorded("other_classes", "seeds.json", arm="student")
     distilled = recorded("other_classes", "seeds.json", arm="other_classes")
     for title, runs in (("plain", plain), ("CrossKD-IFC, teacher of other classes", distilled)):
         row = f"| student R18, {title} | {mean(runs, 'AP')} | {each(runs)} |"
