@@ -270,7 +270,7 @@ def test_a_wrong_setting_ends_the_script_with_one_line(files, tmp_path, processe
     config, _ = write_config(files, tmp_path)
     command = [sys.executable, TRAIN_NET, "--config-file", config, "--num-gpus", processes, *opts]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert re.search(f"^error: {message}", done.stderr, re.MULTILINE), done.stderr[-2000:]
     assert "Traceback" not in done.stderr.split("error: ")[-1]
@@ -288,7 +288,7 @@ def test_weights_that_are_not_finite_end_the_script_with_one_line(files, tmp_pat
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search("^error: .*broken.pth: 1 of its tensors hold NaN", done.stderr, re.MULTILINE)
