@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,38 @@ def test_a_distillation_step_holds_no_less_memory_than_a_plain_one(kind, tmp_pat
     memory = Bench(student_cfg(tmp_path, kind), Case(96, 128)).peak_memory()
     assert set(memory) == set(PARTS) and min(memory.values()) > 0
     assert memory["distillation"] >= memory["student"]
+
+
+# What makes the host wait for a GPU; indexing with a mask calls nonzero.
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
+
+
+def waits(part):
+    part()  # caches are filled, TorchScript is compiled
+    torch.manual_seed(0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        part()
+    return Counter(event.name for event in profile.events() if event.name in WAITS)
+
+
+K = "MODEL.CROSSKD."
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "opts",
+    [
+        (),
+        (K + "MIMIC", "student_head", K + "FUSION.NAME", "mean"),
+        (K + "LOSS.BOX_TYPE", "giou", K + "LOSS.FEATURE_WEIGHT", 1.0),
+        (K + "FUSION.NAME", "attention", K + "FUSION.ALIGN", "standardize"),
+    ],
+    ids=["default", "student_head", "giou_and_features", "attention_and_standardize"],
+)
+def test_a_step_makes_the_host_wait_only_where_detectron2s_own_code_does(kind, opts, tmp_path):
+    parts = Bench(student_cfg(tmp_path, kind, *opts), SMALL).parts
+    plain, teacher, both = (waits(parts[name]) for name in ("student", "teacher", "distillation"))
+    assert plain and both == plain + teacher
 
 
 def test_memory_is_counted_to_the_byte():

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import generalized_box_iou_loss
 
 from crosskd_ifc import (
     confident_giou,
@@ -167,6 +168,21 @@ def test_giou_and_iou_losses_of_shifted_unit_boxes_are_known_by_hand():
     assert giou.item() == pytest.approx(0.5 * (1 - 1 / 3), rel=1e-5)
     iou = confident_iou(one, two, confidence, normalizer=2)
     assert iou.item() == pytest.approx(0.25 * math.log(3), rel=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1.0, 10.0], ids=["overlapping", "mostly_disjoint"])
+def test_giou_loss_and_gradient_are_those_of_torchvision(spread):
+    g = torch.Generator().manual_seed(0)
+    corners = spread * torch.rand(2, 50, 2, generator=g, dtype=torch.float64)
+    sides = 0.1 + torch.rand(2, 50, 2, generator=g, dtype=torch.float64)
+    cross, teacher = torch.cat([corners, corners + sides], dim=2)
+    confidence = torch.rand(50, generator=g, dtype=torch.float64)
+    cross.requires_grad_()
+    expected = (confidence * generalized_box_iou_loss(cross, teacher)).sum() / 7
+    loss = confident_giou(cross, teacher, confidence, normalizer=7)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    ours, theirs = (torch.autograd.grad(x, cross)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
 def test_iou_loss_of_disjoint_and_empty_boxes_is_the_cap():

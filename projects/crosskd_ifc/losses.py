@@ -15,7 +15,6 @@ from typing import Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torchvision.ops import generalized_box_iou_loss
 
 # Keeps a sum of confidences away from 0; the resolution of float32.
 EPS = torch.finfo(torch.float32).eps
@@ -127,9 +126,12 @@ def confident_giou(
     Returns:
         Scalar loss.
     """
-    loss = generalized_box_iou_loss(
-        at_least_float32(cross_boxes), at_least_float32(teacher_boxes.detach()), reduction="none"
+    cross, teacher = at_least_float32(cross_boxes), at_least_float32(teacher_boxes.detach())
+    intersection, union = _overlap(cross, teacher)
+    hull = _product(
+        torch.max(cross[:, 2:], teacher[:, 2:]) - torch.min(cross[:, :2], teacher[:, :2])
     )
+    loss = 1 - intersection / (union + EPS) + (hull - union) / (hull + EPS)
     return (at_least_float32(confidence.detach()) * loss).sum() / normalizer
 
 
@@ -145,17 +147,27 @@ def confident_iou(
     The IoU loss of UnitBox (Yu et al., 2016). Arguments as in :func:`confident_giou`.
     """
     cross, teacher = at_least_float32(cross_boxes), at_least_float32(teacher_boxes.detach())
-    overlap = torch.min(cross[:, 2:], teacher[:, 2:]) - torch.max(cross[:, :2], teacher[:, :2])
-    intersection = overlap.clamp(min=0).prod(dim=1)
-    union = _area(cross) + _area(teacher) - intersection
+    intersection, union = _overlap(cross, teacher)
     # Two empty boxes have no IoU: their union of 0 would divide to NaN.
     iou = intersection / union.clamp(min=EPS)
     loss = -iou.clamp(min=1e-6).log()
     return (at_least_float32(confidence.detach()) * loss).sum() / normalizer
 
 
-def _area(boxes: torch.Tensor) -> torch.Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Areas of intersection and union of (R, 4) boxes, row by row.
+
+    Without masks, which make a GPU wait (torchvision's and fvcore's GIoU losses have them).
+    """
+    corners = torch.min(a[:, 2:], b[:, 2:]) - torch.max(a[:, :2], b[:, :2])
+    intersection = _product(corners.clamp(min=0))
+    areas = (_product(x[:, 2:] - x[:, :2]) for x in (a, b))
+    return intersection, sum(areas) - intersection
+
+
+def _product(sides: torch.Tensor) -> torch.Tensor:
+    """Of two columns; the backward of ``prod`` makes a GPU wait."""
+    return sides[:, 0] * sides[:, 1]
 
 
 def quality_focal(
