@@ -42,7 +42,8 @@ for name in ("crosskd_shapes_test", "crosskd_shapes_val"):
     line.update({name + "/bbox/AP": ap, name + "/bbox/AP50": 2 * ap})
 with open(os.path.join(folder, "metrics.json"), "w") as f:
     f.write(json.dumps(line) + "\\n")
-open(os.path.join(folder, "model_final.pth"), "w").close()
+with open(os.path.join(folder, "model_final.pth"), "w") as f:
+    f.write(os.environ.get("WEIGHTS", ""))
 """
 
 
@@ -270,6 +271,22 @@ def test_an_old_entry_is_marked_and_stays_until_the_new_run_is_finished(case):
     assert "outdated" not in new["student", 1]
     assert new["fc2", 1] == {**old["fc2", 1], "outdated": True}
     assert "13.0*" in report_text(changed.results.content())
+
+
+def test_a_teacher_that_was_trained_again_to_other_weights_is_told(case, monkeypatch):
+    case.do(case.todo(seeds=[1]))
+    first = case.recorded()
+    assert first["crosskd_ifc", 1]["teacher_sha256"] == first["teacher", 1]["teacher_sha256"]
+    assert "teacher_sha256" not in first["student", 1]
+    told = "Seed 1: students have learned from two or more trainings of the teacher"
+    assert told not in report_text(case.results.content())
+    monkeypatch.setenv("WEIGHTS", "others")
+    os.remove(case.runs["teacher", 1].weights)
+    case.do([("teacher", 1)])
+    shutil.rmtree(case.runs["fc2", 1].folder)
+    case.do([("fc2", 1)])
+    assert case.recorded()["fc2", 1]["teacher_sha256"] != first["fc2", 1]["teacher_sha256"]
+    assert told in report_text(case.results.content())
 
 
 def test_two_processes_can_share_the_results(case):

@@ -201,7 +201,25 @@ def _provenance(content: dict) -> List[str]:
     lines = [f"    {content['command']}", ""]
     lines.append(f"{len(runs)} runs, {hours:.1f} hours of training and evaluation, added up. With")
     lines.append(f"{'; '.join(sorted(set(used)))}, on {_hardware(runs)}.")
-    return lines + ["Each seed has its own teacher. All numbers: [results.json](results.json)."]
+    lines.append("Each seed has its own teacher. All numbers: [results.json](results.json).")
+    return lines + _several_teachers(content)
+
+
+def _several_teachers(content: dict) -> List[str]:
+    """Says where not all students of a seed have learned from the very same weights: a teacher
+    whose weights were gone has been trained again."""
+    taught = {arm["arm"] for arm in content["arms"] if arm.get("taught")}
+    found: Dict[int, set] = {}
+    for run in content["runs"]:
+        if run["arm"] in taught:
+            found.setdefault(run["seed"], set()).add(run.get("teacher_sha256"))
+    seeds = [str(seed) for seed, digests in sorted(found.items()) if len(digests) > 1]
+    if not seeds:
+        return []
+    return [
+        f"Seed {', '.join(seeds)}: students have learned from two or more trainings of the teacher",
+        "with the same settings (`teacher_sha256`), which differ by rounding.",
+    ]
 
 
 def _hardware(runs: Sequence[dict]) -> str:

@@ -7,7 +7,7 @@ from typing import Dict, Tuple
 from iopath.common.file_io import file_lock
 
 from .config import ConfigError
-from .protocol import Protocol
+from .protocol import TEACHER, Protocol
 from .runs import Run
 
 Key = Tuple[str, int]  # arm, seed
@@ -68,6 +68,7 @@ class Results:
                     "config": arm.config,
                     "opts": list(arm.opts),
                     "versus": list(arm.versus),
+                    "taught": arm.name in protocol.taught,
                 }
                 for arm in protocol.arms.values()
             ],
@@ -84,6 +85,10 @@ class Results:
             chosen = splits[validation]
             entry.update(AP_val=round(chosen["AP"], 4), AP50_val=round(chosen["AP50"], 4))
         curve = splits[validation or self.protocol.test]["curve"]
+        # Which training of its teacher a student learned from.
+        weights = done.get("weights_sha256") if key[0] == TEACHER else None
+        for digest in [weights, *done.get("needs_sha256", ())]:
+            entry.update({"teacher_sha256": digest} if digest else {})
         return {
             **entry,
             "config_sha256": done["digest"],

@@ -25,20 +25,30 @@ def versions() -> Dict[str, str]:
 
 
 def hardware(device: str, threads: int) -> str:
-    """One line: CPU cores, threads of a run (0: torch's choice), and GPUs if ``device`` is one.
+    """One line: CPU cores and their model, threads of a run (0: torch's choice), and GPUs if ``device`` is one.
 
     Args:
         device: MODEL.DEVICE.
         threads: CPU threads of the run.
     """
     cores = os.cpu_count() or 1
-    line = f"{cores} CPU core{'s' if cores > 1 else ''}"
+    line = f"{cores} {_cpu_model()}CPU core{'s' if cores > 1 else ''}"
     if threads:
         line += f" ({threads} for a run)"
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return f"{line}, no GPU"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{line}, " + ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names))
+
+
+def _cpu_model() -> str:
+    """The processor's name and a space; "" where there is no /proc."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+    except OSError:
+        return ""
+    return f"{names[0]} " if names and names[0] else ""
 
 
 def _detectron2_commit() -> str:

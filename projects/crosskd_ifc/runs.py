@@ -106,7 +106,8 @@ def train(
         "AP", "AP50" (of the first data set in DATASETS.TEST), "splits" (data set -> "AP", "AP50"
         and "curve", a list of [steps done, AP]), "iterations", "seconds_per_step" (median, 0 for a
         run of a few steps), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
-        process, 0 where there is no /proc), "versions", "hardware" and "digest".
+        process, 0 where there is no /proc), "versions", "hardware", "digest", and the SHA-256 of the
+        final weights' file, "weights_sha256", and of those it started from, "needs_sha256".
 
     Raises:
         RunFailed: if the training ended with an error.
@@ -141,8 +142,21 @@ def train(
             raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
         done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **_collect(run)}
         done.update(versions=versions(), hardware=hardware(run.cfg().MODEL.DEVICE, threads))
+        done["weights_sha256"] = _file_sha256(run.weights)
+        done["needs_sha256"] = [_file_sha256(needed.weights) for needed in run.needs]
         write_json(run.path("run.json"), done)
         return done
+
+
+def _file_sha256(path: str) -> str:
+    """Of a file's bytes; "" if there is none."""
+    if not os.path.exists(path):
+        return ""
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _progress(run: Run, steps: int):
