@@ -25,7 +25,8 @@ def versions() -> Dict[str, str]:
 
 
 def hardware(device: str, threads: int) -> str:
-    """One line: CPU cores and their model, threads of a run (0: torch's choice), and GPUs if ``device`` is one.
+    """One line: CPU cores, their model, threads of a run (0: torch's choice), and GPUs if
+    ``device`` is one.
 
     Args:
         device: MODEL.DEVICE.

@@ -106,8 +106,8 @@ def train(
         "AP", "AP50" (of the first data set in DATASETS.TEST), "splits" (data set -> "AP", "AP50"
         and "curve", a list of [steps done, AP]), "iterations", "seconds_per_step" (median, 0 for a
         run of a few steps), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
-        process, 0 where there is no /proc), "versions", "hardware", "digest", and the SHA-256 of the
-        final weights' file, "weights_sha256", and of those it started from, "needs_sha256".
+        process, 0 where there is no /proc), "versions", "hardware", "digest", and SHA-256s:
+        "weights_sha256" of the final weights' file, "needs_sha256" of those it started from.
 
     Raises:
         RunFailed: if the training ended with an error.
