@@ -134,10 +134,16 @@ def test_the_tool_prints_ratios_and_writes_numbers(tmp_path, capsys):
     out = tmp_path / "out" / "cost.json"
     words = ["--config-file", tmp_path / "student.yaml", "--device", "cpu", "--rois", 16]
     words += ["--image-size", 48, 64, "--rounds", 2, "--output", out]
+    words += ["--profile", tmp_path / "trace" / "step.json"]
     tool["main"](tool["parse_args"](list(map(str, words))))
     assert "c/(a+b)" in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert {"command", "versions", "hardware", "seconds", "ratios", "peak_bytes"} <= set(found)
+    seconds, speed = found["seconds"]["distillation"], found["images_per_second"]["distillation"]
+    assert speed == pytest.approx(2 / seconds["median"], rel=0.02)
+    trace = json.loads((tmp_path / "trace" / "step.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"aten::conv2d", "ConvolutionBackward0"} <= names
 
 
 def test_a_sweep_varies_one_size_at_a_time_and_is_drawn(tmp_path):

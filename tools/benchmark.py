@@ -47,8 +47,14 @@ def parse_args(argv=None):
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--sweep", action="store_true", help="how the cost grows with each size")
     parser.add_argument("--output", default="", help="JSON file to write")
+    parser.add_argument(
+        "--profile", default="", help="write a step's Chrome trace (.json, .json.gz)"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.sweep and args.profile:
+        parser.error("--profile shows one step, so it doesn't go with --sweep")
+    return args
 
 
 def main(args):
@@ -67,7 +73,12 @@ def main(args):
         rows = [(r["what"], r["value"], r["ratios"]["c/a"]["median"]) for r in found["sweep"]]
         print(tabulate(rows, ("varied", "value", "c/a"), tablefmt="github"))
     else:
-        found = measure(build(case), args.rounds)
+        bench = build(case)
+        found = measure(bench, args.rounds)
+        if args.profile:
+            os.makedirs(os.path.dirname(os.path.abspath(args.profile)), exist_ok=True)
+            bench.profile(args.profile)
+            print(f"Profile: {args.profile}, for chrome://tracing or ui.perfetto.dev")
     found = {
         "command": shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
         "versions": versions(),
@@ -89,12 +100,18 @@ def measure(bench, rounds):
     found["peak_bytes"] = memory = bench.peak_memory()
     found["teacher_bytes"] = bench.teacher_bytes()
     found["breakdown"] = bench.breakdown(max(rounds // 3, 3))
+    images = len(bench.batch)
+    found["images_per_second"] = {
+        name: round(images / x["median"], 3) for name, x in found["seconds"].items()
+    }
     rows = [
-        (TITLES[n], x["median"], "{} - {}".format(*x["quartiles"]), memory[n] / 2**20)
+        (TITLES[n], x["median"], "{} - {}".format(*x["quartiles"]), images / x["median"])
+        + (memory[n] / 2**20,)
         for n, x in found["seconds"].items()
     ]
-    headers = ("part", "seconds, median", "quartiles", "peak MiB")
-    print(tabulate(rows, headers, tablefmt="github", floatfmt=("", ".3f", "", ".0f")), "\n")
+    headers = ("part", "seconds, median", "quartiles", "images/s", "peak MiB")
+    floats = ("", ".3f", "", ".2f", ".0f")
+    print(tabulate(rows, headers, tablefmt="github", floatfmt=floats), "\n")
     rows = [(n, x["median"], "{} - {}".format(*x["quartiles"])) for n, x in found["ratios"].items()]
     print(tabulate(rows, ("ratio", "median", "quartiles"), tablefmt="github", floatfmt=".3f"), "\n")
     rows = list(found["breakdown"].items())

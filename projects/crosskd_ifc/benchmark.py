@@ -149,6 +149,16 @@ class Bench:
         medians["rest of the forward"] = medians.pop("forward") - inside
         return medians
 
+    def profile(self, path: str) -> None:
+        """Write what one distillation step does, and where a GPU idles, as a Chrome trace."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._step(self.student)
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+            self._step(self.student)
+        profile.export_chrome_trace(path)
+
     def _step(self, model: nn.Module, pieces: Any = None) -> None:
         times = [self._clock()]
         with EventStorage(), torch.autocast(self._device.type, enabled=self._amp):
