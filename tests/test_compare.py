@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from crosskd_ifc.config import check_crosskd_config
 from crosskd_ifc.protocol import load_protocol
 from crosskd_ifc.report import paired_difference, report_text, summarize, write_report
 from crosskd_ifc.results import Results
+from crosskd_ifc.runs import train
 from crosskd_ifc.shapes import CLASSES, generate
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
@@ -270,7 +272,24 @@ def test_an_old_entry_is_marked_and_stays_until_the_new_run_is_finished(case):
     assert new["student", 1]["config_sha256"] != old["student", 1]["config_sha256"]
     assert "outdated" not in new["student", 1]
     assert new["fc2", 1] == {**old["fc2", 1], "outdated": True}
-    assert "13.0*" in report_text(changed.results.content())
+    text = " ".join(report_text(changed.results.content()).split())
+    assert "| `fc2` | fc2 | 0 | | | 13.0* | |" in text  # in no mean
+    assert "| `fc2` | +" not in text  # nor difference
+
+
+def test_a_seed_that_an_arm_no_longer_has_is_in_no_mean(case):
+    case.do(case.todo(arms=["student"]))
+    arms = {**content()["arms"], "student": {"config": PLAIN, "seeds": [2]}}
+    later = Case(case.folder, arms=arms, ablations=None)
+    later.results.add({})
+    text = " ".join(report_text(later.results.content()).split())
+    assert "| `student` | student | 1 | 12.0 | 24.0 | 11.0* / 12.0 | 12.0 |" in text
+
+
+def test_results_of_another_protocol_are_refused(case):
+    case.do([("student", 1)])
+    with pytest.raises(ConfigError, match="holds the results of 'test', not of 'another'"):
+        Case(case.folder, name="another")
 
 
 def test_a_teacher_that_was_trained_again_to_other_weights_is_told(case, monkeypatch):
@@ -278,7 +297,7 @@ def test_a_teacher_that_was_trained_again_to_other_weights_is_told(case, monkeyp
     first = case.recorded()
     assert first["crosskd_ifc", 1]["teacher_sha256"] == first["teacher", 1]["teacher_sha256"]
     assert "teacher_sha256" not in first["student", 1]
-    told = "Seed 1: students have learned from two or more trainings of the teacher"
+    told = "Seed 1: its teacher was trained more than once"
     assert told not in report_text(case.results.content())
     monkeypatch.setenv("WEIGHTS", "others")
     os.remove(case.runs["teacher", 1].weights)
@@ -294,6 +313,26 @@ def test_two_processes_can_share_the_results(case):
     case.do([("student", 1)])
     other.do([("student", 2)])
     assert other.recorded().keys() == {("student", 1), ("student", 2)}
+
+
+def test_comparisons_with_other_run_folders_can_share_the_results(case):
+    done = train(case.runs["student", 1], str(case.folder / "script.py"))
+    keys = [(arm, seed) for arm in ("student", "crosskd_ifc") for seed in (1, 2)]
+
+    def add(folder, keys):
+        runs = all_runs(case.protocol, str(case.folder / folder))
+        results = Results(case.protocol, case.path, runs, command="python x")
+        for key in keys * 10:
+            results.add({key: done})
+
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=add, args=(name, keys[i::2])) for i, name in enumerate("ab")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert case.recorded().keys() == set(keys)
 
 
 def test_entries_of_arms_that_are_gone_stay_but_are_not_reported(case):

@@ -117,7 +117,13 @@ def test_a_run_without_an_evaluation_has_failed(train, tmp_path, monkeypatch):
 
 def test_a_result_tells_where_it_was_made(train, tmp_path):
     done = train(make_run(tmp_path / "run"), threads=1)
-    assert set(done["versions"]) == {"python", "torch", "torchvision", "detectron2"}
+    assert set(done["versions"]) == {
+        "python",
+        "torch",
+        "torchvision",
+        "detectron2",
+        "crosskd_ifc",
+    }
     assert "CPU core" in done["hardware"] and "(1 for a run)" in done["hardware"]
 
 
@@ -128,6 +134,28 @@ def test_what_does_not_change_results_does_not_change_the_digest(tmp_path):
     # The student distils nothing.
     assert make_run(tmp_path, "MODEL.CROSSKD.LOSS.CLS_WEIGHT", "2.0").digest() == plain.digest()
     assert make_run(tmp_path, "SOLVER.BASE_LR", "0.5").digest() != plain.digest()
+
+
+def test_a_changed_card_makes_another_run(train, tmp_path, monkeypatch):
+    card = tmp_path / "card.yaml"
+    card.write_text("{name: few, root: here}")
+    run = make_run(tmp_path / "run", "DATASETS.CARDS", f"('{card}',)")
+    first = train(run)
+    assert run.result() == first
+    card.write_text("{name: few, root: there}")
+    assert run.result() is None
+    train(run)
+    assert len(calls(tmp_path / "run.old1")) == 1 and len(calls(tmp_path / "run")) == 1
+
+
+def test_other_weights_of_a_given_teacher_make_another_run(train, tmp_path):
+    weights = tmp_path / "teacher.pth"
+    weights.write_text("first")
+    opts = ["MODEL.CROSSKD.TEACHER.WEIGHTS", str(weights)]
+    run = Run("a run", "quick/crosskd_ifc_R_18_shapes.yaml", str(tmp_path / "run"), opts)
+    assert train(run) == run.result()
+    weights.write_text("others")
+    assert run.result() is None
 
 
 def test_the_digest_changes_with_a_default_but_not_with_a_new_key(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
+from .protocol import TEACHER
 from .report_figures import draw_curves, draw_differences
 
 Scores = Mapping[int, float]  # seed -> AP
@@ -74,9 +75,13 @@ class Table:
             if run["arm"] in self.runs:
                 self.runs[run["arm"]][run["seed"]] = run
 
+    def current(self, arm: str) -> Dict[int, dict]:
+        """seed -> run of an arm, without those of earlier settings."""
+        return {seed: run for seed, run in self.runs[arm].items() if not run.get("outdated")}
+
     def scores(self, arm: str, key: str = "AP") -> Dict[int, float]:
-        """seed -> ``key`` of an arm."""
-        return {seed: run[key] for seed, run in self.runs[arm].items() if key in run}
+        """seed -> ``key`` of an arm, without runs of earlier settings."""
+        return {seed: run[key] for seed, run in self.current(arm).items() if key in run}
 
     def sections(self) -> List[Section]:
         """The main arms, then each group of ablations; arms without a run are left out."""
@@ -125,7 +130,7 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
         differences = _differences(table, section)
         lines += ["Paired differences of AP:", "", differences, ""] if differences else []
     if any(run.get("outdated") for run in content["runs"]):
-        lines += ["\\* of earlier settings; the run with the present ones isn't finished.", ""]
+        lines += ["\\* of earlier settings: in no mean, difference or figure.", ""]
     lines += ["## Figures", "", "![Learning curves](curves.png)", ""]
     if differences_figure:
         lines += ["![Paired differences](differences.png)", ""]
@@ -156,9 +161,10 @@ def _results(table: Table, section: Section) -> str:
         if not runs:
             continue
         each = " / ".join(_cell(runs.get(seed)) for seed in seeds)
-        row = [f"`{name}`", table.arms[name]["title"], len(runs)]
-        row += [_mean(runs, "AP"), _mean(runs, "AP50"), each]
-        rows.append(row + ([_mean(runs, "AP_val")] if with_validation else []))
+        current = {seed: run for seed, run in table.current(name).items() if seed in seeds}
+        row = [f"`{name}`", table.arms[name]["title"], len(current)]
+        row += [_mean(current, "AP"), _mean(current, "AP50"), each]
+        rows.append(row + ([_mean(current, "AP_val")] if with_validation else []))
     headers += ["AP (val)"] if with_validation else []
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
@@ -196,30 +202,50 @@ def _mean(runs: Mapping[int, dict], key: str) -> str:
 
 def _provenance(content: dict) -> List[str]:
     runs = content["runs"]
+    steps = sum(run["iterations"] * run["seconds_per_step"] for run in runs) / 3600
     hours = sum(run["seconds"] for run in runs) / 3600
-    used = [", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs]
     lines = [f"    {content['command']}", ""]
-    lines.append(f"{len(runs)} runs, {hours:.1f} hours of training and evaluation, added up. With")
-    lines.append(f"{'; '.join(sorted(set(used)))}, on {_hardware(runs)}.")
-    lines.append("Each seed has its own teacher. All numbers: [results.json](results.json).")
-    return lines + _several_teachers(content)
+    lines.append(
+        f"{len(runs)} runs, {steps:.1f} hours of training steps; with evaluations, waiting"
+    )
+    lines.append(f"and restarts {hours:.1f} hours. With {_versions(runs)},")
+    lines.append(f"on {_hardware(runs)}.")
+    if any(run["arm"] == TEACHER for run in runs):
+        lines.append("Each seed has its own teacher.")
+    lines += _several_teachers(content)
+    return lines + ["All numbers: [results.json](results.json)."]
 
 
 def _several_teachers(content: dict) -> List[str]:
-    """Says where not all students of a seed have learned from the very same weights: a teacher
+    """Says where the runs of a seed don't all belong to the same weights of its teacher: a teacher
     whose weights were gone has been trained again."""
-    taught = {arm["arm"] for arm in content["arms"] if arm.get("taught")}
+    belong = {arm["arm"] for arm in content["arms"] if arm.get("taught")} | {TEACHER}
     found: Dict[int, set] = {}
     for run in content["runs"]:
-        if run["arm"] in taught:
-            found.setdefault(run["seed"], set()).add(run.get("teacher_sha256"))
-    seeds = [str(seed) for seed, digests in sorted(found.items()) if len(digests) > 1]
-    if not seeds:
-        return []
-    return [
-        f"Seed {', '.join(seeds)}: students have learned from two or more trainings of the teacher",
-        "with the same settings (`teacher_sha256`), which differ by rounding.",
-    ]
+        if run["arm"] in belong and not run.get("outdated"):
+            found.setdefault(run["seed"], set()).add(run.get("teacher_sha256", ""))
+    lines = []
+    several = [str(seed) for seed, those in sorted(found.items()) if len(those - {""}) > 1]
+    if several:
+        lines += [
+            f"Seed {', '.join(several)}: its teacher was trained more than once with the same",
+            "settings, and not all students have learned from the same weights (`teacher_sha256`).",
+        ]
+    unknown = [str(seed) for seed, those in sorted(found.items()) if len(those) > 1 and "" in those]
+    if unknown:
+        lines += [
+            f"Seed {', '.join(unknown)}: of some runs it isn't recorded which training of the",
+            "teacher they belong to.",
+        ]
+    return lines
+
+
+def _versions(runs: Sequence[dict]) -> str:
+    found: Dict[str, set] = {}
+    for run in runs:
+        for name, version in run["versions"].items():
+            found.setdefault(name, set()).add(version)
+    return ", ".join(f"{name} {' and '.join(sorted(those))}" for name, those in found.items())
 
 
 def _hardware(runs: Sequence[dict]) -> str:

@@ -1,6 +1,6 @@
 """Figures of a comparison: learning curves with their spread, and paired differences."""
 
-from typing import TYPE_CHECKING, Dict, List
+from typing import TYPE_CHECKING, Dict, List, Set
 
 import numpy as np
 
@@ -97,8 +97,9 @@ def draw_differences(table: "Table", path: str) -> bool:
 def _curves(axis, table: "Table", section: "Section") -> None:
     others = [name for name in section.references if name not in section.arms]
     grey = {name: str(0.25 + 0.5 * i / max(len(others), 1)) for i, name in enumerate(others)}
+    seeds = {seed for name in section.arms for seed in table.runs[name]}
     for name in [*others, *section.arms]:
-        curves = _common_points(table, name)
+        curves = _common_points(table, name, seeds)
         if not curves:
             continue
         iterations, values = np.array(curves["iterations"]), np.array(curves["AP"])
@@ -118,9 +119,10 @@ def _curves(axis, table: "Table", section: "Section") -> None:
     axis.legend(fontsize=8)
 
 
-def _common_points(table: "Table", name: str) -> Dict[str, List]:
-    """{"iterations", "AP" (one list for each seed)} at the iterations that all its seeds have."""
-    curves = [dict(map(tuple, run["curve"])) for run in table.runs[name].values()]
+def _common_points(table: "Table", name: str, seeds: Set[int]) -> Dict[str, List]:
+    """{"iterations", "AP" (one list for each of ``seeds``)} at the iterations that all have."""
+    runs = [run for seed, run in table.current(name).items() if seed in seeds]
+    curves = [dict(map(tuple, run["curve"])) for run in runs]
     common = sorted(set.intersection(*map(set, curves))) if curves else []
     if not common:
         return {}

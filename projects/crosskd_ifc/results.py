@@ -1,5 +1,6 @@
 """``results.json`` of a protocol: all that a report needs, whatever becomes of the folders."""
 
+import functools
 import json
 import os
 from typing import Dict, Tuple
@@ -26,13 +27,19 @@ class Results:
         """
         self.protocol, self.path, self.command = protocol, path, command
         self.digests = {key: run.digest() for key, run in runs.items()}
-        self.lock = os.path.abspath(os.path.join(next(iter(runs.values())).folder, "..", "results"))
+        self._inputs = functools.lru_cache(maxsize=None)(lambda key: runs[key].inputs())
+        # Beside the file, whatever folder its runs lie in.
+        self.lock = os.path.join(os.path.dirname(os.path.abspath(path)), ".results")
         self.entries: Dict[Key, dict] = {}
         self._read()
 
     def is_finished(self, key: Key) -> bool:
         """Whether there is an entry for the run's present settings."""
-        return self.entries.get(key, {}).get("config_sha256") == self.digests[key]
+        entry = self.entries.get(key)
+        if entry is None or entry["config_sha256"] != self.digests.get(key):
+            return False
+        # Not in records of old.
+        return entry.get("inputs_sha256") in (None, self._inputs(key))
 
     def add(self, found: Dict[Key, dict]) -> None:
         """Put what :func:`crosskd_ifc.runs.train` returned into the file."""
@@ -48,9 +55,8 @@ class Results:
         protocol = self.protocol
         order = list(protocol.arms)
         for key, entry in self.entries.items():
-            outdated = key in self.digests and not self.is_finished(key)
             entry.pop("outdated", None)
-            entry.update({"outdated": True} if outdated else {})
+            entry.update({} if self.is_finished(key) else {"outdated": True})
         known = sorted(
             (k for k in self.entries if k[0] in order), key=lambda k: (order.index(k[0]), k[1])
         )
@@ -92,6 +98,7 @@ class Results:
         return {
             **entry,
             "config_sha256": done["digest"],
+            "inputs_sha256": done.get("inputs_sha256"),
             "iterations": done["iterations"],
             "seconds": round(done["seconds"], 1),
             "seconds_per_step": round(done["seconds_per_step"], 4),
@@ -105,12 +112,18 @@ class Results:
             return
         try:
             with open(self.path) as f:
-                runs = json.load(f)["runs"]
+                content = json.load(f)
+            runs, name = content["runs"], content["name"]
             found = {(entry["arm"], entry["seed"]): entry for entry in runs}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{self.path}: not the results of a comparison: {type(error).__name__} {error}"
             ) from error
+        if name != self.protocol.name:
+            raise ConfigError(
+                f"{self.path}: holds the results of {name!r}, not of {self.protocol.name!r} "
+                f"({self.protocol.path}); give another --output"
+            )
         self.entries.update(found)
 
     def _write(self) -> None:
@@ -121,9 +134,10 @@ class Results:
             lines = ",\n".join("  " + json.dumps(entry) for entry in content[key])
             blocks.append(f" {json.dumps(key)}: [\n{lines}\n ]")
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        with open(f"{self.path}.partial", "w") as f:
+        partial = f"{self.path}.{os.getpid()}.partial"
+        with open(partial, "w") as f:
             f.write("{\n" + ",\n".join(blocks) + "\n}\n")
-        os.replace(f"{self.path}.partial", self.path)
+        os.replace(partial, self.path)
 
 
 def _is_flat(value) -> bool:

@@ -4,14 +4,20 @@ import json
 import os
 import platform
 import re
+import subprocess
 from importlib import metadata
-from typing import Dict
+from typing import Any, Dict
 
 import torch
 
+_QUIET: Dict[str, Any] = {"stderr": subprocess.DEVNULL, "text": True}
+
 
 def versions() -> Dict[str, str]:
-    """Versions of Python, torch, torchvision and detectron2 (with its commit, where known)."""
+    """Versions of Python, torch, torchvision, detectron2 and this project, the last two with their
+    commits where known."""
+    from . import __version__  # the package may still be importing this module
+
     found = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "detectron2"):
         try:
@@ -21,6 +27,8 @@ def versions() -> Dict[str, str]:
     commit = _detectron2_commit()
     if commit:
         found["detectron2"] += f" ({commit[:7]})"
+    commit = _own_commit()
+    found["crosskd_ifc"] = f"{__version__} ({commit})" if commit else __version__
     return found
 
 
@@ -50,6 +58,22 @@ def _cpu_model() -> str:
     except OSError:
         return ""
     return f"{names[0]} " if names and names[0] else ""
+
+
+def _own_commit() -> str:
+    """Of the checkout that this package lies in, with a "+" if its code has changes; "" if it is in
+    none."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    try:
+        commit = subprocess.check_output([*git, "rev-parse", "--short=7", "HEAD"], **_QUIET)
+        # A virtual environment can lie in the checkout of another project.
+        subprocess.check_output([*git, "ls-files", "--error-unmatch", __file__], **_QUIET)
+        code = [":/projects", ":/configs", ":/tools"]
+        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", *code]
+        changed = subprocess.check_output(status, **_QUIET)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.strip() + ("+" if changed.strip() else "")
 
 
 def _detectron2_commit() -> str:

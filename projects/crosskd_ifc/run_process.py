@@ -1,6 +1,8 @@
 """One run's process and folder: who may write to the folder, and how the process ends."""
 
 import fcntl
+import functools
+import hashlib
 import json
 import logging
 import os
@@ -135,6 +137,24 @@ def read_json(path: str) -> Optional[dict]:
             return json.load(f)
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+
+
+def file_sha256(path: str) -> str:
+    """Of a file's bytes; "" if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return _sha256(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=None)
+def _sha256(path: str, *changed: int) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def write_json(path: str, content: dict) -> None:

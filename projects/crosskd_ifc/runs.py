@@ -19,8 +19,18 @@ from detectron2.config import CfgNode, get_cfg
 
 from .config import add_crosskd_ifc_config, distillation_requested
 from .config_files import find_config, merge_from_file, merge_from_list
+from .data import resolve_path
 from .run_environment import hardware, versions
-from .run_process import RunFailed, RunStopped, claim_folder, read_json, supervise, write_json
+from .run_process import (
+    RunFailed,
+    RunStopped,
+    claim_folder,
+    file_sha256,
+    read_json,
+    supervise,
+    write_json,
+)
+from .teacher import load_teacher_config
 from .visualization import read_metrics
 
 # Settings that don't belong to a run's results.
@@ -66,6 +76,18 @@ class Run:
         text = json.dumps([settings, *(run.digest() for run in self.needs)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def inputs(self) -> str:
+        """A digest of what the settings only name: dataset cards, and the config and weights of a
+        teacher that no run of ``needs`` trains."""
+        cfg, found = self.cfg(), {}
+        for card in cfg.DATASETS.CARDS:
+            path = resolve_path(card, what="dataset card", key="DATASETS.CARDS")
+            found[card] = file_sha256(path)
+        if not self.needs and distillation_requested(cfg):
+            teacher, weights = load_teacher_config(cfg)
+            found["teacher"] = [_settings(teacher), weights, file_sha256(weights)]
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
     @property
     def weights(self) -> str:
         """The file of the trained weights, once they are there."""
@@ -77,7 +99,10 @@ class Run:
     def result(self) -> Optional[dict]:
         """The results of a finished run of this very config, or None."""
         done = read_json(self.path("run.json"))
-        return done if done and done["digest"] == self.digest() else None
+        if not done or done["digest"] != self.digest():
+            return None
+        # Not in records of old.
+        return done if done.get("inputs_sha256") in (None, self.inputs()) else None
 
 
 def train(
@@ -107,7 +132,8 @@ def train(
         and "curve", a list of [steps done, AP]), "iterations", "seconds_per_step" (median, 0 for a
         run of a few steps), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
         process, 0 where there is no /proc), "versions", "hardware", "digest", and SHA-256s:
-        "weights_sha256" of the final weights' file, "needs_sha256" of those it started from.
+        "inputs_sha256", see :meth:`Run.inputs`, "weights_sha256" of the final weights' file,
+        "needs_sha256" of those of the runs it needs.
 
     Raises:
         RunFailed: if the training ended with an error.
@@ -116,13 +142,15 @@ def train(
     done = run.result()
     if done is not None:
         return done
-    digest = run.digest()
-    with claim_folder(run.folder, name=run.name, digest=digest, stop=stop) as log:
+    digest, inputs = run.digest(), run.inputs()
+    with claim_folder(run.folder, name=run.name, digest=digest + inputs, stop=stop) as log:
         done = run.result()  # of the process that we waited for
         if done is not None:
             return done
         earlier = (read_json(run.path("started.json")) or {}).get("seconds", 0.0)
-        write_json(run.path("started.json"), {"digest": digest, "seconds": earlier})
+        state = {"digest": digest + inputs, "seconds": earlier}
+        write_json(run.path("started.json"), state)
+        needs = [file_sha256(needed.weights) for needed in run.needs]
         command = [sys.executable, "-W", "ignore", train_net, "--resume", *arguments]
         command += ["--config-file", find_config(run.config, key=run.name)[0]]
         command += [*run.opts, "OUTPUT_DIR", run.folder]
@@ -133,7 +161,7 @@ def train(
             )
         finally:
             seconds = earlier + time.monotonic() - start
-            write_json(run.path("started.json"), {"digest": digest, "seconds": seconds})
+            write_json(run.path("started.json"), {**state, "seconds": seconds})
         if status != 0 and stop is not None and stop.is_set():
             raise RunStopped(f"{run.name} was stopped")
         if status != 0:
@@ -142,21 +170,10 @@ def train(
             raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
         done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **_collect(run)}
         done.update(versions=versions(), hardware=hardware(run.cfg().MODEL.DEVICE, threads))
-        done["weights_sha256"] = _file_sha256(run.weights)
-        done["needs_sha256"] = [_file_sha256(needed.weights) for needed in run.needs]
+        done.update(inputs_sha256=inputs, needs_sha256=needs)
+        done["weights_sha256"] = file_sha256(run.weights)
         write_json(run.path("run.json"), done)
         return done
-
-
-def _file_sha256(path: str) -> str:
-    """Of a file's bytes; "" if there is none."""
-    if not os.path.exists(path):
-        return ""
-    found = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _progress(run: Run, steps: int):
