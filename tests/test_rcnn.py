@@ -369,7 +369,7 @@ def test_a_user_can_register_a_fusion():
 def test_statistics_go_to_the_event_storage_every_twenty_steps_only():
     student, _ = distilling()
     names = {"num_rois", "teacher_seconds", "factor", "teacher_confidence"}
-    names |= {"agreement_cross_head", "agreement_student"}
+    names |= {"agreement_cross_head", "agreement_student", "fused_length", "fused_cosine"}
     names |= {"disagreement_truth", "disagreement_truth_foreground"}
     result, storage = train_losses(student, tiny_batch(), iteration=19)
     latest = {k[8:]: v for k, (v, _) in storage.latest().items() if k.startswith("crosskd/")}
@@ -387,6 +387,16 @@ def test_agreement_with_itself_is_complete():
     _, storage = train_losses(student.train(), tiny_batch(), iteration=19)
     assert storage.latest()["crosskd/agreement_cross_head"][0] == 1
     assert storage.latest()["crosskd/agreement_student"][0] == 1
+
+
+@pytest.mark.parametrize("name, length", [("mean", 1), ("sum", 3)])
+def test_a_sum_of_three_equal_features_is_three_times_as_long_as_the_teachers(name, length):
+    cfg = tiny_cfg(*fusion(name, ("pool", "fc1", "fc2"), route="through"))
+    student = tiny_model(cfg)
+    attach_teacher(student, cfg, teacher=copy.deepcopy(student))
+    _, storage = train_losses(student.train(), tiny_batch(), iteration=19)
+    assert storage.latest()["crosskd/fused_length"][0] == pytest.approx(length, rel=1e-4)
+    assert storage.latest()["crosskd/fused_cosine"][0] == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Dict, List, Mapping, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
@@ -25,10 +26,12 @@ from .teacher import Teacher
 
 @dataclasses.dataclass
 class BoxPredictions:
-    """Class logits (R, K + 1) and box deltas (R, 4K) or (R, 4)."""
+    """Class logits (R, K + 1) and box deltas (R, 4K) or (R, 4); of a cross-head also the combined
+    feature that they come from, shaped as the teacher's at the entry layer."""
 
     logits: torch.Tensor
     deltas: torch.Tensor
+    fused: Optional[torch.Tensor] = None
 
 
 class CrossHead:
@@ -54,7 +57,7 @@ class CrossHead:
         """
         entry = self.fusion.entry
         fused = self.fusion(trace.layers, teacher[entry], self._layers.run)
-        return BoxPredictions(*self._predictor(self._layers.run(fused, after=entry)))
+        return BoxPredictions(*self._predictor(self._layers.run(fused, after=entry)), fused)
 
     def targets(self, predictions: BoxPredictions) -> BoxPredictions:
         """What the predictions are compared with: the teacher's own."""
@@ -172,7 +175,7 @@ class BoxDistiller:
         )
         loss_box = self._box_loss(found, wanted, trace.boxes)
         if step.log:
-            self._log(found, targets, trace)
+            self._log(found, targets, trace, layers)
         return {
             "loss_cls_kd": loss_cls * self.cls_weight,
             "loss_box_reg_kd": loss_box * self.box_weight,
@@ -219,7 +222,13 @@ class BoxDistiller:
         return L.confident_giou(*decoded, confidence, normalizer=confidence.sum() + L.EPS)
 
     @torch.no_grad()
-    def _log(self, found: BoxPredictions, targets: BoxPredictions, trace: HeadTrace) -> None:
+    def _log(
+        self,
+        found: BoxPredictions,
+        targets: BoxPredictions,
+        trace: HeadTrace,
+        teacher: Mapping[str, torch.Tensor],
+    ) -> None:
         """Statistics of this step to the EventStorage."""
         scalars = {"num_rois": float(len(targets.logits))}
         if len(targets.logits):
@@ -228,6 +237,7 @@ class BoxDistiller:
             if self.fusion is not None:
                 best = found.logits.argmax(dim=1)
                 scalars["agreement_cross_head"] = _share(best, answer)
+                scalars.update(_compare(found.fused, teacher[self.fusion.entry]))
             if self._class_map is not None:
                 answer = self._class_map.to_student(answer)
                 if self._student_has_softmax:
@@ -239,6 +249,15 @@ class BoxDistiller:
                     wrong = 1 - _share(answer[positive], truth[positive])
                     scalars["disagreement_truth_foreground"] = wrong
         put_scalars(scalars)
+
+
+def _compare(fused: torch.Tensor, teacher: torch.Tensor) -> Dict[str, float]:
+    """How long the combined features are beside the teacher's own, and how alike their direction,
+    over the R > 0 RoIs."""
+    ours, theirs = (x.flatten(1).float() for x in (fused, teacher))
+    length = ours.norm(dim=1).mean() / theirs.norm(dim=1).mean().clamp(min=L.EPS)
+    cosine = F.cosine_similarity(ours, theirs, dim=1).mean()
+    return {"fused_length": length.item(), "fused_cosine": cosine.item()}
 
 
 def _share(a: torch.Tensor, b: torch.Tensor) -> float:
