@@ -322,7 +322,9 @@ def summarize(seconds: Mapping[str, Sequence[float]]) -> Dict[str, Any]:
 
 
 def _spread(values: Sequence[float]) -> Dict[str, Any]:
-    quartiles = statistics.quantiles(values, n=4)[::2] if len(values) > 1 else [values[0]] * 2
+    quartiles = [values[0]] * 2
+    if len(values) > 1:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")[::2]
     return {
         "median": round(statistics.median(values), 4),
         "quartiles": [round(x, 4) for x in quartiles],
