@@ -11,7 +11,7 @@ import torch
 from common import tiny_cfg
 from detectron2.data import DatasetCatalog
 from PIL import Image
-from test_data import Coco, Voc, _image, _write, _xml
+from test_data import XML_DECLARATION, Coco, Voc, _image, _write, _xml
 
 from crosskd_ifc import CrossKDTrainer
 from crosskd_ifc.data import register_card
@@ -45,6 +45,12 @@ XML_REFUSED = {
     "two roots": _xml([GOOD]) * 2,
     "binary": b"\x00\x01\x02\xff" * 20,
     "UTF-16": _xml([GOOD]).encode("utf-16"),
+    "UTF-8 that says it is UTF-16": XML_DECLARATION.format("UTF-16") + _xml([GOOD]),
+    "UTF-8 that says it is GBK": XML_DECLARATION.format("GBK") + _xml([GOOD]),
+    "an unknown encoding": XML_DECLARATION.format("no-such") + _xml([GOOD]),
+    "an encoding that is none": XML_DECLARATION.format("base64") + _xml([GOOD]),
+    "UTF-8 that says it is Latin-1": XML_DECLARATION.format("ISO-8859-1")
+    + _xml([("r\xf6d", 1, 1, 9, 9)]),
     "Latin-1 bytes": _xml([("r\xf6d", 1, 1, 9, 9)]).encode("latin-1"),
     "an entity bomb": LAUGHS + _xml([GOOD]).replace("rod", "&a9;"),
     "an external entity": "<!DOCTYPE a [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>"

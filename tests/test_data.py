@@ -57,6 +57,9 @@ def _xml(objects, width=40, height=30):
     )
 
 
+XML_DECLARATION = '<?xml version="1.0" encoding="{}"?>'
+
+
 class Voc:
     """A tiny VOC folder with a card: train is a, b, c and val is d, e. Valid until changed."""
 
@@ -198,6 +201,11 @@ def test_a_wrong_key_of_a_coco_card_is_one_error(tmp_path, change, key):
         "name: a\nname: b",
         "name: &a [x]\nclasses: *a",
         "name: !!python/object/apply:os.system ['true']",
+        "year: !!bool foo",
+        "year: !!timestamp foo",
+        "year: !!int ''",
+        "year: !!str 2007",
+        "year: !own {a: 1}",
         "[" * 1500,
         b"\xff\xfe\x00",
     ],
@@ -296,6 +304,7 @@ def test_voc_boxes_are_detectron2s_but_empty_ones_have_no_area(tmp_path):
             "<!DOCTYPE a [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>" + _xml([BOX]),
         ),
         ("Annotations/b.xml", ("<!DOCTYPE a [<!ENTITY e 'x'>]>" + _xml([BOX])).encode("utf-16")),
+        ("Annotations/b.xml", XML_DECLARATION.format("UTF-16") + _xml([BOX])),
         ("ImageSets/Main/train.txt", None),
         ("ImageSets/Main/train.txt", ""),
         ("ImageSets/Main/train.txt", "a\n"),
@@ -465,6 +474,16 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]>' + _xml([BOX])
         (_put(A_XML, "<annotation>"), "unreadable annotation", A_XML + ": not valid XML"),
         (_put(A_XML, b"\xff\xfe<"), "unreadable annotation", A_XML + ": not UTF-8"),
         (_put(A_XML, BOMB), "unreadable annotation", A_XML + ": .*DOCTYPE"),
+        (
+            _put(A_XML, XML_DECLARATION.format("UTF-16") + _xml([BOX])),
+            "unreadable annotation",
+            A_XML + ": not valid XML: encoding",
+        ),
+        (
+            _put(A_XML, XML_DECLARATION.format("ISO-8859-1") + _xml([("r\xf6d", 1, 1, 9, 9)])),
+            "unknown class",
+            "object 1, r\xc3\xb6d",
+        ),
         (_put(A_XML, "<annotation/>"), "unreadable annotation", "<size><width> is missing"),
         (
             _put(A_XML, _xml([BOX]).replace("<ymax>20", "<ymax>")),

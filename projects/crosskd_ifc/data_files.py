@@ -32,11 +32,16 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which aliases (YAML bombs) and keys that are given twice are errors."""
+    """Safe YAML in which tags, aliases (YAML bombs) and keys that are given twice are errors."""
 
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not allowed")
+        if event.tag is not None:  # !!int on what is none fails in Python's own ways
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            line = event.start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: tags such as {tag[:40]} are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
@@ -100,9 +105,10 @@ def read_voc_annotation(
     text = read_text(path)
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
-        parser.feed(text)
+        # Bytes, as detectron2: from a str the encoding that the file declares would be ignored.
+        parser.feed(text.encode())
         tree = parser.close()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: no such encoding
         raise ValueError(f"{path}: not valid XML: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
