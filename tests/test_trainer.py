@@ -103,6 +103,17 @@ def test_the_training_data_loses_boxes_without_area_and_images_left_empty(datase
     assert "ropped 2 boxes" in caplog.text and "0.png" in caplog.text
 
 
+def test_training_data_without_a_usable_box_is_one_error_that_names_them(dataset):
+    names = dataset([picture(0), picture(1)]), dataset([picture(2, (5.0, 5.0, 5.0, 20.0))])
+    with pytest.raises(ConfigError, match=f"DATASETS.TRAIN.*{names[0]}.*{names[1]}.*3 images"):
+        CrossKDTrainer.build_train_loader(tiny_cfg("DATASETS.TRAIN", names))
+    one = dataset([picture(3, (1.0, 2.0, 9.0, 9.0))])
+    cfg = tiny_cfg("DATASETS.TRAIN", (names[0], one))
+    assert len(CrossKDTrainer.build_train_loader(cfg).stream.records) == 1
+    cfg = tiny_cfg("DATASETS.TRAIN", names, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
+    assert len(CrossKDTrainer.build_train_loader(cfg).stream.records) == 3
+
+
 def test_a_wrong_class_count_of_a_data_set_that_is_named_late_is_refused_when_it_is_loaded(
     tmp_path,
 ):

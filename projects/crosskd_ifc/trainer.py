@@ -5,7 +5,7 @@ import contextlib
 import functools
 import os
 import weakref
-from typing import Dict, Iterator, Optional
+from typing import Dict, Iterator, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .checkpointer import SafeCheckpointer
-from .config import distillation_requested
+from .config import ConfigError, distillation_requested
 from .data import drop_degenerate_boxes
 from .hooks import DistillationSchedule, TeacherEvaluation, unwrap
 from .interruption import StepWatch, Termination, own_message, save_iteration
@@ -115,7 +115,11 @@ class CrossKDTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """detectron2's loader less the boxes without area or outside their image, which it logs."""
+        """detectron2's loader less the boxes without area or outside their image, which it logs.
+
+        Raises:
+            ConfigError: for data sets that don't fit the model or hold no box to train on.
+        """
         names = cfg.DATASETS.TRAIN
         dicts = get_detection_dataset_dicts(
             names,
@@ -132,7 +136,7 @@ class CrossKDTrainer(DefaultTrainer):
         dicts, _ = drop_degenerate_boxes(dicts)
         # Afterwards, since an image may have had no other box.
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
-            dicts = filter_images_with_only_crowd_annotations(dicts)
+            dicts = _with_boxes(dicts, names)
         return TrainingStream(cfg, dicts).build_loader()
 
     @classmethod
@@ -192,6 +196,22 @@ class CrossKDTrainer(DefaultTrainer):
         if kd.TEACHER.EVAL_AT_START:
             ours.append(TeacherEvaluation())
         return ours + hooks
+
+
+def _with_boxes(dicts: list, names: Sequence[str]) -> list:
+    """The images with a box that isn't a crowd's.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    kept = filter_images_with_only_crowd_annotations(dicts)
+    if not kept:
+        raise ConfigError(
+            f"DATASETS.TRAIN: there is no box to train on in {', '.join(names)}: all {len(dicts)} "
+            "images are without one (boxes of crowds, without area or outside their image don't "
+            "count)"
+        )
+    return kept
 
 
 def _insert_before(hooks: list, kinds: tuple, hook: HookBase) -> None:
