@@ -80,7 +80,7 @@ def test_a_bad_voc_annotation_is_one_error_that_names_file_or_image(case, tmp_pa
     voc = Voc(tmp_path)
     _write(voc.root / "Annotations/b.xml", XML_REFUSED[case])
     name = register_card(str(voc.card))[0]
-    with pytest.raises(ValueError, match=r"Annotations/b.xml|JPEGImages/b.jpg") as error:
+    with pytest.raises(SampleError, match=r"Annotations/b.xml|JPEGImages/b.jpg") as error:
         _all_samples(name)
     assert len(str(error.value)) < 600
 
@@ -155,6 +155,10 @@ JSON_REFUSED = {
     "images that are no list": lambda coco: coco.json.update(images={}),
     "no categories": lambda coco: coco.json.pop("categories"),
     "no images": lambda coco: coco.json.update(images=[]),
+    "a category id twice": lambda coco: coco.json["categories"].append({"id": 1, "name": "x"}),
+    "an outline that is one flat list": _annotation(segmentation=[1, 1, 9, 1, 9, 9]),
+    "an outline of texts": _annotation(segmentation=["1, 1, 9, 1, 9, 9"]),
+    "an outline that is a number": _annotation(segmentation=7),
 }
 
 
@@ -164,9 +168,49 @@ def test_a_bad_coco_record_is_one_error_that_names_file_or_image(case, tmp_path)
     JSON_REFUSED[case](coco)
     _write(coco.root / "train.json", json.dumps(coco.json))
     name = register_card(str(coco.card))[0]
-    with pytest.raises(ValueError, match=r"train.json|images/|/dev/zero") as error:
+    with pytest.raises(SampleError, match=r"train.json|images/|/dev/zero") as error:
         _all_samples(name)
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            _annotation(segmentation=[1, 1, 9, 1, 9, 9]),
+            r"train.json: annotation 2: its segmentation .* list of polygons, \[\[x1, y1, ",
+        ),
+        (
+            lambda coco: coco.json["categories"].append({"id": 1, "name": "cell"}),
+            "train.json: 2 categories have the id 1",
+        ),
+    ],
+    ids=["a flat outline", "a category id twice"],
+)
+def test_what_a_coco_file_has_wrong_is_named(change, message, tmp_path):
+    coco = Coco(tmp_path)
+    change(coco)
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    with pytest.raises(SampleError, match=f"card.yaml: splits.train: .*{message}"):
+        DatasetCatalog.get(name)
+
+
+def test_an_image_twice_in_a_voc_list_is_one_error_that_names_list_and_image(tmp_path):
+    voc = Voc(tmp_path)
+    voc.split("train", "abcb")
+    name = register_card(str(voc.card))[0]
+    with pytest.raises(SampleError, match="ImageSets/Main/train.txt: .* 'b' is there 2 times"):
+        DatasetCatalog.get(name)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x1f", "\x1c", "\x0b"])
+def test_only_line_ends_end_a_line_of_a_voc_list(separator, tmp_path):
+    voc = Voc(tmp_path)
+    voc.split("train", ["a", f"b{separator}c", "d"])
+    name = register_card(str(voc.card))[0]
+    with pytest.raises(SampleError, match="train.txt: expected one image id per line"):
+        DatasetCatalog.get(name)
 
 
 @pytest.mark.parametrize(

@@ -377,6 +377,37 @@ def test_perfect_predictions_reach_ap_100(tmp_path, kind, evaluator):
     assert result["AP50"] == pytest.approx(100) and result["AP"] == pytest.approx(100)
 
 
+def _voc_ap(name, records, extra_class=None):
+    """AP50 of perfect predictions, with one of another class on top."""
+    runs = PascalVOCDetectionEvaluator(name)
+    runs.reset()
+    for record in records:
+        found = [(a["bbox"], a["category_id"]) for a in record["annotations"]]
+        found += [([0, 0, 9, 9], extra_class)] if extra_class is not None else []
+        instances = Instances((record["height"], record["width"]))
+        instances.pred_boxes = Boxes(torch.tensor([box for box, _ in found]))
+        instances.scores = torch.ones(len(found))
+        instances.pred_classes = torch.tensor([category for _, category in found])
+        runs.process([record], [{"instances": instances}])
+    return runs.evaluate()["bbox"]["AP50"]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("year, detected", [(2007, 200 / 3), (2012, float("nan"))])
+def test_the_check_says_what_a_class_without_boxes_does_to_the_ap(tmp_path, year, detected):
+    voc = Voc(tmp_path, classes=["cell", "rod", "x"])
+    report = str(check_card(load_card(str(voc.card))))
+    assert "no AP for this class" in report and "AP 0" not in report
+    voc.change(evaluator="pascal_voc", year=year)
+    report = str(check_card(load_card(str(voc.card))))
+    assert "AP 0 for this class" in report and "no AP" not in report
+    assert ("NaN" in report) == (year == 2012)
+    name = register_card(str(voc.card))[0]
+    records = DatasetCatalog.get(name)
+    assert _voc_ap(name, records) == pytest.approx(200 / 3)
+    assert _voc_ap(name, records, extra_class=2) == pytest.approx(detected, nan_ok=True)
+
+
 # Dropping of degenerate boxes
 
 
@@ -605,6 +636,12 @@ def _add(kind, record):
         (_drop("annotations", 0, "area"), "broken record", "wrong: area"),
         (_drop("annotations", 0, "image_id"), "broken record", "wrong: image_id"),
         (_add("annotations", "text"), "broken record", "annotation {}"),
+        (
+            _set("annotations", 0, segmentation=[1, 1, 9, 1, 9, 9], attributes={}),
+            "broken record",
+            "annotation 1.*wrong: segmentation",
+        ),
+        (_set("annotations", 0, segmentation=["1, 1"]), "broken record", "wrong: segmentation"),
         (
             _add("images", {"id": 9, "file_name": "0.png", "width": 0, "height": 3}),
             "broken record",

@@ -19,7 +19,7 @@ from .data_files import read_coco_json, read_voc_annotation, read_voc_split
 if TYPE_CHECKING:
     from .data_check import Report
 
-__all__ = ["Picture", "check_coco", "check_voc"]
+__all__ = ["Picture", "check_coco", "check_voc", "is_outline"]
 
 _COCO_SLACK = 0.05  # COCO files round x and width on their own
 
@@ -118,6 +118,13 @@ def _is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
 
+def is_outline(value: Any) -> bool:
+    """Whether detectron2 can read a COCO ``segmentation``: none, polygons, or a run-length code."""
+    if isinstance(value, list):
+        return all(isinstance(polygon, list) for polygon in value)
+    return not value or isinstance(value, dict)
+
+
 # The fields of a COCO file that detectron2 or its evaluator read, with what they must be.
 _CATEGORY = {"id": _is_int, "name": _is_text}
 _IMAGE = {"id": _is_id, "file_name": _is_text, "width": _is_length, "height": _is_length}
@@ -127,6 +134,7 @@ _ANNOTATION = {
     "category_id": _is_int,
     "bbox": _is_box,
     "area": _is_number,
+    "segmentation": is_outline,  # a flat list of numbers is the usual mistake
     "ignore": lambda value: not value,  # detectron2 asserts that it is off
 }
 
@@ -147,7 +155,8 @@ def check_coco(report: "Report", split: str) -> List[Picture]:
         record = record if isinstance(record, dict) else {}
         bad = [key for key, test in fields.items() if not test(record.get(key))]
         if bad:
-            broken(f"{kind} {short(record)}, missing or wrong: {', '.join(bad)}")
+            named = f"{short(record['id'])}: " if "id" in record else ""
+            broken(f"{kind} {named}{short(record)}, missing or wrong: {', '.join(bad)}")
         return not bad
 
     def unique(kind, key, seen):

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import warnings
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from xml.etree import ElementTree
@@ -80,7 +81,9 @@ def read_voc_split(root: str, split: str) -> List[str]:
         ValueError: also for content that detectron2's VOC reader couldn't read.
     """
     path = f"{root}/ImageSets/Main/{split}.txt"
-    ids = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    # Only these end a line of a file: str.splitlines knows more, which are blanks to numpy.
+    lines = re.split("\r\n|\r|\n", read_text(path))
+    ids = [line.strip() for line in lines if line.strip()]
     for line in ids:
         # numpy.loadtxt, which detectron2 uses, splits at blanks and takes # for a comment.
         if len(line.split()) > 1 or "#" in line:
