@@ -13,8 +13,9 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 from test_data import XML_DECLARATION, Coco, Voc, _image, _write, _xml
 
-from crosskd_ifc import CrossKDTrainer
+from crosskd_ifc import ConfigError, CrossKDTrainer
 from crosskd_ifc.data import register_card
+from crosskd_ifc.evaluation_data import check_test_data
 from crosskd_ifc.interruption import own_message
 from crosskd_ifc.samples import CheckedMapper, SampleError, build_mapper
 
@@ -224,6 +225,118 @@ def test_a_file_that_is_no_coco_json_is_one_error_that_names_it(content, tmp_pat
     name = register_card(str(coco.card))[0]
     with pytest.raises(ValueError, match="train.json"):
         DatasetCatalog.get(name)
+
+
+# Test sets: what only an evaluator reads
+
+
+def _pop(field):
+    return lambda annotation: annotation.pop(field)
+
+
+def _put(**fields):
+    return lambda annotation: annotation.update(fields)
+
+
+COCO_NOT_EVALUATED = {
+    "no iscrowd": (_pop("iscrowd"), "'iscrowd'"),
+    "no area": (_pop("area"), "'area'"),
+    "an area of text": (_put(area="9"), "'area'"),
+    "iscrowd null": (_put(iscrowd=None), "'iscrowd'"),
+    "a box of three": (_put(bbox=[1, 1, 5]), "'bbox'"),
+}
+
+
+@pytest.mark.parametrize("case", COCO_NOT_EVALUATED)
+def test_a_coco_file_that_cant_be_evaluated_trains_but_is_no_test_set(case, tmp_path):
+    change, field = COCO_NOT_EVALUATED[case]
+    coco = Coco(tmp_path)
+    change(coco.json["annotations"][1])
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    message = f"DATASETS.TEST.*card.yaml: splits.train: .*/train.json: annotation 2: {field} "
+    with pytest.raises(ConfigError, match=message):
+        CrossKDTrainer(_cfg(name, "DATASETS.TEST", (name,)))
+    if case != "a box of three":
+        assert len(_all_samples(name)) == 3
+
+
+@pytest.mark.parametrize("outline", [None, [], [[1, 2, 3, 4]], "none"])
+def test_masks_are_evaluated_only_where_every_object_has_an_outline(outline, tmp_path):
+    coco = Coco(tmp_path)
+    for annotation in coco.json["annotations"]:
+        annotation["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    if outline == "none":
+        del coco.json["annotations"][1]["segmentation"]
+    else:
+        coco.json["annotations"][1]["segmentation"] = outline
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
+    with pytest.raises(ConfigError, match="annotation 2: 'segmentation'"):
+        check_test_data(_cfg(name, "DATASETS.TEST", (name,), "MODEL.MASK_ON", True))
+
+
+GOOD_XML = _xml([("cell", 5, 5, 20, 20), GOOD])
+VOC_NOT_EVALUATED = {
+    "no pose": (("<pose>x</pose>", ""), "<pose>"),
+    "no truncated": (("<truncated>0</truncated>", ""), "<truncated>"),
+    "an empty truncated": (("<truncated>0</truncated>", "<truncated/>"), "<truncated>"),
+    "no difficult": (("<difficult>0</difficult>", ""), "<difficult>"),
+    "a coordinate of 5.0": (("<xmin>5<", "<xmin>5.0<"), "<xmin>"),
+}
+
+
+@pytest.mark.parametrize("case", VOC_NOT_EVALUATED)
+def test_an_object_that_the_voc_evaluator_cant_read_is_refused_in_a_test_set(case, tmp_path):
+    change, field = VOC_NOT_EVALUATED[case]
+    voc = Voc(tmp_path, evaluator="pascal_voc", year=2012)
+    _write(voc.root / "Annotations/b.xml", GOOD_XML.replace(*change, 1))
+    train, test = register_card(str(voc.card))
+    check_test_data(_cfg(test, "DATASETS.TEST", (test,)))
+    message = f"card.yaml: splits.train: .*/b.xml: object 1, cell: no usable {field}.*"
+    with pytest.raises(ConfigError, match=f"DATASETS.TEST.*{message}evaluator: coco"):
+        CrossKDTrainer(_cfg(train, "DATASETS.TEST", (test, train)))
+    assert len(_all_samples(train)) == 3
+    voc.change(name="other", evaluator="coco", year=None)
+    other = register_card(str(voc.card))[0]
+    check_test_data(_cfg(other, "DATASETS.TEST", (other,)))
+
+
+def test_an_empty_line_of_a_voc_list_is_refused_in_a_test_set_of_the_voc_evaluator(tmp_path):
+    voc = Voc(tmp_path, evaluator="pascal_voc", year=2012)
+    _write(voc.root / "ImageSets/Main/val.txt", "d\n \ne\n")
+    name = register_card(str(voc.card))[1]
+    with pytest.raises(ConfigError, match="splits.val: .*Main/val.txt: an empty line"):
+        check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
+
+
+def test_a_test_set_that_cant_be_loaded_is_refused_before_training(tmp_path):
+    voc = Voc(tmp_path)
+    _write(voc.root / "Annotations/d.xml", "<annotation>")
+    train, test = register_card(str(voc.card))
+    with pytest.raises(ConfigError, match="DATASETS.TEST.*splits.val.*d.xml: not valid XML"):
+        CrossKDTrainer(_cfg(train, "DATASETS.TEST", (test,)))
+
+
+def test_a_test_set_without_annotations_and_one_of_an_own_evaluator_are_not_refused(tmp_path):
+    coco = Coco(tmp_path)
+    del coco.json["annotations"]
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    check_test_data(_cfg(name, "DATASETS.TEST", (name, "coco_2017_val", "voc_2007_test")))
+    (tmp_path / "other").mkdir()
+    coco = Coco(tmp_path / "other", name="own")
+    coco.json["annotations"][0].pop("area")
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+
+    class Own(CrossKDTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+            return None
+
+    Own(_cfg(name, "DATASETS.TEST", (name,), "OUTPUT_DIR", str(tmp_path / "out")))
 
 
 # Images

@@ -610,6 +610,16 @@ def test_what_the_voc_evaluator_cant_read_is_a_warning_only_where_it_runs(tmp_pa
     assert re.search(f"object 1.*<{field}>", voc.found()["not for the VOC evaluator"][0])
 
 
+def test_an_empty_line_of_a_voc_list_is_a_warning_only_where_the_voc_evaluator_runs(tmp_path):
+    voc = Voc(tmp_path)
+    _write(voc.root / "ImageSets/Main/val.txt", "d\n\ne\n")
+    assert voc.found() == {}
+    voc.change(evaluator="pascal_voc", year=2012)
+    assert voc.found() == {
+        "not for the VOC evaluator": ["ImageSets/Main/val.txt: an empty line"],
+    }
+
+
 def _set(kind, index, **fields):
     return lambda coco: coco.json[kind][index].update(fields)
 
@@ -633,7 +643,9 @@ def _add(kind, record):
         (_set("annotations", 0, bbox=[1, 1, 5]), "broken record", "wrong: bbox"),
         (_set("annotations", 0, bbox=[1, 1, 5, 10**400]), "broken record", "wrong: bbox"),
         (_set("annotations", 0, ignore=1), "broken record", "wrong: ignore"),
-        (_drop("annotations", 0, "area"), "broken record", "wrong: area"),
+        (_drop("annotations", 0, "area"), "broken record", "annotation 1.*wrong: area"),
+        (_drop("annotations", 0, "iscrowd"), "broken record", "annotation 1.*wrong: iscrowd"),
+        (_set("annotations", 0, iscrowd="no"), "broken record", "wrong: iscrowd"),
         (_drop("annotations", 0, "image_id"), "broken record", "wrong: image_id"),
         (_add("annotations", "text"), "broken record", "annotation {}"),
         (

@@ -24,6 +24,7 @@ from .samples import SampleError
 
 __all__ = [
     "Card",
+    "card_of",
     "drop_degenerate_boxes",
     "load_card",
     "register_card",
@@ -228,6 +229,16 @@ def register_card(path: str) -> List[str]:
         DatasetCatalog.register(name, partial(load_split, card, split, name))
         _registered[name] = card
     return list(names)
+
+
+def card_of(name: str) -> Optional[Tuple[Card, str]]:
+    """The card that has registered a data set, and the split; None if no card has."""
+    from detectron2.data import DatasetCatalog
+
+    # Not by name: someone may have removed the data set and registered another one.
+    loader = DatasetCatalog[name] if name in DatasetCatalog else None
+    is_ours = isinstance(loader, partial) and loader.func is load_split
+    return loader.args[:2] if is_ours else None
 
 
 def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], int]:

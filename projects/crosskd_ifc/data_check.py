@@ -46,7 +46,7 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "annotation id 0": ("warning", "the COCO evaluator never counts this box as found"),
     "box of no image": ("warning", "these boxes are never used"),
     "unusable outline": ("warning", "no polygon with 3 points; detectron2 skips the object"),
-    "not for the VOC evaluator": ("warning", "evaluation on this split stops; training doesn't"),
+    "not for the VOC evaluator": ("warning", "refused in DATASETS.TEST; training reads it"),
     "class without boxes": ("warning", "no AP for this class on this split"),
     "EXIF orientation": (
         "warning",

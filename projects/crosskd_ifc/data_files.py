@@ -21,6 +21,7 @@ __all__ = [
     "read_coco_json",
     "read_text",
     "read_voc_annotation",
+    "read_voc_lines",
     "read_voc_split",
     "read_yaml",
 ]
@@ -74,15 +75,21 @@ def read_yaml(path: str) -> Any:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
 
 
+def read_voc_lines(root: str, split: str) -> Tuple[str, List[str]]:
+    """Returns the path of ``root``/ImageSets/Main/``split``.txt, and its lines."""
+    path = f"{root}/ImageSets/Main/{split}.txt"
+    # Only these end a line of a file: str.splitlines knows more, which are blanks to numpy.
+    lines = re.split("\r\n|\r|\n", read_text(path))
+    return path, lines if lines[-1] else lines[:-1]
+
+
 def read_voc_split(root: str, split: str) -> List[str]:
     """Returns the image ids in ``root``/ImageSets/Main/``split``.txt.
 
     Raises:
         ValueError: also for content that detectron2's VOC reader couldn't read.
     """
-    path = f"{root}/ImageSets/Main/{split}.txt"
-    # Only these end a line of a file: str.splitlines knows more, which are blanks to numpy.
-    lines = re.split("\r\n|\r|\n", read_text(path))
+    path, lines = read_voc_lines(root, split)
     ids = [line.strip() for line in lines if line.strip()]
     for line in ids:
         # numpy.loadtxt, which detectron2 uses, splits at blanks and takes # for a comment.
