@@ -11,10 +11,11 @@ import torch
 from common import tiny_cfg
 from detectron2.data import DatasetCatalog
 from PIL import Image
-from test_data import Coco, Voc, _image, _write, _xml
+from test_data import XML_DECLARATION, Coco, Voc, _image, _write, _xml
 
-from crosskd_ifc import CrossKDTrainer
+from crosskd_ifc import ConfigError, CrossKDTrainer
 from crosskd_ifc.data import register_card
+from crosskd_ifc.evaluation_data import check_test_data
 from crosskd_ifc.interruption import own_message
 from crosskd_ifc.samples import CheckedMapper, SampleError, build_mapper
 
@@ -45,6 +46,12 @@ XML_REFUSED = {
     "two roots": _xml([GOOD]) * 2,
     "binary": b"\x00\x01\x02\xff" * 20,
     "UTF-16": _xml([GOOD]).encode("utf-16"),
+    "UTF-8 that says it is UTF-16": XML_DECLARATION.format("UTF-16") + _xml([GOOD]),
+    "UTF-8 that says it is GBK": XML_DECLARATION.format("GBK") + _xml([GOOD]),
+    "an unknown encoding": XML_DECLARATION.format("no-such") + _xml([GOOD]),
+    "an encoding that is none": XML_DECLARATION.format("base64") + _xml([GOOD]),
+    "UTF-8 that says it is Latin-1": XML_DECLARATION.format("ISO-8859-1")
+    + _xml([("r\xf6d", 1, 1, 9, 9)]),
     "Latin-1 bytes": _xml([("r\xf6d", 1, 1, 9, 9)]).encode("latin-1"),
     "an entity bomb": LAUGHS + _xml([GOOD]).replace("rod", "&a9;"),
     "an external entity": "<!DOCTYPE a [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>"
@@ -74,7 +81,7 @@ def test_a_bad_voc_annotation_is_one_error_that_names_file_or_image(case, tmp_pa
     voc = Voc(tmp_path)
     _write(voc.root / "Annotations/b.xml", XML_REFUSED[case])
     name = register_card(str(voc.card))[0]
-    with pytest.raises(ValueError, match=r"Annotations/b.xml|JPEGImages/b.jpg") as error:
+    with pytest.raises(SampleError, match=r"Annotations/b.xml|JPEGImages/b.jpg") as error:
         _all_samples(name)
     assert len(str(error.value)) < 600
 
@@ -149,6 +156,10 @@ JSON_REFUSED = {
     "images that are no list": lambda coco: coco.json.update(images={}),
     "no categories": lambda coco: coco.json.pop("categories"),
     "no images": lambda coco: coco.json.update(images=[]),
+    "a category id twice": lambda coco: coco.json["categories"].append({"id": 1, "name": "x"}),
+    "an outline that is one flat list": _annotation(segmentation=[1, 1, 9, 1, 9, 9]),
+    "an outline of texts": _annotation(segmentation=["1, 1, 9, 1, 9, 9"]),
+    "an outline that is a number": _annotation(segmentation=7),
 }
 
 
@@ -158,9 +169,49 @@ def test_a_bad_coco_record_is_one_error_that_names_file_or_image(case, tmp_path)
     JSON_REFUSED[case](coco)
     _write(coco.root / "train.json", json.dumps(coco.json))
     name = register_card(str(coco.card))[0]
-    with pytest.raises(ValueError, match=r"train.json|images/|/dev/zero") as error:
+    with pytest.raises(SampleError, match=r"train.json|images/|/dev/zero") as error:
         _all_samples(name)
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            _annotation(segmentation=[1, 1, 9, 1, 9, 9]),
+            r"train.json: annotation 2: its segmentation .* list of polygons, \[\[x1, y1, ",
+        ),
+        (
+            lambda coco: coco.json["categories"].append({"id": 1, "name": "cell"}),
+            "train.json: 2 categories have the id 1",
+        ),
+    ],
+    ids=["a flat outline", "a category id twice"],
+)
+def test_what_a_coco_file_has_wrong_is_named(change, message, tmp_path):
+    coco = Coco(tmp_path)
+    change(coco)
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    with pytest.raises(SampleError, match=f"card.yaml: splits.train: .*{message}"):
+        DatasetCatalog.get(name)
+
+
+def test_an_image_twice_in_a_voc_list_is_one_error_that_names_list_and_image(tmp_path):
+    voc = Voc(tmp_path)
+    voc.split("train", "abcb")
+    name = register_card(str(voc.card))[0]
+    with pytest.raises(SampleError, match="ImageSets/Main/train.txt: .* 'b' is there 2 times"):
+        DatasetCatalog.get(name)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x1f", "\x1c", "\x0b"])
+def test_only_line_ends_end_a_line_of_a_voc_list(separator, tmp_path):
+    voc = Voc(tmp_path)
+    voc.split("train", ["a", f"b{separator}c", "d"])
+    name = register_card(str(voc.card))[0]
+    with pytest.raises(SampleError, match="train.txt: expected one image id per line"):
+        DatasetCatalog.get(name)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +225,118 @@ def test_a_file_that_is_no_coco_json_is_one_error_that_names_it(content, tmp_pat
     name = register_card(str(coco.card))[0]
     with pytest.raises(ValueError, match="train.json"):
         DatasetCatalog.get(name)
+
+
+# Test sets: what only an evaluator reads
+
+
+def _pop(field):
+    return lambda annotation: annotation.pop(field)
+
+
+def _put(**fields):
+    return lambda annotation: annotation.update(fields)
+
+
+COCO_NOT_EVALUATED = {
+    "no iscrowd": (_pop("iscrowd"), "'iscrowd'"),
+    "no area": (_pop("area"), "'area'"),
+    "an area of text": (_put(area="9"), "'area'"),
+    "iscrowd null": (_put(iscrowd=None), "'iscrowd'"),
+    "a box of three": (_put(bbox=[1, 1, 5]), "'bbox'"),
+}
+
+
+@pytest.mark.parametrize("case", COCO_NOT_EVALUATED)
+def test_a_coco_file_that_cant_be_evaluated_trains_but_is_no_test_set(case, tmp_path):
+    change, field = COCO_NOT_EVALUATED[case]
+    coco = Coco(tmp_path)
+    change(coco.json["annotations"][1])
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    message = f"DATASETS.TEST.*card.yaml: splits.train: .*/train.json: annotation 2: {field} "
+    with pytest.raises(ConfigError, match=message):
+        CrossKDTrainer(_cfg(name, "DATASETS.TEST", (name,)))
+    if case != "a box of three":
+        assert len(_all_samples(name)) == 3
+
+
+@pytest.mark.parametrize("outline", [None, [], [[1, 2, 3, 4]], "none"])
+def test_masks_are_evaluated_only_where_every_object_has_an_outline(outline, tmp_path):
+    coco = Coco(tmp_path)
+    for annotation in coco.json["annotations"]:
+        annotation["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    if outline == "none":
+        del coco.json["annotations"][1]["segmentation"]
+    else:
+        coco.json["annotations"][1]["segmentation"] = outline
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
+    with pytest.raises(ConfigError, match="annotation 2: 'segmentation'"):
+        check_test_data(_cfg(name, "DATASETS.TEST", (name,), "MODEL.MASK_ON", True))
+
+
+GOOD_XML = _xml([("cell", 5, 5, 20, 20), GOOD])
+VOC_NOT_EVALUATED = {
+    "no pose": (("<pose>x</pose>", ""), "<pose>"),
+    "no truncated": (("<truncated>0</truncated>", ""), "<truncated>"),
+    "an empty truncated": (("<truncated>0</truncated>", "<truncated/>"), "<truncated>"),
+    "no difficult": (("<difficult>0</difficult>", ""), "<difficult>"),
+    "a coordinate of 5.0": (("<xmin>5<", "<xmin>5.0<"), "<xmin>"),
+}
+
+
+@pytest.mark.parametrize("case", VOC_NOT_EVALUATED)
+def test_an_object_that_the_voc_evaluator_cant_read_is_refused_in_a_test_set(case, tmp_path):
+    change, field = VOC_NOT_EVALUATED[case]
+    voc = Voc(tmp_path, evaluator="pascal_voc", year=2012)
+    _write(voc.root / "Annotations/b.xml", GOOD_XML.replace(*change, 1))
+    train, test = register_card(str(voc.card))
+    check_test_data(_cfg(test, "DATASETS.TEST", (test,)))
+    message = f"card.yaml: splits.train: .*/b.xml: object 1, cell: no usable {field}.*"
+    with pytest.raises(ConfigError, match=f"DATASETS.TEST.*{message}evaluator: coco"):
+        CrossKDTrainer(_cfg(train, "DATASETS.TEST", (test, train)))
+    assert len(_all_samples(train)) == 3
+    voc.change(name="other", evaluator="coco", year=None)
+    other = register_card(str(voc.card))[0]
+    check_test_data(_cfg(other, "DATASETS.TEST", (other,)))
+
+
+def test_an_empty_line_of_a_voc_list_is_refused_in_a_test_set_of_the_voc_evaluator(tmp_path):
+    voc = Voc(tmp_path, evaluator="pascal_voc", year=2012)
+    _write(voc.root / "ImageSets/Main/val.txt", "d\n \ne\n")
+    name = register_card(str(voc.card))[1]
+    with pytest.raises(ConfigError, match="splits.val: .*Main/val.txt: an empty line"):
+        check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
+
+
+def test_a_test_set_that_cant_be_loaded_is_refused_before_training(tmp_path):
+    voc = Voc(tmp_path)
+    _write(voc.root / "Annotations/d.xml", "<annotation>")
+    train, test = register_card(str(voc.card))
+    with pytest.raises(ConfigError, match="DATASETS.TEST.*splits.val.*d.xml: not valid XML"):
+        CrossKDTrainer(_cfg(train, "DATASETS.TEST", (test,)))
+
+
+def test_a_test_set_without_annotations_and_one_of_an_own_evaluator_are_not_refused(tmp_path):
+    coco = Coco(tmp_path)
+    del coco.json["annotations"]
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    check_test_data(_cfg(name, "DATASETS.TEST", (name, "coco_2017_val", "voc_2007_test")))
+    (tmp_path / "other").mkdir()
+    coco = Coco(tmp_path / "other", name="own")
+    coco.json["annotations"][0].pop("area")
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+
+    class Own(CrossKDTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+            return None
+
+    Own(_cfg(name, "DATASETS.TEST", (name,), "OUTPUT_DIR", str(tmp_path / "out")))
 
 
 # Images

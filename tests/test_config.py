@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config
 from crosskd_ifc.config import check_crosskd_config, distillation_requested
+from crosskd_ifc.config_files import merge_from_file
 
 K = "MODEL.CROSSKD."
 CASES = {
@@ -120,6 +121,25 @@ def leaves(node, prefix=""):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+@pytest.mark.parametrize("value", ["!!bool foo", "!!timestamp foo", "!!int ''", "2001-99-99"])
+@pytest.mark.parametrize("is_base", [False, True], ids=["config", "its base"])
+def test_a_value_that_is_not_of_its_yaml_type_is_one_error_that_names_the_file(
+    tmp_path, value, is_base
+):
+    (tmp_path / "broken.yaml").write_text(f"SOLVER:\n  MAX_ITER: {value}\n")
+    (tmp_path / "config.yaml").write_text("_BASE_: broken.yaml\n")
+    path = str(tmp_path / ("config.yaml" if is_base else "broken.yaml"))
+    with pytest.raises(ConfigError) as error:
+        merge_from_file(tiny_cfg(), path, key="--config-file")
+    assert str(error.value).startswith(f"--config-file {path}: a value is not of its YAML type (")
+
+
+def test_a_config_file_that_is_nested_too_deeply_is_one_error(tmp_path):
+    (tmp_path / "deep.yaml").write_text("SOLVER: " + "[" * 3000)
+    with pytest.raises(ConfigError, match="--config-file .*deep.yaml: "):
+        merge_from_file(tiny_cfg(), str(tmp_path / "deep.yaml"), key="--config-file")
 
 
 def test_the_table_of_options_names_every_key_with_its_default():

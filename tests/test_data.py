@@ -57,6 +57,9 @@ def _xml(objects, width=40, height=30):
     )
 
 
+XML_DECLARATION = '<?xml version="1.0" encoding="{}"?>'
+
+
 class Voc:
     """A tiny VOC folder with a card: train is a, b, c and val is d, e. Valid until changed."""
 
@@ -198,6 +201,11 @@ def test_a_wrong_key_of_a_coco_card_is_one_error(tmp_path, change, key):
         "name: a\nname: b",
         "name: &a [x]\nclasses: *a",
         "name: !!python/object/apply:os.system ['true']",
+        "year: !!bool foo",
+        "year: !!timestamp foo",
+        "year: !!int ''",
+        "year: !!str 2007",
+        "year: !own {a: 1}",
         "[" * 1500,
         b"\xff\xfe\x00",
     ],
@@ -296,6 +304,7 @@ def test_voc_boxes_are_detectron2s_but_empty_ones_have_no_area(tmp_path):
             "<!DOCTYPE a [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>" + _xml([BOX]),
         ),
         ("Annotations/b.xml", ("<!DOCTYPE a [<!ENTITY e 'x'>]>" + _xml([BOX])).encode("utf-16")),
+        ("Annotations/b.xml", XML_DECLARATION.format("UTF-16") + _xml([BOX])),
         ("ImageSets/Main/train.txt", None),
         ("ImageSets/Main/train.txt", ""),
         ("ImageSets/Main/train.txt", "a\n"),
@@ -366,6 +375,37 @@ def test_perfect_predictions_reach_ap_100(tmp_path, kind, evaluator):
         runs.process([record], [{"instances": instances}])
     result = runs.evaluate()["bbox"]
     assert result["AP50"] == pytest.approx(100) and result["AP"] == pytest.approx(100)
+
+
+def _voc_ap(name, records, extra_class=None):
+    """AP50 of perfect predictions, with one of another class on top."""
+    runs = PascalVOCDetectionEvaluator(name)
+    runs.reset()
+    for record in records:
+        found = [(a["bbox"], a["category_id"]) for a in record["annotations"]]
+        found += [([0, 0, 9, 9], extra_class)] if extra_class is not None else []
+        instances = Instances((record["height"], record["width"]))
+        instances.pred_boxes = Boxes(torch.tensor([box for box, _ in found]))
+        instances.scores = torch.ones(len(found))
+        instances.pred_classes = torch.tensor([category for _, category in found])
+        runs.process([record], [{"instances": instances}])
+    return runs.evaluate()["bbox"]["AP50"]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("year, detected", [(2007, 200 / 3), (2012, float("nan"))])
+def test_the_check_says_what_a_class_without_boxes_does_to_the_ap(tmp_path, year, detected):
+    voc = Voc(tmp_path, classes=["cell", "rod", "x"])
+    report = str(check_card(load_card(str(voc.card))))
+    assert "no AP for this class" in report and "AP 0" not in report
+    voc.change(evaluator="pascal_voc", year=year)
+    report = str(check_card(load_card(str(voc.card))))
+    assert "AP 0 for this class" in report and "no AP" not in report
+    assert ("NaN" in report) == (year == 2012)
+    name = register_card(str(voc.card))[0]
+    records = DatasetCatalog.get(name)
+    assert _voc_ap(name, records) == pytest.approx(200 / 3)
+    assert _voc_ap(name, records, extra_class=2) == pytest.approx(detected, nan_ok=True)
 
 
 # Dropping of degenerate boxes
@@ -465,6 +505,16 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]>' + _xml([BOX])
         (_put(A_XML, "<annotation>"), "unreadable annotation", A_XML + ": not valid XML"),
         (_put(A_XML, b"\xff\xfe<"), "unreadable annotation", A_XML + ": not UTF-8"),
         (_put(A_XML, BOMB), "unreadable annotation", A_XML + ": .*DOCTYPE"),
+        (
+            _put(A_XML, XML_DECLARATION.format("UTF-16") + _xml([BOX])),
+            "unreadable annotation",
+            A_XML + ": not valid XML: encoding",
+        ),
+        (
+            _put(A_XML, XML_DECLARATION.format("ISO-8859-1") + _xml([("r\xf6d", 1, 1, 9, 9)])),
+            "unknown class",
+            "object 1, r\xc3\xb6d",
+        ),
         (_put(A_XML, "<annotation/>"), "unreadable annotation", "<size><width> is missing"),
         (
             _put(A_XML, _xml([BOX]).replace("<ymax>20", "<ymax>")),
@@ -560,6 +610,16 @@ def test_what_the_voc_evaluator_cant_read_is_a_warning_only_where_it_runs(tmp_pa
     assert re.search(f"object 1.*<{field}>", voc.found()["not for the VOC evaluator"][0])
 
 
+def test_an_empty_line_of_a_voc_list_is_a_warning_only_where_the_voc_evaluator_runs(tmp_path):
+    voc = Voc(tmp_path)
+    _write(voc.root / "ImageSets/Main/val.txt", "d\n\ne\n")
+    assert voc.found() == {}
+    voc.change(evaluator="pascal_voc", year=2012)
+    assert voc.found() == {
+        "not for the VOC evaluator": ["ImageSets/Main/val.txt: an empty line"],
+    }
+
+
 def _set(kind, index, **fields):
     return lambda coco: coco.json[kind][index].update(fields)
 
@@ -583,9 +643,17 @@ def _add(kind, record):
         (_set("annotations", 0, bbox=[1, 1, 5]), "broken record", "wrong: bbox"),
         (_set("annotations", 0, bbox=[1, 1, 5, 10**400]), "broken record", "wrong: bbox"),
         (_set("annotations", 0, ignore=1), "broken record", "wrong: ignore"),
-        (_drop("annotations", 0, "area"), "broken record", "wrong: area"),
+        (_drop("annotations", 0, "area"), "broken record", "annotation 1.*wrong: area"),
+        (_drop("annotations", 0, "iscrowd"), "broken record", "annotation 1.*wrong: iscrowd"),
+        (_set("annotations", 0, iscrowd="no"), "broken record", "wrong: iscrowd"),
         (_drop("annotations", 0, "image_id"), "broken record", "wrong: image_id"),
         (_add("annotations", "text"), "broken record", "annotation {}"),
+        (
+            _set("annotations", 0, segmentation=[1, 1, 9, 1, 9, 9], attributes={}),
+            "broken record",
+            "annotation 1.*wrong: segmentation",
+        ),
+        (_set("annotations", 0, segmentation=["1, 1"]), "broken record", "wrong: segmentation"),
         (
             _add("images", {"id": 9, "file_name": "0.png", "width": 0, "height": 3}),
             "broken record",

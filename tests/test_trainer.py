@@ -19,6 +19,8 @@ from detectron2.structures import BoxMode
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, Teacher
 from crosskd_ifc.config import check_crosskd_config
+from crosskd_ifc.data import register_card
+from crosskd_ifc.evaluation_data import check_classes
 from crosskd_ifc.hooks import DistillationSchedule
 from crosskd_ifc.run_checks import check_training_config
 from crosskd_ifc.runs import Run
@@ -103,6 +105,17 @@ def test_the_training_data_loses_boxes_without_area_and_images_left_empty(datase
     assert "ropped 2 boxes" in caplog.text and "0.png" in caplog.text
 
 
+def test_training_data_without_a_usable_box_is_one_error_that_names_them(dataset):
+    names = dataset([picture(0), picture(1)]), dataset([picture(2, (5.0, 5.0, 5.0, 20.0))])
+    with pytest.raises(ConfigError, match=f"DATASETS.TRAIN.*{names[0]}.*{names[1]}.*3 images"):
+        CrossKDTrainer.build_train_loader(tiny_cfg("DATASETS.TRAIN", names))
+    one = dataset([picture(3, (1.0, 2.0, 9.0, 9.0))])
+    cfg = tiny_cfg("DATASETS.TRAIN", (names[0], one))
+    assert len(CrossKDTrainer.build_train_loader(cfg).stream.records) == 1
+    cfg = tiny_cfg("DATASETS.TRAIN", names, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
+    assert len(CrossKDTrainer.build_train_loader(cfg).stream.records) == 3
+
+
 def test_a_wrong_class_count_of_a_data_set_that_is_named_late_is_refused_when_it_is_loaded(
     tmp_path,
 ):
@@ -115,6 +128,95 @@ def test_a_wrong_class_count_of_a_data_set_that_is_named_late_is_refused_when_it
     register_coco_instances("late", {}, str(tmp_path / "late.json"), str(tmp_path))
     with pytest.raises(ConfigError, match="NUM_CLASSES is 3, but data set 'late' has 5 classes"):
         CrossKDTrainer.build_train_loader(tiny_cfg("DATASETS.TRAIN", ("late",)))
+
+
+@pytest.fixture
+def coco_sets(tmp_path):
+    """Writes and registers a card without classes: split -> class names by category id."""
+
+    def register(**splits):
+        for split, names in splits.items():
+            content = {"images": [{"id": 1, "file_name": "a.png", "height": 64, "width": 64}]}
+            content["annotations"] = [
+                {"id": 1, "image_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "category_id": 1}
+            ]
+            content["annotations"][0]["iscrowd"] = 0
+            content["categories"] = [{"id": i, "name": n} for i, n in enumerate(names, 1)]
+            (tmp_path / f"{split}.json").write_text(json.dumps(content))
+        files = {split: {"json": f"{split}.json", "images": "."} for split in splits}
+        card = {"name": "named", "format": "coco", "root": ".", "splits": files}
+        (tmp_path / "card.yaml").write_text(yaml.safe_dump(card))
+        register_card(str(tmp_path / "card.yaml"))
+        return [f"named_{split}" for split in splits]
+
+    return register
+
+
+def sets_cfg(train, test, *opts):
+    opts = ("DATASETS.TRAIN", tuple(train), "DATASETS.TEST", tuple(test), *opts)
+    return tiny_cfg("MODEL.CROSSKD.ENABLED", False, *opts)
+
+
+OTHER_CLASSES = {
+    "another order": ("bac", "class 0 is 'a' in 'named_train' and 'b' in "),
+    "another name": ("abx", "class 2 is 'c' in 'named_train' and 'x' in "),
+    "fewer": ("ab", "class 2 is 'c' in 'named_train' and missing in "),
+    "more": ("abcd", "class 3 is missing in 'named_train' and 'd' in "),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CLASSES)
+def test_a_test_set_of_other_classes_than_the_training_set_is_refused(case, coco_sets, tmp_path):
+    names, message = OTHER_CLASSES[case]
+    train, same, other = coco_sets(train="abc", same="abc", other=names)
+    out = "OUTPUT_DIR", str(tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"DATASETS.TEST: 'named_other'.*{message}"):
+        CrossKDTrainer(sets_cfg([train], [same, other], *out))
+    CrossKDTrainer(sets_cfg([train], [same], *out))
+
+
+def test_training_sets_of_different_classes_are_refused(coco_sets):
+    names = coco_sets(one="abc", two="acb")
+    message = r"DATASETS.TRAIN: 'named_two'.*class 1 is 'b' in 'named_one' and 'c' in"
+    with pytest.raises(ConfigError, match=message):
+        CrossKDTrainer.build_train_loader(sets_cfg(names, []))
+
+
+def test_classes_that_are_not_known_are_not_compared(coco_sets, dataset, tmp_path):
+    train = coco_sets(train="abc")[0]
+    nameless = dataset([picture(0, (1, 2, 9, 9))], evaluator_type="coco")
+    MetadataCatalog.remove(nameless)
+    MetadataCatalog.get(nameless).set(evaluator_type="coco")
+    gone = dataset([], evaluator_type="coco")
+    MetadataCatalog.remove(gone)
+    MetadataCatalog.get(gone).set(evaluator_type="coco", json_file=str(tmp_path / "gone.json"))
+    cfg = sets_cfg([train], [nameless, gone], "OUTPUT_DIR", str(tmp_path / "out"))
+    CrossKDTrainer(cfg)
+    check_classes(cfg, evaluation=True)
+
+
+def test_detectron2s_own_data_sets_have_the_same_classes():
+    coco = sets_cfg(["coco_2017_train"], ["coco_2017_val", "coco_2017_val_100"])
+    coco.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    voc = sets_cfg(["voc_2007_trainval", "voc_2012_trainval"], ["voc_2007_test"])
+    voc.MODEL.ROI_HEADS.NUM_CLASSES = 20
+    for cfg in (coco, voc):
+        check_classes(cfg)
+        check_classes(cfg, evaluation=True)
+
+
+def test_an_evaluation_compares_the_classes_that_are_known(coco_sets):
+    train, test, other, fewer = coco_sets(train="abc", test="abc", other="acb", fewer="ab")
+    check_classes(sets_cfg([train], [test]), evaluation=True)
+    check_classes(sets_cfg(["not_registered"], [test]), evaluation=True)
+    # Training data of another number of classes aren't what the model has learned from.
+    check_classes(sets_cfg([fewer, "coco_2017_train"], [test]), evaluation=True)
+    with pytest.raises(ConfigError, match="'named_other'.*'named_train'.*set DATASETS.TRAIN"):
+        check_classes(sets_cfg([train], [other]), evaluation=True)
+    with pytest.raises(ConfigError, match="'named_other'.*'named_test'"):
+        check_classes(sets_cfg([], [test, other]), evaluation=True)
+    with pytest.raises(ConfigError, match="NUM_CLASSES is 3, but data set 'named_fewer' has 2"):
+        check_classes(sets_cfg([], [fewer]), evaluation=True)
 
 
 REFUSED = {

@@ -29,6 +29,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.checkpointer import CheckpointError, SafeCheckpointer
 from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.evaluation_data import check_classes, check_test_data
 from crosskd_ifc.interruption import Terminated, end_with_parent, own_message
 from crosskd_ifc.run_checks import check_evaluation_config, check_training_config, check_weights
 from crosskd_ifc.samples import SampleError
@@ -56,6 +57,8 @@ def main(args):
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="crosskd_ifc")
     if args.eval_only:
+        check_test_data(cfg)
+        check_classes(cfg, evaluation=True)
         model = build_model(cfg)
         SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume

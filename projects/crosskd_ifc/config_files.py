@@ -1,6 +1,7 @@
 """Finding config files and merging them, with errors that say where they come from."""
 
 import os
+import traceback
 from typing import Sequence, Tuple
 
 import yaml
@@ -14,9 +15,12 @@ from .data import resolve_path
 _MERGE_ERRORS = (
     AssertionError,
     AttributeError,
+    IndexError,
     KeyError,
     NotImplementedError,
     OSError,
+    OverflowError,
+    RecursionError,
     TypeError,
     ValueError,
     yaml.YAMLError,
@@ -99,5 +103,8 @@ def _is_of_the_zoo(path: str) -> bool:
 
 
 def _text(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    if place == yaml.constructor.__file__ and not isinstance(error, yaml.YAMLError):
+        return f"a value is not of its YAML type ({type(error).__name__}: {error})"
     # A KeyError shows the repr of its argument.
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

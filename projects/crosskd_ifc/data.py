@@ -3,17 +3,14 @@
 A card names a VOC folder or COCO json files; `register_card` adds its splits to detectron2's
 catalogs as ``<name>_<split>``. configs/datasets/README.md lists the keys.
 
-Box shorthand:
-    x0, y0, x1, y1: absolute pixels, x0 and y0 from 0; x1 - x0 is the width (detectron2's XYXY_ABS)
-    xmin, ymin, xmax, ymax: the same box in a VOC file, where pixels count from 1 and xmax, ymax are
-    inside the box: x0 = xmin - 1, x1 = xmax
+Box shorthand: x0, y0, x1, y1 are absolute pixels from 0; x1 - x0 is the width (detectron2's
+XYXY_ABS).
 """
 
 import logging
 import math
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from reprlib import repr as short  # a hostile card's values may be huge
@@ -21,10 +18,13 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.utils.file_io import PathManager
 
-from .data_files import read_coco_json, read_voc_annotation, read_voc_split, read_yaml
+from .data_files import read_yaml
+from .data_loading import load_split
+from .samples import SampleError
 
 __all__ = [
     "Card",
+    "card_of",
     "drop_degenerate_boxes",
     "load_card",
     "register_card",
@@ -226,9 +226,19 @@ def register_card(path: str) -> List[str]:
         else:
             files = card.splits[split]
             meta.set(json_file=files["json"], image_root=files["images"])
-        DatasetCatalog.register(name, partial(_load_split, card, split, name))
+        DatasetCatalog.register(name, partial(load_split, card, split, name))
         _registered[name] = card
     return list(names)
+
+
+def card_of(name: str) -> Optional[Tuple[Card, str]]:
+    """The card that has registered a data set, and the split; None if no card has."""
+    from detectron2.data import DatasetCatalog
+
+    # Not by name: someone may have removed the data set and registered another one.
+    loader = DatasetCatalog[name] if name in DatasetCatalog else None
+    is_ours = isinstance(loader, partial) and loader.func is load_split
+    return loader.args[:2] if is_ours else None
 
 
 def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], int]:
@@ -246,7 +256,7 @@ def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], in
         dropped annotations.
 
     Raises:
-        ValueError: a box isn't made of numbers; names the image.
+        SampleError: a box isn't made of numbers; names the image.
     """
     result, dropped_from = [], []
     num_flat = num_outside = 0
@@ -259,7 +269,7 @@ def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], in
             solid = [a for a in record["annotations"] if "bbox" not in a or _has_area(a)]
             kept = [a for a in solid if "bbox" not in a or not _is_outside(a, record)]
         except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
+            raise SampleError(
                 f"{record.get('file_name')}: an annotation's bbox is not a box of numbers with a "
                 f"bbox_mode ({type(error).__name__}: {error})"
             ) from error
@@ -302,62 +312,3 @@ def _is_outside(annotation: dict, record: dict) -> bool:
     mode = BoxMode(annotation["bbox_mode"])
     box = BoxMode.convert([float(v) for v in annotation["bbox"]], mode, BoxMode.XYXY_ABS)
     return box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0
-
-
-def _load_split(card: Card, split: str, name: str) -> List[dict]:
-    """Reads one split through detectron2. A fault is one ValueError that names card and file."""
-    from detectron2.data.datasets import load_coco_json
-
-    source = card.splits[split]
-    try:
-        if card.format == "voc":
-            return _load_voc(card.root, source, card.classes)
-        _check_coco_images(source["json"])
-        try:
-            return load_coco_json(source["json"], source["images"], name)
-        except Exception as error:  # KeyError, AssertionError and others, without the file's name
-            reason = f"{type(error).__name__}: {error}"
-            if "thing_classes" in reason:  # detectron2 refuses a second value in the metadata
-                lists = reason.splitlines()[-1]
-                reason = f"its categories are not the card's classes (card != json): {lists}"
-            raise ValueError(f"{source['json']}: {reason}") from error
-    except ValueError as error:
-        raise ValueError(
-            f"dataset card {card.path}: splits.{split}: {error}\n"
-            f"`tools/prepare_data.py check {card.path}` lists everything that is wrong."
-        ) from error
-
-
-def _check_coco_images(path: str) -> None:
-    # detectron2 lets the later of two images with one id replace the other, and stops without a
-    # file's name where there is none.
-    images = read_coco_json(path)["images"]
-    ids = Counter(repr(image.get("id")) for image in images if isinstance(image, dict))
-    if not images:
-        raise ValueError(f"{path}: there are no images in it")
-    for image_id, count in ids.most_common(1):
-        if count > 1:
-            raise ValueError(f"{path}: {count} images have the id {image_id[:80]}")
-
-
-def _load_voc(root: str, split: str, classes: Sequence[str]) -> List[dict]:
-    from detectron2.data.datasets import load_voc_instances
-
-    # detectron2 parses XML as it comes and names no file in its errors: look at all files first.
-    for image_id in read_voc_split(root, split):
-        path = os.path.join(root, "Annotations", image_id + ".xml")
-        size, objects = read_voc_annotation(path)
-        if min(size) < 1:
-            raise ValueError(f"{path}: <size> is {size[0]} x {size[1]} pixels")
-        for name, _, _ in objects:
-            if name not in classes:
-                raise ValueError(f"{path}: class {name!r} is none of {', '.join(classes)}")
-    records = load_voc_instances(root, split, list(classes))
-    for record in records:
-        for annotation in record["annotations"]:
-            x0, y0, x1, y1 = annotation["bbox"]
-            # An empty box of the file, xmax <= xmin; detectron2's x0 = xmin - 1 gave it a pixel.
-            x0 = x1 if 0 < x1 - x0 <= 1 else x0
-            y0 = y1 if 0 < y1 - y0 <= 1 else y0
-            annotation["bbox"] = [x0, y0, x1, y1]
-    return records

@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optiona
 
 from detectron2.utils.file_io import PathManager
 
-from .data_files import read_coco_json, read_voc_annotation, read_voc_split
+from .data_files import read_coco_json, read_voc_annotation, read_voc_lines, read_voc_split
 
 if TYPE_CHECKING:
     from .data_check import Report
 
-__all__ = ["Picture", "check_coco", "check_voc"]
+__all__ = [
+    "Picture",
+    "check_coco",
+    "check_voc",
+    "coco_evaluator_fault",
+    "is_outline",
+    "voc_evaluator_fault",
+    "voc_list_fault",
+]
 
 _COCO_SLACK = 0.05  # COCO files round x and width on their own
 
@@ -48,6 +56,10 @@ def check_voc(report: "Report", split: str) -> List[Picture]:
     for image_id, times in Counter(ids).items():
         if times > 1:
             report.add("duplicate id", f"ImageSets/Main/{card.splits[split]}.txt: {image_id}")
+    if card.evaluator == "pascal_voc":
+        fault = voc_list_fault(card.root, card.splits[split])
+        if fault:
+            report.add("not for the VOC evaluator", fault)
     pictures = []
     for image_id in dict.fromkeys(ids):
         image = os.path.join(card.root, "JPEGImages", image_id + ".jpg")
@@ -74,13 +86,20 @@ def check_voc(report: "Report", split: str) -> List[Picture]:
             if (name, *box) in seen:
                 report.add("duplicate box", where)
             seen.add((name, *box))
-            fault = _voc_evaluator_fault(element) if card.evaluator == "pascal_voc" else ""
+            fault = voc_evaluator_fault(element) if card.evaluator == "pascal_voc" else ""
             if fault:
                 report.add("not for the VOC evaluator", f"{where}: no usable {fault}")
     return pictures
 
 
-def _voc_evaluator_fault(element) -> str:
+def voc_list_fault(root: str, split: str) -> str:
+    """Returns what keeps detectron2's VOC evaluator from reading a split's list, or ""."""
+    path, lines = read_voc_lines(root, split)
+    # To it, that is an image without a name.
+    return "" if all(line.strip() for line in lines) else f"{path}: an empty line"
+
+
+def voc_evaluator_fault(element) -> str:
     """Returns the first field that detectron2's VOC evaluator couldn't read, or ""."""
     corners = [f"bndbox/{corner}" for corner in ("xmin", "ymin", "xmax", "ymax")]
     for tag in ("pose", "truncated", "difficult", *corners):
@@ -90,6 +109,27 @@ def _voc_evaluator_fault(element) -> str:
                 int(text)
         except (AttributeError, TypeError, ValueError):
             return f"<{tag.split('/')[-1]}>"
+    return ""
+
+
+def coco_evaluator_fault(record: Dict[str, Any], *, masks: bool) -> str:
+    """Returns the first field of an annotation that the COCO evaluator couldn't read, or "".
+
+    Args:
+        record: as loading accepts it.
+        masks: whether masks are evaluated too.
+    """
+    needed = {
+        "bbox": (_is_box, "a list of four numbers"),
+        "area": (_is_number, "a number"),
+        "iscrowd": (_is_flag, "0 or 1"),
+    }
+    if masks:
+        needed["segmentation"] = (_is_mask, "polygons of at least three points, or a run length")
+    for key, (test, expected) in needed.items():
+        if not test(record.get(key)):
+            found = f"is {short(record[key])}" if key in record else "is missing"
+            return f"{key!r} {found}; the COCO evaluator needs {expected}"
     return ""
 
 
@@ -118,6 +158,22 @@ def _is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value in (0, 1)
+
+
+def _is_mask(value: Any) -> bool:
+    # pycocotools goes by the length of the first polygon; up to 4 numbers are a box to it.
+    return bool(value) and (isinstance(value, dict) or len(value[0]) > 4)
+
+
+def is_outline(value: Any) -> bool:
+    """Whether detectron2 can read a COCO ``segmentation``: none, polygons, or a run-length code."""
+    if isinstance(value, list):
+        return all(isinstance(polygon, list) for polygon in value)
+    return not value or isinstance(value, dict)
+
+
 # The fields of a COCO file that detectron2 or its evaluator read, with what they must be.
 _CATEGORY = {"id": _is_int, "name": _is_text}
 _IMAGE = {"id": _is_id, "file_name": _is_text, "width": _is_length, "height": _is_length}
@@ -127,6 +183,8 @@ _ANNOTATION = {
     "category_id": _is_int,
     "bbox": _is_box,
     "area": _is_number,
+    "iscrowd": _is_flag,
+    "segmentation": is_outline,  # a flat list of numbers is the usual mistake
     "ignore": lambda value: not value,  # detectron2 asserts that it is off
 }
 
@@ -147,7 +205,8 @@ def check_coco(report: "Report", split: str) -> List[Picture]:
         record = record if isinstance(record, dict) else {}
         bad = [key for key, test in fields.items() if not test(record.get(key))]
         if bad:
-            broken(f"{kind} {short(record)}, missing or wrong: {', '.join(bad)}")
+            named = f"{short(record['id'])}: " if "id" in record else ""
+            broken(f"{kind} {named}{short(record)}, missing or wrong: {', '.join(bad)}")
         return not bad
 
     def unique(kind, key, seen):

@@ -46,7 +46,7 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "annotation id 0": ("warning", "the COCO evaluator never counts this box as found"),
     "box of no image": ("warning", "these boxes are never used"),
     "unusable outline": ("warning", "no polygon with 3 points; detectron2 skips the object"),
-    "not for the VOC evaluator": ("warning", "evaluation on this split stops; training doesn't"),
+    "not for the VOC evaluator": ("warning", "refused in DATASETS.TEST; training reads it"),
     "class without boxes": ("warning", "no AP for this class on this split"),
     "EXIF orientation": (
         "warning",
@@ -58,6 +58,11 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "split inside a split": ("note", "never train on one and test on the other"),
     "image without boxes": ("note", "left out of training by DATALOADER.FILTER_EMPTY_ANNOTATIONS"),
     "duplicate box": ("note", "the same class and box more than once in one image"),
+}
+# detectron2's VOC evaluator takes the mean over all classes of a card.
+_CLASS_WITHOUT_BOXES = {
+    2007: "AP 0 for this class on this split, which the mean counts",
+    2012: "AP 0 for this class on this split, which the mean counts; NaN once it is detected",
 }
 _EXAMPLES = 5
 
@@ -82,6 +87,12 @@ class Report:
         where = where.replace(self.card.root + os.sep, "") if self.card.root else where
         self.found.setdefault(kind, {})[where] = None
 
+    def meaning(self, kind: str) -> str:
+        """Returns what a kind of finding means for a run on this card."""
+        if kind == "class without boxes" and self.card.evaluator == "pascal_voc":
+            return _CLASS_WITHOUT_BOXES.get(self.card.year, _CLASS_WITHOUT_BOXES[2012])
+        return KINDS[kind][1]
+
     def total(self, severity: str) -> int:
         """Returns the number of findings of a severity: "error", "warning" or "note"."""
         return sum(len(v) for kind, v in self.found.items() if KINDS[kind][0] == severity)
@@ -103,7 +114,7 @@ class Report:
             kinds = [k for k, v in KINDS.items() if v[0] == severity and k in self.found]
             for kind in kinds:
                 places = list(self.found[kind])
-                lines += ["", f"{severity}: {kind} ({len(places):,}) - {KINDS[kind][1]}"]
+                lines += ["", f"{severity}: {kind} ({len(places):,}) - {self.meaning(kind)}"]
                 lines += [f"  {_printable(place)}" for place in places[:_EXAMPLES]]
                 if len(places) > _EXAMPLES:
                     lines.append(f"  ... and {len(places) - _EXAMPLES:,} more")

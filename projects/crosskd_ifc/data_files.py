@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import warnings
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from xml.etree import ElementTree
@@ -20,6 +21,7 @@ __all__ = [
     "read_coco_json",
     "read_text",
     "read_voc_annotation",
+    "read_voc_lines",
     "read_voc_split",
     "read_yaml",
 ]
@@ -32,11 +34,16 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which aliases (YAML bombs) and keys that are given twice are errors."""
+    """Safe YAML in which tags, aliases (YAML bombs) and keys that are given twice are errors."""
 
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not allowed")
+        if event.tag is not None:  # !!int on what is none fails in Python's own ways
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            line = event.start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: tags such as {tag[:40]} are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
@@ -68,14 +75,22 @@ def read_yaml(path: str) -> Any:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
 
 
+def read_voc_lines(root: str, split: str) -> Tuple[str, List[str]]:
+    """Returns the path of ``root``/ImageSets/Main/``split``.txt, and its lines."""
+    path = f"{root}/ImageSets/Main/{split}.txt"
+    # Only these end a line of a file: str.splitlines knows more, which are blanks to numpy.
+    lines = re.split("\r\n|\r|\n", read_text(path))
+    return path, lines if lines[-1] else lines[:-1]
+
+
 def read_voc_split(root: str, split: str) -> List[str]:
     """Returns the image ids in ``root``/ImageSets/Main/``split``.txt.
 
     Raises:
         ValueError: also for content that detectron2's VOC reader couldn't read.
     """
-    path = f"{root}/ImageSets/Main/{split}.txt"
-    ids = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    path, lines = read_voc_lines(root, split)
+    ids = [line.strip() for line in lines if line.strip()]
     for line in ids:
         # numpy.loadtxt, which detectron2 uses, splits at blanks and takes # for a comment.
         if len(line.split()) > 1 or "#" in line:
@@ -100,9 +115,10 @@ def read_voc_annotation(
     text = read_text(path)
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
-        parser.feed(text)
+        # Bytes, as detectron2: from a str the encoding that the file declares would be ignored.
+        parser.feed(text.encode())
         tree = parser.close()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: no such encoding
         raise ValueError(f"{path}: not valid XML: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

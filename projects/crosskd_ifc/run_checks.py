@@ -104,9 +104,17 @@ def evaluator_type(name: str) -> str:
     return kind
 
 
-def check_class_count(cfg: CfgNode, name: str) -> None:
-    """Refuse a model of other classes: fewer fail deep inside the loss, more in the evaluator."""
-    classes = MetadataCatalog.get(name).get("thing_classes", ())
+def check_class_count(cfg: CfgNode, name: str, classes: Sequence[str] = ()) -> None:
+    """Refuse a model of other classes: fewer fail deep inside the loss, more in the evaluator.
+
+    Args:
+        name: of the data set.
+        classes: its class names, where its metadata don't know them.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    classes = classes or MetadataCatalog.get(name).get("thing_classes", ())
     stock = ("GeneralizedRCNN", "RetinaNet", "FCOS")
     if cfg.MODEL.META_ARCHITECTURE in (*stock, *META_ARCHITECTURES):
         key, ours = class_count(cfg)

@@ -11,7 +11,9 @@ __all__ = ["CheckedMapper", "SampleError", "build_mapper"]
 
 
 class SampleError(ValueError):
-    """An image, or what a data set says about it, can't be used; the message names the file."""
+    """An image, or what a data set says about it, can't be used; the message names the file.
+
+    Raised where a data set is loaded, and where an image is read."""
 
 
 class CheckedMapper:

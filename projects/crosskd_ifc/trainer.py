@@ -5,7 +5,7 @@ import contextlib
 import functools
 import os
 import weakref
-from typing import Dict, Iterator, Optional
+from typing import Dict, Iterator, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -18,12 +18,13 @@ from detectron2.utils import comm
 from torch import nn
 
 from .checkpointer import SafeCheckpointer
-from .config import distillation_requested
+from .config import ConfigError, distillation_requested
 from .data import drop_degenerate_boxes
+from .evaluation_data import check_classes, check_test_data
 from .hooks import DistillationSchedule, TeacherEvaluation, unwrap
 from .interruption import StepWatch, Termination, own_message, save_iteration
 from .resume import ResumeState, get_random_state
-from .run_checks import check_class_count, check_training_config, evaluator_type
+from .run_checks import check_training_config, evaluator_type
 from .samples import SampleError, build_mapper
 from .stream import TrainingStream
 from .teacher import attach_teacher, same_random_state
@@ -42,12 +43,14 @@ class CrossKDTrainer(DefaultTrainer):
             ConfigError: for settings that can't work, before anything is trained.
         """
         check_training_config(cfg)
-        for name in cfg.DATASETS.TEST:
-            # A subclass with evaluators of its own knows other types.
-            if type(self).build_evaluator.__func__ is CrossKDTrainer.build_evaluator.__func__:
+        # A subclass with evaluators of its own knows other types and fields.
+        if type(self).build_evaluator.__func__ is CrossKDTrainer.build_evaluator.__func__:
+            for name in cfg.DATASETS.TEST:
                 evaluator_type(name)
+            check_test_data(cfg)
         with _ddp_without_device_ids(enabled=cfg.MODEL.DEVICE == "cpu"):
             super().__init__(scale_schedule(cfg, comm.get_world_size()))
+        check_classes(cfg)  # some data sets know their classes only now
         self._watch = StepWatch(self.model)
 
     def run_step(self) -> None:
@@ -115,24 +118,35 @@ class CrossKDTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """detectron2's loader less the boxes without area or outside their image, which it logs."""
+        """detectron2's loader less the boxes without area or outside their image, which it logs.
+
+        Raises:
+            ConfigError: for data sets that don't fit the model or hold no box to train on.
+        """
         names = cfg.DATASETS.TRAIN
-        dicts = get_detection_dataset_dicts(
-            names,
-            filter_empty=False,
-            min_keypoints=(
-                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-            ),
-            proposal_files=(
-                cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
-            ),
-        )
-        for name in names:  # some data sets know their classes only now
-            check_class_count(cfg, name)
+        try:
+            dicts = get_detection_dataset_dicts(
+                names,
+                filter_empty=False,
+                min_keypoints=(
+                    cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+                    if cfg.MODEL.KEYPOINT_ON
+                    else 0
+                ),
+                proposal_files=(
+                    cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+                ),
+            )
+        except SampleError:
+            raise
+        except ValueError:
+            check_classes(cfg, keys=("TRAIN",))  # detectron2 says neither which nor what
+            raise
+        check_classes(cfg, keys=("TRAIN",))  # some data sets know their classes only now
         dicts, _ = drop_degenerate_boxes(dicts)
         # Afterwards, since an image may have had no other box.
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
-            dicts = filter_images_with_only_crowd_annotations(dicts)
+            dicts = _with_boxes(dicts, names)
         return TrainingStream(cfg, dicts).build_loader()
 
     @classmethod
@@ -192,6 +206,22 @@ class CrossKDTrainer(DefaultTrainer):
         if kd.TEACHER.EVAL_AT_START:
             ours.append(TeacherEvaluation())
         return ours + hooks
+
+
+def _with_boxes(dicts: list, names: Sequence[str]) -> list:
+    """The images with a box that isn't a crowd's.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    kept = filter_images_with_only_crowd_annotations(dicts)
+    if not kept:
+        raise ConfigError(
+            f"DATASETS.TRAIN: there is no box to train on in {', '.join(names)}: all {len(dicts)} "
+            "images are without one (boxes of crowds, without area or outside their image don't "
+            "count)"
+        )
+    return kept
 
 
 def _insert_before(hooks: list, kinds: tuple, hook: HookBase) -> None:

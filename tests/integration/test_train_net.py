@@ -1,5 +1,7 @@
 """tools/train_net.py from end to end, on a handful of pictures of the built-in kind."""
 
+import copy
+import glob
 import importlib.util
 import json
 import os
@@ -292,6 +294,58 @@ def test_weights_that_are_not_finite_end_the_script_with_one_line(files, tmp_pat
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search("^error: .*broken.pth: 1 of its tensors hold NaN", done.stderr, re.MULTILINE)
+
+
+@pytest.fixture
+def card_with_faults(files, tmp_path):
+    """Path of a card whose splits have each a fault that once showed after the training."""
+    with open(files / "data" / "annotations" / "test.json") as f:
+        content = json.load(f)
+    contents = {split: copy.deepcopy(content) for split in ("unmarked", "swapped", "twice")}
+    del contents["unmarked"]["annotations"][2]["iscrowd"]
+    one, two = contents["swapped"]["categories"][:2]
+    one["name"], two["name"] = two["name"], one["name"]
+    contents["twice"]["categories"].append(contents["twice"]["categories"][0])
+    splits = {}
+    for split, changed in contents.items():
+        (tmp_path / f"{split}.json").write_text(json.dumps(changed))
+        splits[split] = {"json": str(tmp_path / f"{split}.json"), "images": "test"}
+    card = {"name": "faulty", "format": "coco", "root": str(files / "data"), "splits": splits}
+    (tmp_path / "faulty.yaml").write_text(yaml.safe_dump(card))
+    return str(tmp_path / "faulty.yaml")
+
+
+FAULTS = {
+    "unmarked": r"faulty.yaml: splits.unmarked: .*unmarked.json: annotation \d+: 'iscrowd' is miss",
+    "swapped": "'faulty_swapped' has other classes than 'fewshapes_train'.*: class 0 is ",
+    "twice": "splits.twice: .*twice.json: 2 categories have the id 1",
+}
+
+
+@pytest.mark.parametrize("mode", [(), ("--eval-only", "MODEL.WEIGHTS", "")])
+@pytest.mark.parametrize("split", FAULTS)
+def test_a_faulty_test_set_ends_the_script_with_one_line_before_training_and_evaluation(
+    files, card_with_faults, tmp_path, monkeypatch, split, mode
+):
+    config, out = write_config(files, tmp_path)
+    cards = str((str(files / "card.yaml"), card_with_faults))
+    opts = ("DATASETS.CARDS", cards, "DATASETS.TEST", f"('fewshapes_test', 'faulty_{split}')")
+    monkeypatch.setattr(sys, "argv", ["train_net", "--config-file", config, *mode, *opts])
+    with pytest.raises(SystemExit, match=f"^error: DATASETS.TEST: .*{FAULTS[split]}"):
+        train_net.invoke_main()
+    assert not glob.glob(str(out / "**" / "*.pth"), recursive=True)
+    assert not (out / "metrics.json").exists() or not metrics(out)
+
+
+def test_faulty_training_data_end_the_script_with_one_line(
+    files, card_with_faults, tmp_path, monkeypatch
+):
+    config, _ = write_config(files, tmp_path)
+    cards = str((str(files / "card.yaml"), card_with_faults))
+    opts = ("DATASETS.CARDS", cards, "DATASETS.TRAIN", "('faulty_twice',)")
+    monkeypatch.setattr(sys, "argv", ["train_net", "--config-file", config, *opts])
+    with pytest.raises(SystemExit, match="^error: dataset card .*" + FAULTS["twice"]):
+        train_net.invoke_main()
 
 
 def test_missing_weights_are_one_error_naming_the_key(files, tmp_path):
