@@ -4,6 +4,7 @@ import builtins
 import collections
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -174,6 +175,53 @@ def test_a_damaged_file_is_one_error_that_names_it(suffix, save, damage, tmp_pat
         load_weights(str(path))
     with pytest.raises(ConfigError, match=f"TEACHER.WEIGHTS.*weights.{suffix}"):
         into_teacher(path, tmp_path)
+
+
+def flip_bits(path):
+    """Overwrite a part of the largest tensor in a file of torch's."""
+    with zipfile.ZipFile(path) as archive:
+        tensors = [x for x in archive.infolist() if "/data/" in x.filename]
+    record, data = max(tensors, key=lambda x: x.file_size), path.read_bytes()
+    middle = record.header_offset + record.compress_size // 2
+    path.write_bytes(data[:middle] + bytes(64) + data[middle + 64 :])
+
+
+@pytest.mark.parametrize("load", [into_teacher, into_student, into_export])
+def test_flipped_bits_in_a_tensor_are_found_by_the_files_checksums(load, tmp_path):
+    path = tmp_path / "weights.pth"
+    checkpoint(tiny_model(STOCK), path)
+    flip_bits(path)
+    torch.load(path, weights_only=True)  # torch reads it
+    with pytest.raises(ValueError, match=r"weights.pth: the file is damaged: .*wrong checksum"):
+        load(path, tmp_path)
+
+
+def test_a_resumed_run_passes_over_a_checkpoint_with_flipped_bits(tmp_path):
+    model, names = tiny_model(STOCK), ("model_0000001.pth", "model_0000003.pth")
+    for name in names:
+        SafeCheckpointer(model, str(tmp_path)).save(name[:-4], iteration=int(name[6:13]))
+    flip_bits(tmp_path / names[1])
+    resumed = SafeCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert resumed["iteration"] == 1
+
+
+@pytest.mark.parametrize("content", [[1], {"model": {"a": 3}}, {"model": [1]}, {"a": "b"}, 5])
+@pytest.mark.parametrize("load", [into_teacher, into_student])
+def test_a_file_without_weights_is_refused_by_name(load, content, tmp_path):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="weights.pth.*no weights in it"):
+        load(tmp_path / "weights.pth", tmp_path)
+
+
+@pytest.mark.parametrize("suffix, key", [("pyth", "model_state"), ("pkl", "blobs")])
+def test_a_nan_below_other_keys_is_found(suffix, key, tmp_path):
+    path, bad = tmp_path / f"weights.{suffix}", np.array([1.0, float("nan")], dtype=np.float32)
+    if suffix == "pkl":
+        write_pickle({key: {"w": bad}}, path)
+    else:
+        torch.save({key: {"w": torch.from_numpy(bad)}}, path)
+    with pytest.raises(ValueError, match="weights.*hold NaN or infinity: w"):
+        load_weights(str(path))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,6 +3,8 @@ detectron2's model zoo."""
 
 import os
 import pickle
+import zipfile
+import zlib
 from typing import Any, Dict, Mapping
 
 import numpy as np
@@ -64,8 +66,13 @@ def load_weights(path: str) -> Any:
     if not os.path.isfile(local):
         raise FileNotFoundError(f"{path}: no such file")
     content = _read(local, path)
-    weights = content.get("model", content) if isinstance(content, Mapping) else {}
-    broken = [k for k, v in getattr(weights, "items", dict)() if not _is_finite(v)]
+    weights = content
+    for key in ("model", "model_state", "blobs"):  # of detectron2, of its .pyth files, of Caffe2
+        if isinstance(content, Mapping) and key in content:
+            weights = content[key]
+            break
+    items = weights.items() if isinstance(weights, Mapping) else ()
+    broken = [k for k, v in items if not _is_finite(v)]
     if broken:
         names = ", ".join(map(str, broken[:3])) + (", ..." if len(broken) > 3 else "")
         raise WeightsError(
@@ -91,6 +98,7 @@ def _read(local: str, path: str) -> Any:
             return {"model": load_file(local)}
         except (SafetensorError, ValueError) as error:
             raise WeightsError(f"{path}: safetensors can't read it ({error})") from error
+    _check_sums(local, path)
     try:
         return torch.load(local, map_location="cpu", weights_only=True)
     except OSError:
@@ -99,6 +107,19 @@ def _read(local: str, path: str) -> Any:
         raise WeightsError(
             f"{path}: torch can't read it as tensors and plain values ({type(error).__name__})"
         ) from error
+
+
+def _check_sums(local: str, path: str) -> None:
+    """torch checks no checksum of the zip file that it writes: a flipped bit would go unnoticed."""
+    if not zipfile.is_zipfile(local):
+        return
+    try:
+        with zipfile.ZipFile(local) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
+        raise WeightsError(f"{path}: the file is damaged ({error})") from error
+    if damaged is not None:
+        raise WeightsError(f"{path}: the file is damaged: {damaged} in it has a wrong checksum")
 
 
 def _load_pickle(local: str, path: str) -> Any:
@@ -132,7 +153,15 @@ class SafeReader(DetectionCheckpointer):
         if filename.endswith((".pkl", ".pyth")):
             # What passes here runs no code when detectron2 reads it in its own way.
             load_weights(filename)
-        return super()._load_file(filename)
+        loaded = super()._load_file(filename)
+        weights = loaded["model"]
+        arrays = (torch.Tensor, np.ndarray, np.generic)
+        if not isinstance(weights, Mapping) or not any(
+            isinstance(value, arrays) for value in weights.values()
+        ):
+            raise WeightsError(f"{filename}: there are no weights in it")
+        return loaded
 
     def _torch_load(self, f: str) -> Any:
-        return load_weights(f)
+        content = load_weights(f)
+        return content if isinstance(content, Mapping) else {"model": content}
