@@ -4,7 +4,7 @@ read."""
 import contextlib
 import os
 import re
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 
@@ -19,7 +19,13 @@ class CheckpointError(RuntimeError):
 
 class SafeCheckpointer(SafeReader):
     """:class:`SafeReader` whose files in a local folder are complete or absent, whatever happens
-    while they are written."""
+    while they are written.
+
+    Attributes:
+        saved_iteration: of the last checkpoint that this process has written, or None.
+    """
+
+    saved_iteration: Optional[int] = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As the parent's.
@@ -29,7 +35,11 @@ class SafeCheckpointer(SafeReader):
         """
         if not self.save_dir or not self.save_to_disk or "://" in self.save_dir:
             super().save(name, **kwargs)
-            return
+        else:
+            self._save_whole(name, **kwargs)
+        self.saved_iteration = kwargs.get("iteration")
+
+    def _save_whole(self, name: str, **kwargs: Any) -> None:
         data = {"model": self.model.state_dict()}
         data.update((key, x.state_dict()) for key, x in self.checkpointables.items())
         data.update(kwargs)

@@ -9,11 +9,11 @@ import time
 from typing import Any, Dict, List
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from .checkpointer import SafeCheckpointer
 from .hooks import unwrap
 from .resume import ResumeState
 
@@ -43,7 +43,7 @@ class Termination(HookBase):
     Put it directly before the evaluation, in every process.
     """
 
-    def __init__(self, checkpointer: DetectionCheckpointer, state: ResumeState):
+    def __init__(self, checkpointer: SafeCheckpointer, state: ResumeState):
         self._checkpointer, self._state = checkpointer, state
         self._asked = self._between_steps = False
         self._done = -1  # last complete iteration
@@ -115,20 +115,17 @@ def end_with_parent(grace: float = 10.0) -> None:
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
-def save_iteration(
-    trainer: DefaultTrainer, checkpointer: DetectionCheckpointer, iteration: int
-) -> None:
-    """Write the checkpoint that detectron2 would write after this iteration, if it hasn't, and
-    don't train any more.
+def save_iteration(trainer: DefaultTrainer, checkpointer: SafeCheckpointer, iteration: int) -> None:
+    """Write the checkpoint that detectron2 would write after this iteration, if this process
+    hasn't, and don't train any more.
 
     Args:
         trainer: whose last complete iteration this is; a next one may have begun.
     """
     trainer.iter = trainer._trainer.iter = iteration
-    name = f"model_{iteration:07d}"
-    done = f"{name}.pth", "model_final.pth"
-    if os.path.basename(checkpointer.get_checkpoint_file()) not in done:
-        checkpointer.save(name, iteration=iteration)
+    # Files tell nothing: those of this number, and model_final.pth, may be of an earlier run.
+    if checkpointer.saved_iteration != iteration:
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
 
 
 def own_message(text: str, *kinds: type) -> str:

@@ -18,19 +18,19 @@ from test_train_net import TRAIN_NET
 from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config
-from crosskd_ifc.interruption import end_with_parent
+from crosskd_ifc.interruption import Terminated, end_with_parent
 from crosskd_ifc.step import TeacherOutOfMemory
 
 
-def build_trainer(config, out, *opts):
+def build_trainer(config, out, *opts, resume=False):
     cfg = get_cfg()
     add_crosskd_ifc_config(cfg)
     cfg.merge_from_file(str(config))
     cfg.merge_from_list(["OUTPUT_DIR", str(out), *opts])
-    os.makedirs(cfg.OUTPUT_DIR)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     seed_all_rng(cfg.SEED)
     trainer = CrossKDTrainer(cfg)
-    trainer.resume_or_load(resume=False)
+    trainer.resume_or_load(resume=resume)
     return trainer
 
 
@@ -49,6 +49,40 @@ def at_call(module, number, change):
         return change(output) if len(calls) == number else None
 
     module.register_forward_hook(hook)
+
+
+def terminate_in_step(trainer, iteration):
+    """Train, and ask this process to stop while that step runs."""
+
+    def send(module, *_):
+        if module.training and trainer.iter == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.model.register_forward_hook(send)
+    with pytest.raises(Terminated):
+        trainer.train()
+
+
+NO_CHECKPOINTS = ("SOLVER.CHECKPOINT_PERIOD", 1000, "TEST.EVAL_PERIOD", 0)
+
+
+def test_sigterm_saves_a_finished_run_that_is_extended(folder, tmp_path):  # noqa: F811
+    opts = (folder / "RCNN.yaml", tmp_path, *NO_CHECKPOINTS, "DATASETS.TEST", ())
+    build_trainer(*opts, "SOLVER.MAX_ITER", 2).train()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    terminate_in_step(build_trainer(*opts, resume=True), 4)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000004.pth"
+    assert load(tmp_path, "model_0000004")["iteration"] == 4
+
+
+def test_sigterm_saves_a_new_run_in_the_folder_of_an_earlier_one(folder, tmp_path):  # noqa: F811
+    opts = (folder / "RCNN.yaml", tmp_path, *NO_CHECKPOINTS, "DATASETS.TEST", ())
+    terminate_in_step(build_trainer(*opts), 2)
+    earlier = load(tmp_path, "model_0000002")["model"]
+    terminate_in_step(build_trainer(*opts, "SEED", 6), 2)
+    assert any(
+        not torch.equal(v, earlier[k]) for k, v in load(tmp_path, "model_0000002")["model"].items()
+    )
 
 
 def poison(x):
