@@ -57,7 +57,10 @@ def files(tmp_path_factory):
     }
     cfg = tiny_cfg(*CLASS_COUNT, *(x for pair in settings.items() for x in pair))
     (folder / "student.yaml").write_text(cfg.dump())
-    DetectionCheckpointer(tiny_model(cfg, seed=8), str(folder)).save("student")
+    student = tiny_model(cfg, seed=8)
+    DetectionCheckpointer(student, str(folder)).save("student")
+    student.roi_heads.box_head.fc1 = torch.nn.Linear(3, 3, bias=False)
+    DetectionCheckpointer(student, str(folder)).save("partial")
     Image.new("RGB", (60, 40), (200, 30, 90)).save(folder / "wide.jpg")
     Image.new("L", (30, 50)).save(folder / "TEST.png")
     (folder / "text.jpg").write_text("no image")
@@ -110,6 +113,11 @@ def test_the_pictures_lie_in_the_runs_folder_and_are_replaced_only_on_demand(fil
         (("MODEL.WEIGHTS", "gone.pth"), "MODEL.WEIGHTS: there is no file 'gone.pth'"),
         (("MODEL.WEIGHTS", ""), "MODEL.WEIGHTS is empty"),
         (("MODEL.WEIGHTS", "{files}/text.jpg"), "MODEL.WEIGHTS '.*text.jpg' can't be read"),
+        (
+            ("MODEL.WEIGHTS", "{files}/partial.pth"),
+            "MODEL.WEIGHTS '.*partial.pth' does not fit the student of this config. Weights "
+            "missing: roi_heads.box_head.fc1.bias; of another shape: roi_heads.box_head.fc1.weight",
+        ),
         (
             ("MODEL.CROSSKD.TEACHER.WEIGHTS", "gone.pth"),
             "MODEL.CROSSKD.TEACHER.WEIGHTS: there is no file 'gone.pth'",

@@ -11,10 +11,12 @@ import pytest
 import torch
 from common import tiny_cfg, tiny_model
 from detectron2.checkpoint import DetectionCheckpointer
+from PIL import Image
 
 from crosskd_ifc import ConfigError, attach_teacher, convert
 from crosskd_ifc.checkpointer import CheckpointError, SafeCheckpointer
 from crosskd_ifc.export import export_student
+from crosskd_ifc.inspection import inspect_pair
 from crosskd_ifc.weight_files import load_weights, save_safetensors
 
 STOCK = tiny_cfg(architecture="GeneralizedRCNN")
@@ -83,7 +85,23 @@ def into_export(path, folder):
     export_student(str(path), str(folder / "exported"))
 
 
-PATHS = [into_teacher, into_student, into_resumed_run, into_converter, into_export]
+def into_pictures(path, folder):
+    (folder / "teacher.yaml").write_text(STOCK.dump())
+    bare(tiny_model(STOCK), folder / "teacher.pth")
+    Image.new("RGB", (64, 64)).save(folder / "image.png")
+    settings = {
+        "MODEL.CROSSKD.TEACHER.CONFIG_FILE": str(folder / "teacher.yaml"),
+        "MODEL.CROSSKD.TEACHER.WEIGHTS": str(folder / "teacher.pth"),
+        "MODEL.WEIGHTS": str(path),
+    }
+    cfg = tiny_cfg(*(x for pair in settings.items() for x in pair))
+    inspect_pair(cfg, str(folder / "pictures"), images=[str(folder / "image.png")])
+
+
+PATHS = [
+    *(into_teacher, into_student, into_resumed_run, into_converter, into_export),
+    into_pictures,
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

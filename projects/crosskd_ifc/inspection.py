@@ -3,7 +3,6 @@
 import os
 from typing import Dict, List, Sequence
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
@@ -16,6 +15,7 @@ from .feature_maps import compare_features
 from .run_checks import check_evaluation_config, check_weights
 from .teacher import Teacher, attach_teacher
 from .visualization import COLUMNS, compare_detections, spread_evenly
+from .weight_files import MisfitError, StrictReader
 
 MAX_IMAGES = 100  # a row each; matplotlib refuses pictures that are much higher
 
@@ -164,7 +164,11 @@ def _prepare_output(out: str, images: Sequence[str], force: bool) -> List[str]:
 
 def _load(student, weights: str) -> None:
     try:
-        DetectionCheckpointer(student).load(weights)
+        StrictReader(student).load(weights)
+    except MisfitError as error:
+        raise ConfigError(
+            f"MODEL.WEIGHTS {weights!r} does not fit the student of this config. Weights {error}"
+        ) from None
     except Exception as error:  # on foreign bytes, readers raise what they like
         raise ConfigError(
             f"MODEL.WEIGHTS {weights!r} can't be read as weights: {_one_line(error)}"

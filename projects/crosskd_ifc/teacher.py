@@ -18,10 +18,10 @@ from detectron2.structures import ImageList
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoints import ADAPTER_PREFIX, describe_problems, is_missing
+from .checkpoints import is_missing
 from .config import ConfigError, add_crosskd_ifc_config, check_crosskd_config
 from .config_files import find_config, merge_from_file, merge_from_list
-from .weight_files import SafeReader
+from .weight_files import MisfitError, StrictReader
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +214,8 @@ def _load_strictly(model: nn.Module, weights: str) -> None:
     """Load a file or URL into ``model``; whatever is wrong with it is a :class:`ConfigError`."""
     check_teacher_weights(weights)
     try:
-        _StrictCheckpointer(model).load(weights)
-    except ConfigError as error:
+        StrictReader(model).load(weights)
+    except MisfitError as error:
         raise ConfigError(
             f"MODEL.CROSSKD.TEACHER.WEIGHTS {weights!r} does not fit the model of "
             f"TEACHER.CONFIG_FILE (with TEACHER.OPTS). Weights {error}"
@@ -228,28 +228,6 @@ def _load_strictly(model: nn.Module, weights: str) -> None:
             f"MODEL.CROSSKD.TEACHER.WEIGHTS {weights!r} can't be read as weights: "
             f"{type(error).__name__} {reason}"
         ) from error
-
-
-class _StrictCheckpointer(SafeReader):
-    """Loads a teacher or fails: a partly random teacher would quietly teach noise."""
-
-    def _load_model(self, checkpoint):
-        incompatible = super()._load_model(checkpoint)
-        # fvcore reports a key of another shape as missing, too.
-        other_shape = {k for k, _, _ in incompatible.incorrect_shapes}
-        problems = describe_problems(
-            missing=[k for k in incompatible.missing_keys if k not in other_shape],
-            unexpected=[
-                k for k in incompatible.unexpected_keys if not k.startswith(ADAPTER_PREFIX)
-            ],
-            wrong_shapes=[
-                f"{k} {found} instead of {expected}"
-                for k, found, expected in incompatible.incorrect_shapes
-            ],
-        )
-        if problems:
-            raise ConfigError(problems)
-        return incompatible
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import os
 import pickle
 import zipfile
 import zlib
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Iterable, List, Mapping
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from .checkpoints import ADAPTER_PREFIX, describe_problems
 
 # All that a pickled dict of numpy arrays is made of; old and new names of numpy's modules.
 _ADMITTED = {
@@ -34,6 +36,10 @@ _ADMITTED = {
 
 class WeightsError(ValueError):
     """A file of weights can't be read, or must not be."""
+
+
+class MisfitError(WeightsError):
+    """Weights don't fit the model that they are for."""
 
 
 class _Refused(pickle.UnpicklingError):
@@ -165,3 +171,31 @@ class SafeReader(DetectionCheckpointer):
     def _torch_load(self, f: str) -> Any:
         content = load_weights(f)
         return content if isinstance(content, Mapping) else {"model": content}
+
+
+class StrictReader(SafeReader):
+    """Loads all of a detector or fails: what is missing would quietly stay random."""
+
+    def _load_model(self, checkpoint):
+        """
+        Raises:
+            MisfitError: unless all keys and shapes fit, less those of distillation adapters.
+        """
+        incompatible = super()._load_model(checkpoint)
+        # fvcore reports a key of another shape as missing, too.
+        other_shape = {k for k, _, _ in incompatible.incorrect_shapes}
+        problems = describe_problems(
+            missing=_of_detector(k for k in incompatible.missing_keys if k not in other_shape),
+            unexpected=_of_detector(incompatible.unexpected_keys),
+            wrong_shapes=[
+                f"{k} {found} instead of {expected}"
+                for k, found, expected in incompatible.incorrect_shapes
+            ],
+        )
+        if problems:
+            raise MisfitError(problems)
+        return incompatible
+
+
+def _of_detector(keys: Iterable[str]) -> List[str]:
+    return [k for k in keys if not k.startswith(ADAPTER_PREFIX)]
