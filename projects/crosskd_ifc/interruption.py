@@ -1,17 +1,19 @@
 """How a run ends before its time: asked to stop (SIGTERM), or by a loss that isn't finite."""
 
+import functools
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .checkpointer import SafeCheckpointer
 from .hooks import unwrap
@@ -41,12 +43,16 @@ class Termination(HookBase):
     checkpoint and ends the run; an evaluation is broken off.
 
     Put it directly before the evaluation, in every process.
+
+    Attributes:
+        stopped: whether the run has ended so, and saved.
     """
 
     def __init__(self, checkpointer: SafeCheckpointer, state: ResumeState):
         self._checkpointer, self._state = checkpointer, state
         self._asked = self._between_steps = False
         self._done = -1  # last complete iteration
+        self.stopped = False
         self._previous: Any = None
 
     def before_train(self) -> None:
@@ -85,11 +91,43 @@ class Termination(HookBase):
     def _stop(self) -> None:
         save_iteration(self.trainer, self._checkpointer, self._done)
         comm.synchronize()
+        self.stopped = True
         logger.warning(
             f"SIGTERM: stopped after iteration {self._done}; --resume goes on from "
             f"{self._checkpointer.get_checkpoint_file()}"
         )
         raise Terminated
+
+
+def keep_workers_on_sigterm(loader: Any) -> Any:
+    """Let a loader's worker processes end on their parent's SIGTERM alone: `timeout` and SLURM send
+    it to them, too, and their death would be an error of the training, before its step is done.
+
+    Args:
+        loader: torch's, or detectron2's around it; before its iterator is made.
+
+    Returns:
+        The same loader.
+    """
+    inner = loader
+    while not isinstance(inner, DataLoader):
+        inner = inner.dataset
+    inner.worker_init_fn = functools.partial(_obey_parent_alone, inner.worker_init_fn)
+    return loader
+
+
+def _obey_parent_alone(then: Optional[Callable[[int], None]], worker: int) -> None:
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    parent = multiprocessing.parent_process()
+    # Blocked, since a handler in Python isn't told who has sent a signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, name="obey_parent_alone", daemon=True).start()
+    if then is not None:
+        then(worker)
 
 
 def end_with_parent(grace: float = 10.0) -> None:

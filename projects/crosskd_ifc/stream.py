@@ -16,6 +16,7 @@ from detectron2.data import DatasetFromList, MapDataset, build_detection_train_l
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from .interruption import keep_workers_on_sigterm
 from .samples import CheckedMapper, build_mapper
 from .teacher import same_random_state
 
@@ -199,7 +200,8 @@ class TrainingStream:
 
     def build_loader(self) -> "StreamLoader":
         """detectron2's training loader of this stream."""
-        return StreamLoader(build_detection_train_loader(**self._loader_options), self)
+        loader = build_detection_train_loader(**self._loader_options)
+        return StreamLoader(keep_workers_on_sigterm(loader), self)
 
     def state_dict(self) -> Dict[str, int]:
         """What another stream must have in common to go on from here, less the place."""

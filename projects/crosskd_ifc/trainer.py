@@ -22,7 +22,14 @@ from .config import ConfigError, distillation_requested
 from .data import drop_degenerate_boxes
 from .evaluation_data import check_classes, check_test_data
 from .hooks import DistillationSchedule, TeacherEvaluation, unwrap
-from .interruption import StepWatch, Termination, own_message, save_iteration
+from .interruption import (
+    StepWatch,
+    Terminated,
+    Termination,
+    keep_workers_on_sigterm,
+    own_message,
+    save_iteration,
+)
 from .resume import ResumeState, get_random_state
 from .run_checks import check_training_config, evaluator_type
 from .samples import SampleError, build_mapper
@@ -76,6 +83,15 @@ class CrossKDTrainer(DefaultTrainer):
             # A data loader's worker sends its traceback along.
             what = own_message(str(error), SampleError) or str(error)
             raise SampleError(f"{what}. {self._save_before_step()}") from error
+
+    def after_step(self) -> None:
+        try:
+            super().after_step()
+        except Exception:
+            if self._termination.stopped:
+                # Code in C++ that was being run may have replaced it.
+                raise Terminated from None
+            raise
 
     def _save_before_step(self) -> str:
         """Write a checkpoint of the state before the step that has failed; says where it is.
@@ -153,7 +169,8 @@ class CrossKDTrainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """As the parent's; an image that can't be used is a :class:`SampleError`."""
         mapper = build_mapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return keep_workers_on_sigterm(loader)
 
     @classmethod
     def build_evaluator(
@@ -191,7 +208,8 @@ class CrossKDTrainer(DefaultTrainer):
         periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
         self._resume_state = ResumeState(*periods)
         _insert_before(hooks, (PeriodicCheckpointer, EvalHook), self._resume_state)
-        _insert_before(hooks, (EvalHook,), Termination(self.checkpointer, self._resume_state))
+        self._termination = Termination(self.checkpointer, self._resume_state)
+        _insert_before(hooks, (EvalHook,), self._termination)
         student = unwrap(self.model)
         if getattr(student, "teacher", None) is None:
             return hooks

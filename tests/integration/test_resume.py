@@ -155,6 +155,8 @@ def test_evaluations_change_nothing_of_the_training(folder, whole, tmp_path):
 
 
 def run_in_child(config, out, opts):
+    os.setsid()  # a process group of its own, to be signalled as a whole
+    multiprocessing.set_start_method("fork", force=True)  # of data loader workers, as usual
     os.dup2(os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     torch.set_num_threads(1)
@@ -286,6 +288,21 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on_exactly(folder, whole, tmp_p
     assert "SIGTERM: stopped after iteration" in log and "Traceback" not in log
     assert not (out / "model_final.pth").exists()
     train(folder / "RCNN.yaml", out, *opts)
+    assert_same_run(load(out), whole("RCNN"))
+
+
+@pytest.mark.parametrize("moment", ["model_0000002.pth", "inference"])
+def test_so_does_sigterm_to_the_whole_process_group(folder, whole, tmp_path, moment):
+    """As `timeout` and SLURM send it: data loader workers get it, too."""
+    out, workers = tmp_path / "run", ("DATALOADER.NUM_WORKERS", 2)
+    process = start(folder / "RCNN.yaml", out, *workers)
+    wait_for(out / moment, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join()
+    log = (tmp_path / "run.log").read_text()
+    assert process.exitcode == 128 + signal.SIGTERM, log[-2000:]
+    assert "SIGTERM: stopped after iteration" in log and "Traceback" not in log
+    train(folder / "RCNN.yaml", out, *workers)
     assert_same_run(load(out), whole("RCNN"))
 
 
