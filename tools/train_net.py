@@ -27,7 +27,7 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
-from crosskd_ifc.checkpointer import CheckpointError, SafeCheckpointer
+from crosskd_ifc.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
 from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.evaluation_data import check_classes, check_test_data
 from crosskd_ifc.interruption import Terminated, end_with_parent, own_message
@@ -46,7 +46,7 @@ def setup(args):
     merge_from_list(cfg, args.opts, key="command line")
     cfg.freeze()
     (check_evaluation_config if args.eval_only else check_training_config)(cfg)
-    if not args.resume:
+    if not (args.resume and has_checkpoint(cfg.OUTPUT_DIR)):
         check_weights(cfg)
     return cfg
 

@@ -4,9 +4,11 @@ read."""
 import contextlib
 import os
 import re
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from .weight_files import SafeReader, load_weights
 
@@ -65,42 +67,85 @@ class SafeCheckpointer(SafeReader):
         with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as f:
             f.write(last_filename_basename.encode())
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from, tagged as the last one or not."""
+        return has_checkpoint(self.save_dir)
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         """As the parent's; a last checkpoint that can't be read is named, and the one before it
-        taken.
+        taken. The first process chooses for all.
 
         Raises:
-            CheckpointError: if there are checkpoints, and none can be read.
+            CheckpointError: if there are checkpoints and none can be read, or if not all processes
+                can read the one that the first has chosen.
         """
-        if not resume or not self.has_checkpoint():
+        if not resume or not any(comm.all_gather(self.has_checkpoint())):
             return super().resume_or_load(path, resume=False)
+        chosen, problems = self._choose() if comm.is_main_process() else ("", [])
+        chosen, problems = comm.all_gather((chosen, problems))[0]
+        if problems and not chosen:
+            raise CheckpointError(
+                f"none of the {len(problems)} checkpoints in {self.save_dir} can be read; start "
+                "anew, without --resume, in another OUTPUT_DIR. " + "; ".join(problems)
+            )
+        mine = os.path.join(self.save_dir, chosen)
+        faults = comm.all_gather("" if comm.is_main_process() else _fault(mine))
+        for fault in filter(None, faults if chosen else ["the first process has no checkpoint"]):
+            raise CheckpointError(
+                f"not all processes can resume from {chosen or 'a checkpoint'} in OUTPUT_DIR "
+                f"{self.save_dir}, which must be one folder for all machines: {fault}"
+            )
+        return self.load(mine)
+
+    def last_good(self) -> str:
+        """The path of the best checkpoint that can be read; "" without one."""
+        return next((file for file in self._candidates() if not _fault(file)), "")
+
+    def _choose(self) -> Tuple[str, List[str]]:
+        """The name of the best checkpoint that can be read, "" if there is none, and what is wrong
+        with better ones."""
         problems: List[str] = []
         for candidate in self._candidates():
-            try:
-                load_weights(candidate)
-            except (OSError, ValueError) as error:
-                problems.append(str(error))
-                self.logger.warning(f"A checkpoint can't be read: {error}")
-                continue
-            if problems:
-                self.logger.warning(f"Resuming from an earlier checkpoint instead: {candidate}")
-            return self.load(candidate)
-        raise CheckpointError(
-            f"none of the {len(problems)} checkpoints in {self.save_dir} can be read; start anew, "
-            "without --resume, in another OUTPUT_DIR. " + "; ".join(problems)
-        )
+            fault = _fault(candidate)
+            if not fault:
+                if problems:
+                    self.logger.warning(f"Resuming from an earlier checkpoint instead: {candidate}")
+                return os.path.basename(candidate), problems
+            problems.append(fault)
+            self.logger.warning(f"A checkpoint can't be read: {fault}")
+        return "", problems
 
     def _candidates(self) -> Iterator[str]:
         """Checkpoints in the folder, the best first."""
         tagged = self.get_checkpoint_file()
-        yield tagged
-        if "://" in self.save_dir:
+        if tagged:
+            yield tagged
+        if "://" in self.save_dir or not os.path.isdir(self.save_dir):
             return
         names = filter(_NAMES.fullmatch, os.listdir(self.save_dir))
         found = [os.path.join(self.save_dir, name) for name in names]
         for file in sorted(found, key=os.path.getmtime, reverse=True):
             if file != tagged:
                 yield file
+
+
+def has_checkpoint(folder: str) -> bool:
+    """Whether a folder holds a checkpoint of detectron2's, also one that its ``last_checkpoint``
+    doesn't name."""
+    if PathManager.exists(os.path.join(folder, "last_checkpoint")):
+        return True
+    if "://" in folder or not os.path.isdir(folder):
+        return False
+    return any(map(_NAMES.fullmatch, os.listdir(folder)))
+
+
+def _fault(path: str) -> str:
+    """Why a checkpoint can't be read, "" if it can."""
+    try:
+        load_weights(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 @contextlib.contextmanager

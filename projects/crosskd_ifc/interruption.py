@@ -109,6 +109,8 @@ def keep_workers_on_sigterm(loader: Any) -> Any:
     Returns:
         The same loader.
     """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return loader
     inner = loader
     while not isinstance(inner, DataLoader):
         inner = inner.dataset

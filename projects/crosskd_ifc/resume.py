@@ -108,6 +108,17 @@ class ResumeState(HookBase):
             )
         self._found = state
 
+    def before(self) -> Dict[str, Any]:
+        """What a step changes before its losses are known, for :meth:`set_back`."""
+        normalizer = getattr(unwrap(self.trainer.model), _NORMALIZER, None)
+        return {"random": get_random_state(), _NORMALIZER: normalizer}
+
+    def set_back(self, iteration: int, state: Dict[str, Any]) -> None:
+        """To what :meth:`before` gave after ``iteration``, for a checkpoint out of turn."""
+        self.set_random_state(iteration, state["random"])
+        if state[_NORMALIZER] is not None:
+            setattr(unwrap(self.trainer.model), _NORMALIZER, state[_NORMALIZER])
+
     def _stream(self):
         return getattr(self.trainer._trainer.data_loader, "stream", None)
 

@@ -30,7 +30,7 @@ from .interruption import (
     own_message,
     save_iteration,
 )
-from .resume import ResumeState, get_random_state
+from .resume import ResumeState
 from .run_checks import check_training_config, evaluator_type
 from .samples import SampleError, build_mapper
 from .stream import TrainingStream
@@ -69,17 +69,17 @@ class CrossKDTrainer(DefaultTrainer):
             SampleError: for an image that can't be used, naming it; with one process, the state
                 before the step is in a checkpoint.
         """
-        before = get_random_state()
+        before = self._resume_state.before()
         try:
             super().run_step()
         except FloatingPointError as error:
-            self._resume_state.set_random_state(self.iter - 1, before)
+            self._resume_state.set_back(self.iter - 1, before)
             what = self._watch.explain(self.model, self.iter, error)
             raise FloatingPointError(f"{what} {self._save_before_step()}") from error
         except SampleError as error:
             if comm.get_world_size() > 1:  # the others are in the step already
                 raise
-            self._resume_state.set_random_state(self.iter - 1, before)
+            self._resume_state.set_back(self.iter - 1, before)
             # A data loader's worker sends its traceback along.
             what = own_message(str(error), SampleError) or str(error)
             raise SampleError(f"{what}. {self._save_before_step()}") from error
@@ -103,8 +103,7 @@ class CrossKDTrainer(DefaultTrainer):
             torch.isfinite(x).all() for x in self.model.state_dict().values()
         ):
             save_iteration(self, self.checkpointer, failed - 1)
-        last = self.checkpointer.get_checkpoint_file()
-        return f"The last good checkpoint: {last or 'none'}."
+        return f"The last good checkpoint: {self.checkpointer.last_good() or 'none'}."
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

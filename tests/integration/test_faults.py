@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.engine import HookBase
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -83,6 +84,35 @@ def test_sigterm_saves_a_new_run_in_the_folder_of_an_earlier_one(folder, tmp_pat
     assert any(
         not torch.equal(v, earlier[k]) for k, v in load(tmp_path, "model_0000002")["model"].items()
     )
+
+
+def test_the_checkpoint_that_is_named_after_a_nan_can_be_read(trainer, tmp_path):
+    """Not the last one, where the weights were broken before it."""
+
+    class BreakWeights(HookBase):
+        def after_step(self):
+            if trainer.iter == 5:
+                trainer.model.backbone.fpn_output3.weight.data.fill_(float("nan"))
+
+    trainer._hooks.insert(0, BreakWeights())  # before the one that saves
+    with pytest.raises(FloatingPointError, match="last good checkpoint: .*model_0000002.pth"):
+        trainer.train()
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000005.pth"
+
+
+def test_a_nan_saves_the_moving_average_of_before_the_step(folder, tmp_path):  # noqa: F811
+    trainer = build_trainer(folder / "RetinaNet.yaml", tmp_path / "run")
+    seen = []
+    trainer.model.head.cls_subnet.register_forward_hook(
+        lambda m, i, o: seen.append(getattr(trainer.model, "loss_normalizer", None))
+    )
+    trainer.model.head.bbox_pred.register_forward_hook(
+        lambda m, i, o: o * float("nan") if trainer.iter == 4 else None
+    )
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    state = load(tmp_path / "run", "model_0000003")["trainer"]["hooks"]["ResumeState"]
+    assert state["loss_normalizer"] == float(seen[-1])
 
 
 def poison(x):
@@ -168,13 +198,14 @@ def launch(config, out, *arguments):
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
 
 
-def machines(config, out, *arguments):
-    """Two processes that are a machine each, on this one."""
+def machines(config, out, *arguments, second=None):
+    """Two processes that are a machine each, on this one; ``second``: another OUTPUT_DIR there."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
     shared = ("--num-machines", 2, "--num-gpus", 1, "--dist-url", url, "--timeout", 2)
-    return [launch(config, out, "--machine-rank", rank, *shared, *arguments) for rank in (0, 1)]
+    outs = (out, second or out)
+    return [launch(config, outs[i], "--machine-rank", i, *shared, *arguments) for i in (0, 1)]
 
 
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
@@ -195,6 +226,20 @@ def test_two_machines_train_save_once_resume_and_evaluate(folder, tmp_path):  # 
     assert (out / "inference" / "coco_instances_results.json").exists()
     evaluated = machines(config, out, "--eval-only", "MODEL.WEIGHTS", out / "model_final.pth")
     assert [p.wait() for p in evaluated] == [0, 0]
+
+
+@needs_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("known_to", [0, 1])
+def test_machines_with_folders_of_their_own_are_refused_when_they_resume(
+    folder, tmp_path, known_to  # noqa: F811
+):
+    outs = tmp_path / "first", tmp_path / "second"
+    train(folder / "RCNN.yaml", outs[known_to])
+    both = machines(folder / "RCNN.yaml", outs[0], "--resume", second=outs[1])
+    assert [p.wait(timeout=150) == 0 for p in both] == [False, False]
+    for log in tmp_path.glob("*.*.log"):
+        assert "must be one folder for all machines" in log.read_text().splitlines()[-1]
 
 
 def until(condition, seconds=120):

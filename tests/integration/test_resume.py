@@ -239,6 +239,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(folder, whole
     assert_same_run(load(tmp_path), whole("RCNN"))
 
 
+def test_a_run_whose_last_checkpoint_has_no_tag_goes_on_from_the_newest(folder, whole, tmp_path):
+    config = folder / "RCNN.yaml"
+    train(config, tmp_path)
+    for name in ("last_checkpoint", "model_final.pth"):
+        (tmp_path / name).unlink()
+    train(config, tmp_path)
+    assert "Starting training from iteration 6" in (tmp_path / "log.txt").read_text()
+    assert_same_run(load(tmp_path), whole("RCNN"))
+
+
+def test_resuming_in_an_empty_folder_names_start_weights_that_are_missing(folder, tmp_path):
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS: there is no file 'none.pth'"):
+        run(folder / "RCNN.yaml", "--resume", "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", "none.pth")
+
+
 def test_a_folder_with_damaged_checkpoints_only_is_refused(folder, tmp_path):
     (tmp_path / "model_0000005.pth").write_bytes(b"PK")
     (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
