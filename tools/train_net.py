@@ -13,9 +13,7 @@ it again with --resume.
 
 import datetime
 import logging
-import multiprocessing
 import os
-import signal
 import sys
 
 from detectron2.config import get_cfg
@@ -31,6 +29,7 @@ from crosskd_ifc.checkpointer import CheckpointError, SafeCheckpointer, has_chec
 from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.evaluation_data import check_classes, check_test_data
 from crosskd_ifc.interruption import Terminated, end_with_parent, own_message
+from crosskd_ifc.launching import PassOnSigterm
 from crosskd_ifc.run_checks import check_evaluation_config, check_training_config, check_weights
 from crosskd_ifc.samples import SampleError
 from crosskd_ifc.weight_files import WeightsError
@@ -89,22 +88,24 @@ def argument_parser():
     return parser
 
 
-def ask_processes_to_stop(*_) -> None:
-    """SIGTERM reaches the process that has started the others; they would be killed with it."""
-    for process in multiprocessing.active_children():
-        process.terminate()
+def launch_all(args) -> None:
+    machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
+    timeout = datetime.timedelta(minutes=args.timeout)
+    options = dict(dist_url=args.dist_url, args=(args,), timeout=timeout, **machines)
+    if args.num_gpus * args.num_machines == 1:
+        setup(args)
+        launch(main, args.num_gpus, **options)
+        return
+    with PassOnSigterm() as sigterm:
+        setup(args)  # here too, so that a mistake shows once and not in every process
+        sigterm.launching()
+        launch(main, args.num_gpus, **options)
 
 
 def invoke_main() -> None:
     args = argument_parser().parse_args()
-    if args.num_gpus * args.num_machines > 1:
-        signal.signal(signal.SIGTERM, ask_processes_to_stop)
     try:
-        setup(args)  # here too, so that a mistake shows once and not in every process
-        machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
-        timeout = datetime.timedelta(minutes=args.timeout)
-        options = dict(dist_url=args.dist_url, args=(args,), timeout=timeout, **machines)
-        launch(main, args.num_gpus, **options)
+        launch_all(args)
     except (ConfigError, CheckpointError, WeightsError) as error:
         sys.exit(f"error: {error}")
     except SampleError as error:

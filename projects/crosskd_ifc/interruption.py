@@ -42,17 +42,28 @@ class Termination(HookBase):
     """On SIGTERM, as cluster schedulers send it before they stop a job, finishes the step, writes a
     checkpoint and ends the run; an evaluation is broken off.
 
-    Put it directly before the evaluation, in every process.
+    Several processes agree on the step, since one that stops alone would leave the others waiting
+    for it. Only in an evaluation, when all states are gathered, the main process saves and ends at
+    once; the others end with it.
+
+    Put it directly before the evaluation, and :attr:`evaluated` directly behind, in every process.
 
     Attributes:
+        evaluated: a hook that tells that an evaluation is over.
+        asked: whether this process has got a SIGTERM.
         stopped: whether the run has ended so, and saved.
     """
 
-    def __init__(self, checkpointer: SafeCheckpointer, state: ResumeState):
-        self._checkpointer, self._state = checkpointer, state
-        self._asked = self._between_steps = False
+    def __init__(self, checkpointer: SafeCheckpointer, state: ResumeState, eval_period: int):
+        """
+        Args:
+            eval_period: iterations between evaluations; 0 for none.
+        """
+        self._checkpointer, self._state, self._eval_period = checkpointer, state, eval_period
+        self.evaluated = _Evaluated(self)
+        self.asked = self.stopped = False
+        self._at_once = self._evaluating = False
         self._done = -1  # last complete iteration
-        self.stopped = False
         self._previous: Any = None
 
     def before_train(self) -> None:
@@ -66,37 +77,91 @@ class Termination(HookBase):
             self._previous = None
 
     def before_step(self) -> None:
-        self._between_steps = False
+        self._at_once = False
+        if self.stopped:  # code in C++ that was being run has lost the exception
+            raise Terminated
 
     def after_step(self) -> None:
         self._done = self.trainer.iter
-        processes = comm.get_world_size()
-        if processes > 1 and (self.trainer.iter + 1) % _AGREE_PERIOD == 0:
-            self._asked = any(comm.all_gather(self._asked))
-        if self._asked and (processes == 1 or (self.trainer.iter + 1) % _AGREE_PERIOD == 0):
+        if self._agree_to_stop():
             self._state.gather()
             self._stop()
-        self._between_steps = True
+        alone = comm.get_world_size() == 1
+        self._evaluating = self._evaluates_next()
+        self._at_once = alone or (self._evaluating and comm.is_main_process())
+        if self._at_once and self.asked:  # meanwhile
+            self._handle()
+
+    def after_evaluation(self) -> None:
+        self._evaluating = False
+        self._at_once = comm.get_world_size() == 1
+
+    def stops_before_final_evaluation(self) -> bool:
+        """Whether the run has been stopped, also after its last step; call it in every process when
+        training ends. From then on SIGTERM does what it did before."""
+        self.after_train()
+        if not self.stopped and self.trainer.iter >= self._last:
+            self.stopped = any(comm.all_gather(self.asked))
+            if self.stopped:
+                logger.warning("SIGTERM: stopped before the final evaluation; --resume does it")
+        return self.stopped
+
+    def is_reason_of(self, error: Exception) -> bool:
+        """Whether an error between two steps comes from stopping."""
+        if self.stopped:  # code in C++ that was being run has replaced the exception
+            return True
+        if self.asked and not comm.is_main_process():
+            logger.warning(f"SIGTERM: stopped while the processes were ending: {error}")
+            return True
+        return False
+
+    def _agree_to_stop(self) -> bool:
+        done = self._done + 1
+        if comm.get_world_size() == 1:
+            return self.asked
+        if done % _AGREE_PERIOD and done < self._last and not self._evaluates_next():
+            return False
+        return any(comm.all_gather(self.asked))
+
+    @property
+    def _last(self) -> int:
+        return self.trainer.max_iter
+
+    def _evaluates_next(self) -> bool:
+        done = self._done + 1
+        return 0 < self._eval_period and done % self._eval_period == 0 and done < self._last
 
     def _handle(self, *_) -> None:
-        if os.getpid() != self._pid:  # a data loader's worker, forked with this handler
+        if os.getpid() != self._pid:  # forked with this handler
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        self._asked = True
-        if self._between_steps:
-            self._between_steps = False
-            self._stop()
+        again, self.asked = self.asked, True
+        if self._at_once:
+            self._at_once = False
+            self._stop(together=False)
+        elif self._evaluating and again and not comm.is_main_process():
+            # torch sends the second one, when the main process has ended.
+            raise Terminated
 
-    def _stop(self) -> None:
+    def _stop(self, together: bool = True) -> None:
         save_iteration(self.trainer, self._checkpointer, self._done)
-        comm.synchronize()
+        if together:
+            comm.synchronize()
         self.stopped = True
         logger.warning(
             f"SIGTERM: stopped after iteration {self._done}; --resume goes on from "
             f"{self._checkpointer.get_checkpoint_file()}"
         )
         raise Terminated
+
+
+class _Evaluated(HookBase):
+    def __init__(self, termination: Termination):
+        self._termination = termination
+
+    def after_step(self) -> None:
+        self._termination.after_evaluation()
 
 
 def keep_workers_on_sigterm(loader: Any) -> Any:

@@ -87,11 +87,18 @@ class CrossKDTrainer(DefaultTrainer):
     def after_step(self) -> None:
         try:
             super().after_step()
-        except Exception:
-            if self._termination.stopped:
-                # Code in C++ that was being run may have replaced it.
+        except Exception as error:
+            if self._termination.is_reason_of(error):
                 raise Terminated from None
             raise
+
+    def after_train(self) -> None:
+        stops = self._termination.stops_before_final_evaluation()
+        if stops:  # detectron2 would evaluate now, if this was the last step
+            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
+        super().after_train()
+        if stops:
+            raise Terminated
 
     def _save_before_step(self) -> str:
         """Write a checkpoint of the state before the step that has failed; says where it is.
@@ -207,8 +214,12 @@ class CrossKDTrainer(DefaultTrainer):
         periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
         self._resume_state = ResumeState(*periods)
         _insert_before(hooks, (PeriodicCheckpointer, EvalHook), self._resume_state)
-        self._termination = Termination(self.checkpointer, self._resume_state)
+        self._termination = Termination(self.checkpointer, self._resume_state, periods[1])
         _insert_before(hooks, (EvalHook,), self._termination)
+        evaluations = [i for i, h in enumerate(hooks) if isinstance(h, EvalHook)]
+        hooks.insert(
+            evaluations[-1] + 1 if evaluations else len(hooks), self._termination.evaluated
+        )
         student = unwrap(self.model)
         if getattr(student, "teacher", None) is None:
             return hooks

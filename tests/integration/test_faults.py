@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from detectron2.config import get_cfg
 from detectron2.engine import HookBase
 from detectron2.engine import launch as detectron2_launch
@@ -20,6 +21,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.interruption import Terminated, end_with_parent
+from crosskd_ifc.shapes import generate
 from crosskd_ifc.step import TeacherOutOfMemory
 
 
@@ -113,6 +115,14 @@ def test_a_nan_saves_the_moving_average_of_before_the_step(folder, tmp_path):  #
         trainer.train()
     state = load(tmp_path / "run", "model_0000003")["trainer"]["hooks"]["ResumeState"]
     assert state["loss_normalizer"] == float(seen[-1])
+
+
+def test_sigterm_in_the_last_step_skips_the_final_evaluation(folder, tmp_path):  # noqa: F811
+    terminate_in_step(build_trainer(folder / "RCNN.yaml", tmp_path, *NO_CHECKPOINTS), 7)
+    assert load(tmp_path)["iteration"] == 7
+    assert not (tmp_path / "inference").exists()
+    train(folder / "RCNN.yaml", tmp_path, *NO_CHECKPOINTS)  # evaluates
+    assert (tmp_path / "inference").exists()
 
 
 def poison(x):
@@ -320,6 +330,47 @@ def test_sigterm_stops_two_processes_together_and_they_go_on(folder, tmp_path): 
     more = ("SOLVER.MAX_ITER", done + 2, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 0)
     assert launch(config, out, "--resume", "--num-gpus", 2, *more).wait() == 0
     assert load(out)["iteration"] == done + 1
+
+
+def has_handler(process):
+    with open(f"/proc/{process.pid}/status") as f:
+        caught = next(line.split()[1] for line in f if line.startswith("SigCgt"))
+    return int(caught, 16) >> (signal.SIGTERM - 1) & 1
+
+
+def has_children(process):
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
+        return len(f.read().split()) > 1  # the first one tracks resources
+
+
+@needs_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["setup", "start", "evaluation", "final evaluation"])
+def test_sigterm_stops_two_processes_at_any_moment(folder, tmp_path, moment):  # noqa: F811
+    out, config = tmp_path / "run", folder / "RCNN.yaml"
+    generate(str(tmp_path / "data"), num_images={"test": 400}, image_size=64, seed=3)
+    card = yaml.safe_load((folder / "card.yaml").read_text())
+    test = {"test": {"json": "annotations/test.json", "images": "test"}}
+    card |= {"name": "manyshapes", "root": str(tmp_path / "data"), "splits": test}
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump(card))
+    opts = ("--num-gpus", 2, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 1000)
+    opts += ("DATASETS.CARDS", (str(folder / "card.yaml"), str(tmp_path / "card.yaml")))
+    evaluated = ("DATASETS.TEST", ("manyshapes_test",), "TEST.EVAL_PERIOD", 4)
+    last = 4 if moment == "final evaluation" else 6
+    process = launch(config, out, *opts, *evaluated, "SOLVER.MAX_ITER", last)
+    conditions = {"setup": lambda: has_handler(process), "start": lambda: has_children(process)}
+    log = out / "log.txt"
+    in_evaluation = lambda: log.exists() and "Start inference" in log.read_text()  # noqa: E731
+    until(conditions.get(moment, in_evaluation))
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    if "evaluation" in moment:
+        name = "model_final" if moment.startswith("final") else "model_0000003"
+        state = load(out, name)["trainer"]["hooks"]["ResumeState"]
+        assert load(out, name)["iteration"] == 3 and None not in state["random"]
+        more = ("DATASETS.TEST", (), "SOLVER.MAX_ITER", 6)
+        assert launch(config, out, "--resume", *opts, *more).wait() == 0
+        assert load(out)["iteration"] == 5
 
 
 def train_with_nan_in_the_second(config, out):
