@@ -12,6 +12,7 @@ it again with --resume.
 """
 
 import datetime
+import errno
 import logging
 import os
 import sys
@@ -53,6 +54,7 @@ def setup(args):
 def main(args):
     end_with_parent()
     cfg = setup(args)
+    logging.raiseExceptions = False  # a full disk is told once, not for each line of the log
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="crosskd_ifc")
     if args.eval_only:
@@ -110,13 +112,23 @@ def invoke_main() -> None:
         sys.exit(f"error: {error}")
     except SampleError as error:
         sys.exit(f"error: {own_message(str(error), SampleError) or error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: {_full(error)}")
     except ProcessExitedException as error:
         if error.exit_code != Terminated.status:
             raise
         sys.exit(error.exit_code)
     except ProcessRaisedException as error:
         message = own_message(str(error), ConfigError, CheckpointError, WeightsError, SampleError)
+        if not message and f"[Errno {errno.ENOSPC}]" in str(error).strip().splitlines()[-1]:
+            message = _full(str(error).strip().splitlines()[-1])
         sys.exit(f"error: {message}" if message else str(error))
+
+
+def _full(error) -> str:
+    return f"a disk is full ({error}); make room, and go on from the last checkpoint with --resume"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@ data set's type."""
 
 import contextlib
 import functools
+import logging
 import os
+import sys
 import weakref
 from typing import Dict, Iterator, Optional, Sequence
 
@@ -35,6 +37,8 @@ from .run_checks import check_training_config, evaluator_type
 from .samples import SampleError, build_mapper
 from .stream import TrainingStream
 from .teacher import attach_teacher, same_random_state
+
+logger = logging.getLogger(__name__)
 
 
 class CrossKDTrainer(DefaultTrainer):
@@ -96,7 +100,14 @@ class CrossKDTrainer(DefaultTrainer):
         stops = self._termination.stops_before_final_evaluation()
         if stops:  # detectron2 would evaluate now, if this was the last step
             self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
-        super().after_train()
+        on_its_way = sys.exc_info()[1]
+        try:
+            super().after_train()
+        except OSError as error:
+            if on_its_way is None:
+                raise
+            # The writers' disk is full, too: that must not hide the first error.
+            logger.warning(f"Not all could be written at the end: {error}")
         if stops:
             raise Terminated
 

@@ -1,10 +1,13 @@
 """Runs that are stopped in every way, and go on as if they never had been."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -341,3 +344,36 @@ def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(folder, tmp_path
     assert {p.name: p.read_bytes() for p in out.glob("*.pth")} == before
     assert (out / "last_checkpoint").read_text() == "model_final.pth"
     assert not list(out.glob(".unfinished*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """The folder of a file system of 8 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, stderr=subprocess.DEVNULL).returncode != 0:
+        pytest.skip("can't mount a file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_without_any_room_is_one_line(folder, small_disk):
+    out, config = small_disk / "run", folder / "RCNN.yaml"
+    train(config, out, "SOLVER.MAX_ITER", 3)
+    with contextlib.suppress(OSError), open(small_disk / "filling", "wb", buffering=0) as f:
+        while True:
+            f.write(bytes(1024))
+    words = ["--config-file", config, "--resume", "OUTPUT_DIR", out]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", TRAIN_NET, *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 1
+    # A thread of TensorBoard's has a traceback of its own, at any time.
+    ours, _, _ = done.stderr.partition("Exception in thread")
+    assert done.stderr.count("error: the checkpoint ") == 1 and "Traceback" not in ours
+    assert "can't be written: OSError [Errno 28] No space left on device" in done.stderr
+    assert "Logging error" not in done.stderr
+    assert load(out)["iteration"] == 2
