@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import random
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -109,15 +109,23 @@ class ResumeState(HookBase):
         self._found = state
 
     def before(self) -> Dict[str, Any]:
-        """What a step changes before its losses are known, for :meth:`set_back`."""
-        normalizer = getattr(unwrap(self.trainer.model), _NORMALIZER, None)
-        return {"random": get_random_state(), _NORMALIZER: normalizer}
+        """What a step changes before its losses are known, for :meth:`set_back`: this process's
+        random state, the normalizer, statistics of BatchNorm."""
+        student = unwrap(self.trainer.model)
+        return {
+            "random": get_random_state(),
+            _NORMALIZER: getattr(student, _NORMALIZER, None),
+            "statistics": [x.clone() for x in _batch_statistics(student)],
+        }
 
-    def set_back(self, iteration: int, state: Dict[str, Any]) -> None:
+    def set_back(self, iteration: int, before: Dict[str, Any]) -> None:
         """To what :meth:`before` gave after ``iteration``, for a checkpoint out of turn."""
-        self.set_random_state(iteration, state["random"])
-        if state[_NORMALIZER] is not None:
-            setattr(unwrap(self.trainer.model), _NORMALIZER, state[_NORMALIZER])
+        student = unwrap(self.trainer.model)
+        if before[_NORMALIZER] is not None:
+            setattr(student, _NORMALIZER, before[_NORMALIZER])
+        for buffer, value in zip(_batch_statistics(student), before["statistics"]):
+            buffer.copy_(value)
+        self.set_random_state(iteration, before["random"])
 
     def _stream(self):
         return getattr(self.trainer._trainer.data_loader, "stream", None)
@@ -128,6 +136,13 @@ class ResumeState(HookBase):
             teacher = getattr(unwrap(self.trainer.model), "teacher", None)
             self._digest = "" if teacher is None else digest(teacher.model)
         return self._digest
+
+
+def _batch_statistics(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Buffers of BatchNorm layers that a training forward changes."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+            yield from module.buffers(recurse=False)
 
 
 def digest(model: nn.Module) -> str:
