@@ -40,6 +40,8 @@ if os.environ.get("SLOW"):
     time.sleep(60)
 ap = 10 + 2 * ("student" not in folder) + int(folder[-1])
 line = {"iteration": 10, "time": 0.5}
+if "crosskd" in folder:
+    line.update({"crosskd/fused_length": 1.5, "crosskd/factor": 1.0})
 for name in ("crosskd_shapes_test", "crosskd_shapes_val"):
     line.update({name + "/bbox/AP": ap, name + "/bbox/AP50": 2 * ap})
 with open(os.path.join(folder, "metrics.json"), "w") as f:
@@ -259,6 +261,9 @@ def test_an_entry_has_both_splits_and_what_it_was_made_with(case):
     assert entry["config_sha256"] == case.runs["student", 1].digest()
     assert entry["curve"] == [[11, 11]] and entry["seconds_per_step"] == 0.5
     assert {"seconds", "versions", "hardware", "iterations"} <= set(entry)
+    case.do(case.todo(seeds=[1], arms=["crosskd_ifc"]))
+    logged = case.recorded()["crosskd_ifc", 1]["statistics"]
+    assert logged == {"fused_length": 1.5, "factor": 1.0} and entry["statistics"] == {}
 
 
 def test_an_old_entry_is_marked_and_stays_until_the_new_run_is_finished(case):
@@ -437,6 +442,7 @@ def test_a_report_needs_only_the_json(case):
     assert "| `crosskd_ifc` | +2.0, n = 2 |" in rows  # equal differences, so no test
     assert "| `fc2` | fc2 | 1 | 13.0 | 26.0 | 13.0 | 13.0 |" in rows
     assert "| `fc2` | +2.0, n = 1 | +0.0, n = 1 |" in rows
+    assert "| `crosskd_ifc` | 1.50 |" in rows  # what was logged
     assert "python x" in text and "7 runs" in text
     for name in ("curves.png", "differences.png"):
         assert (case.folder / "out" / name).stat().st_size > 5000

@@ -16,6 +16,10 @@ from .report_figures import draw_curves, draw_differences
 
 Scores = Mapping[int, float]  # seed -> AP
 
+# What says most of how the student is read by the teacher's head.
+_STATISTICS = ("agreement_cross_head", "agreement_student", "fused_length", "fused_cosine")
+_LOGGED = "Logged in the last quarter of the training, means over the seeds (docs/options.md):"
+
 
 class Summary(NamedTuple):
     """Mean and sample standard deviation (None for less than two values) of ``n`` values."""
@@ -129,6 +133,8 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
         lines += [_results(table, section), ""]
         differences = _differences(table, section)
         lines += ["Paired differences of AP:", "", differences, ""] if differences else []
+        logged = _statistics(table, section)
+        lines += [_LOGGED, "", logged, ""] if logged else []
     if any(run.get("outdated") for run in content["runs"]):
         lines += ["\\* of earlier settings: in no mean, difference or figure.", ""]
     lines += ["## Figures", "", "![Learning curves](curves.png)", ""]
@@ -176,6 +182,23 @@ def _differences(table: Table, section: Section) -> str:
     others = [n for n in section.references if any(n in row for row in cells.values())]
     rows = [[f"`{arm}`", *(row.get(other, "") for other in others)] for arm, row in cells.items()]
     headers = ["arm", *(f"minus `{other}`" for other in others)]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
+
+
+def _statistics(table: Table, section: Section) -> str:
+    found: Dict[str, Dict[str, float]] = {}  # arm -> key -> mean over the seeds
+    for name in section.arms:
+        runs = [run.get("statistics", {}) for run in table.current(name).values()]
+        for key in _STATISTICS:
+            values = [logged[key] for logged in runs if key in logged]
+            if values:
+                found.setdefault(name, {})[key] = float(np.mean(values))
+    keys = [key for key in _STATISTICS if any(key in logged for logged in found.values())]
+    rows = [
+        [f"`{name}`", *(f"{logged[key]:.2f}" if key in logged else "" for key in keys)]
+        for name, logged in found.items()
+    ]
+    headers = ["arm", *(f"`{key}`" for key in keys)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
 
 

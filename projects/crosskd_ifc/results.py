@@ -105,6 +105,7 @@ class Results:
             "versions": done["versions"],
             "hardware": done["hardware"],
             "curve": [[i, round(ap, 4)] for i, ap in curve],
+            "statistics": {k: round(v, 4) for k, v in done.get("statistics", {}).items()},
         }
 
     def _read(self) -> None:

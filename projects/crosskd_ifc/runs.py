@@ -130,7 +130,8 @@ def train(
     Returns:
         "AP", "AP50" (of the first data set in DATASETS.TEST), "splits" (data set -> "AP", "AP50"
         and "curve", a list of [steps done, AP]), "iterations", "seconds_per_step" (median, 0 for a
-        run of a few steps), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
+        run of a few steps), "statistics" (what the distillation logged as crosskd/..., means over
+        the last quarter), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
         process, 0 where there is no /proc), "versions", "hardware", "digest", and SHA-256s:
         "inputs_sha256", see :meth:`Run.inputs`, "weights_sha256" of the final weights' file,
         "needs_sha256" of those of the runs it needs.
@@ -207,11 +208,23 @@ def _collect(run: Run) -> Dict[str, Any]:
     first = splits[cfg.DATASETS.TEST[0]]
     times = [line["time"] for line in lines if "time" in line]
     return {
+        "statistics": _statistics(lines),
         "AP": first["AP"],
         "AP50": first["AP50"],
         "splits": splits,
         "iterations": steps,
         "seconds_per_step": float(np.median(times)) if times else 0.0,
+    }
+
+
+def _statistics(lines: List[dict]) -> Dict[str, float]:
+    """What the distillation has logged, less "crosskd/": means over the last quarter of the run."""
+    end = max(line["iteration"] for line in lines)
+    late = [line for line in lines if line["iteration"] >= 0.75 * end]
+    names = {name for line in late for name in line if name.startswith("crosskd/")}
+    return {
+        name[len("crosskd/") :]: float(np.mean([line[name] for line in late if name in line]))
+        for name in sorted(names)
     }
 
 
