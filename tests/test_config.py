@@ -115,6 +115,15 @@ def test_architecture_and_teacher_settings_must_agree():
     assert distillation_requested(tiny_cfg(K + "TEACHER.CONFIG_FILE", "t.yaml"))
 
 
+@pytest.mark.parametrize("text", ["_BASE_: config.yaml\n", "SEED: " + "[" * 5000])
+def test_a_config_file_without_an_end_is_one_error_that_names_it(text, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    message = f"^--config-file {path}: it is nested too deeply, or its _BASE_ leads back to itself$"
+    with pytest.raises(ConfigError, match=message):
+        merge_from_file(tiny_cfg(), str(path), key="--config-file")
+
+
 def leaves(node, prefix=""):
     for key, value in node.items():
         if isinstance(value, dict):

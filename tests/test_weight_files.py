@@ -231,7 +231,9 @@ def test_a_file_without_weights_is_refused_by_name(load, content, tmp_path):
         load(tmp_path / "weights.pth", tmp_path)
 
 
-@pytest.mark.parametrize("suffix, key", [("pyth", "model_state"), ("pkl", "blobs")])
+@pytest.mark.parametrize(
+    "suffix, key", [("pyth", "model_state"), ("pkl", "blobs"), ("pth", "state_dict")]
+)
 def test_a_nan_below_other_keys_is_found(suffix, key, tmp_path):
     path, bad = tmp_path / f"weights.{suffix}", np.array([1.0, float("nan")], dtype=np.float32)
     if suffix == "pkl":

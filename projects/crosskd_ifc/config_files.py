@@ -69,6 +69,10 @@ def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
     """
     try:
         cfg.merge_from_file(path, allow_unsafe=_is_of_the_zoo(path))
+    except RecursionError:
+        raise ConfigError(
+            f"{key} {path}: it is nested too deeply, or its _BASE_ leads back to itself"
+        ) from None
     except _MERGE_ERRORS as error:
         raise ConfigError(f"{key} {path}: {_text(error)}") from error
 

@@ -73,7 +73,7 @@ def load_weights(path: str) -> Any:
         raise FileNotFoundError(f"{path}: no such file")
     content = _read(local, path)
     weights = content
-    for key in ("model", "model_state", "blobs"):  # of detectron2, of its .pyth files, of Caffe2
+    for key in ("model", "model_state", "blobs", "state_dict"):  # detectron2, pycls, Caffe2, mmdet
         if isinstance(content, Mapping) and key in content:
             weights = content[key]
             break
