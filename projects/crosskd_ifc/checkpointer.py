@@ -68,84 +68,113 @@ class SafeCheckpointer(SafeReader):
             f.write(last_filename_basename.encode())
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint to resume from, tagged as the last one or not."""
+        """Whether there is a checkpoint in the folder, be it without ``last_checkpoint``."""
         return has_checkpoint(self.save_dir)
+
+    def all_have_checkpoint(self) -> bool:
+        """:meth:`has_checkpoint` of the main process; call it in every process.
+
+        Raises:
+            CheckpointError: in every process, if another one has a checkpoint and the main one
+                none.
+        """
+        found = comm.all_gather(self.has_checkpoint())
+        if any(found) and not found[0]:
+            raise self._not_shared(
+                "the main process finds no checkpoint there, but process "
+                f"{found.index(True)} does"
+            )
+        return found[0]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         """As the parent's; a last checkpoint that can't be read is named, and the one before it
-        taken. The first process chooses for all.
+        taken. The main process chooses, for all; call it in every process.
 
         Raises:
-            CheckpointError: if there are checkpoints and none can be read, or if not all processes
-                can read the one that the first has chosen.
+            CheckpointError: in every process, if there are checkpoints, and none can be read, or if
+                the processes see different ones.
         """
-        if not resume or not any(comm.all_gather(self.has_checkpoint())):
+        if not resume or not self.all_have_checkpoint():
             return super().resume_or_load(path, resume=False)
-        chosen, problems = self._choose() if comm.is_main_process() else ("", [])
-        chosen, problems = comm.all_gather((chosen, problems))[0]
-        if problems and not chosen:
+        choice = self._choose() if comm.is_main_process() else None
+        name, iteration, problems = comm.all_gather(choice)[0]
+        if not name:
             raise CheckpointError(
                 f"none of the {len(problems)} checkpoints in {self.save_dir} can be read; start "
                 "anew, without --resume, in another OUTPUT_DIR. " + "; ".join(problems)
             )
-        mine = os.path.join(self.save_dir, chosen)
-        faults = comm.all_gather("" if comm.is_main_process() else _fault(mine))
-        for fault in filter(None, faults if chosen else ["the first process has no checkpoint"]):
-            raise CheckpointError(
-                f"not all processes can resume from {chosen or 'a checkpoint'} in OUTPUT_DIR "
-                f"{self.save_dir}, which must be one folder for all machines: {fault}"
+        file = os.path.join(self.save_dir, name)
+        answers = comm.all_gather("" if comm.is_main_process() else _differs(file, iteration))
+        if any(answers):
+            rank, answer = next((i, x) for i, x in enumerate(answers) if x)
+            raise self._not_shared(
+                f"the main process resumes from {name}, but process {rank} can't: {answer}"
             )
-        return self.load(mine)
+        return self.load(file)
 
     def last_good(self) -> str:
-        """The path of the best checkpoint that can be read; "" without one."""
-        return next((file for file in self._candidates() if not _fault(file)), "")
+        """The best checkpoint in the folder that can be read, or ""."""
+        for candidate in self._candidates():
+            with contextlib.suppress(OSError, ValueError):
+                load_weights(candidate)
+                return candidate
+        return ""
 
-    def _choose(self) -> Tuple[str, List[str]]:
-        """The name of the best checkpoint that can be read, "" if there is none, and what is wrong
-        with better ones."""
+    def _choose(self) -> Tuple[str, Any, List[str]]:
+        """The best checkpoint that can be read, its iteration, and what is wrong with better
+        ones."""
         problems: List[str] = []
         for candidate in self._candidates():
-            fault = _fault(candidate)
-            if not fault:
-                if problems:
-                    self.logger.warning(f"Resuming from an earlier checkpoint instead: {candidate}")
-                return os.path.basename(candidate), problems
-            problems.append(fault)
-            self.logger.warning(f"A checkpoint can't be read: {fault}")
-        return "", problems
+            try:
+                content = load_weights(candidate)
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
+                self.logger.warning(f"A checkpoint can't be read: {error}")
+                continue
+            if problems:
+                self.logger.warning(f"Resuming from an earlier checkpoint instead: {candidate}")
+            elif not self.get_checkpoint_file():
+                self.logger.warning(f"last_checkpoint is missing; resuming from {candidate}")
+            name = candidate[len(self.save_dir) :].lstrip("/")
+            return name, content.get("iteration"), problems
+        return "", None, problems
+
+    def _not_shared(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"OUTPUT_DIR {os.path.abspath(self.save_dir)} must be one folder, which all machines "
+            f"share: {what}"
+        )
 
     def _candidates(self) -> Iterator[str]:
         """Checkpoints in the folder, the best first."""
         tagged = self.get_checkpoint_file()
         if tagged:
             yield tagged
-        if "://" in self.save_dir or not os.path.isdir(self.save_dir):
-            return
-        names = filter(_NAMES.fullmatch, os.listdir(self.save_dir))
-        found = [os.path.join(self.save_dir, name) for name in names]
-        for file in sorted(found, key=os.path.getmtime, reverse=True):
-            if file != tagged:
-                yield file
+        yield from (file for file in find_checkpoints(self.save_dir) if file != tagged)
 
 
 def has_checkpoint(folder: str) -> bool:
-    """Whether a folder holds a checkpoint of detectron2's, also one that its ``last_checkpoint``
-    doesn't name."""
-    if PathManager.exists(os.path.join(folder, "last_checkpoint")):
-        return True
+    """Whether there is something to resume from in a run's folder."""
+    tag = os.path.join(folder, "last_checkpoint")
+    return PathManager.exists(tag) or bool(find_checkpoints(folder))
+
+
+def find_checkpoints(folder: str) -> List[str]:
+    """The checkpoints in a local folder, the newest first."""
     if "://" in folder or not os.path.isdir(folder):
-        return False
-    return any(map(_NAMES.fullmatch, os.listdir(folder)))
+        return []
+    names = filter(_NAMES.fullmatch, os.listdir(folder))
+    files = [os.path.join(folder, name) for name in names]
+    return sorted(files, key=lambda file: (os.path.getmtime(file), file), reverse=True)
 
 
-def _fault(path: str) -> str:
-    """Why a checkpoint can't be read, "" if it can."""
+def _differs(file: str, iteration: Any) -> str:
+    """Why this process can't go on from ``iteration`` in a checkpoint, or ""."""
     try:
-        load_weights(path)
+        found = load_weights(file).get("iteration")
     except (OSError, ValueError) as error:
         return str(error)
-    return ""
+    return "" if found == iteration else f"there it is of iteration {found}, not {iteration}"
 
 
 @contextlib.contextmanager

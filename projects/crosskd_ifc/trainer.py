@@ -142,11 +142,10 @@ class CrossKDTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """As the parent's; a run that doesn't go on from a checkpoint then starts from the
         teacher's weights where ``MODEL.CROSSKD.INHERIT`` says so."""
+        resume = resume and self.checkpointer.all_have_checkpoint()
         super().resume_or_load(resume=resume)
         student = unwrap(self.model)
-        if hasattr(student, "inherit_weights") and not (
-            resume and self.checkpointer.has_checkpoint()
-        ):
+        if hasattr(student, "inherit_weights") and not resume:
             student.inherit_weights()
 
     @classmethod

@@ -246,7 +246,7 @@ def test_machines_with_folders_of_their_own_are_refused_when_they_resume(
     both = machines(folder / "RCNN.yaml", outs[0], "--resume", second=outs[1])
     assert [p.wait(timeout=150) == 0 for p in both] == [False, False]
     for log in tmp_path.glob("*.*.log"):
-        assert "must be one folder for all machines" in log.read_text().splitlines()[-1]
+        assert "must be one folder, which all machines share" in log.read_text().splitlines()[-1]
 
 
 def until(condition, seconds=120):
