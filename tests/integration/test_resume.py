@@ -319,7 +319,9 @@ def test_so_does_sigterm_to_the_whole_process_group(folder, whole, tmp_path, mom
     process.join()
     log = (tmp_path / "run.log").read_text()
     assert process.exitcode == 128 + signal.SIGTERM, log[-2000:]
-    assert "SIGTERM: stopped after iteration" in log and "Traceback" not in log
+    assert "SIGTERM: stopped after iteration" in log
+    # Python shows what it can't raise, as in the callbacks around a fork.
+    assert log.count("Traceback") == log.count("Exception ignored"), log[-2000:]
     train(folder / "RCNN.yaml", out, *workers)
     assert_same_run(load(out), whole("RCNN"))
 
