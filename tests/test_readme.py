@@ -45,7 +45,7 @@ COMPARED = {
     "crosskd": "plain CrossKD",
     "crosskd_ifc": "CrossKD-IFC",
 }
-PROTOCOLS = ("shapes_faster_rcnn", "bccd_faster_rcnn")
+PROTOCOLS = ("shapes_faster_rcnn", "bccd_faster_rcnn", "shapes_retinanet")
 
 
 def rows_of_the_comparison():
@@ -93,11 +93,10 @@ def test_the_table_of_masks_is_that_of_the_recorded_runs(arm):
 
 
 @pytest.mark.parametrize("arm", TITLES)
-def test_the_table_of_dense_detectors_is_that_of_the_recorded_runs(arm):
+def test_the_table_of_fcos_is_that_of_the_recorded_runs(arm):
     runs = recorded("dense", "quick.json", arm=arm)
-    assert [r["detector"] for r in runs] == ["retinanet", "fcos"]
-    cells = " | ".join(f"{r['AP']:.1f} | {r['AP50']:.1f}" for r in runs)
-    assert f"| {TITLES[arm]} | {cells} |" in read("README.md")
+    (run,) = [run for run in runs if run["detector"] == "fcos"]
+    assert f"| {TITLES[arm]} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read("README.md")
 
 
 def test_the_costs_of_a_step_are_the_measured_ones():
