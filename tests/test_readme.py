@@ -77,6 +77,29 @@ def test_a_committed_report_is_that_of_the_recorded_runs(name):
     assert report_text(content) == read("benchmarks", name, "report.md")
 
 
+def test_the_table_of_the_demo_is_that_of_the_recorded_run():
+    names = (
+        "Teacher R34",
+        "Student R18, plain",
+        "Student R18, CrossKD",
+        "Student R18, CrossKD-IFC",
+    )
+    runs = json.loads(read("benchmarks", "demo", "demo_seed_1.json"))["runs"]
+    assert list(runs) == ["teacher", "student", "crosskd", "crosskd_ifc"]
+    for title, run in zip(names, runs.values()):
+        assert f"| {title} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read("README.md")
+
+
+def test_what_was_repeated_is_told_as_recorded():
+    found = json.loads(read("benchmarks", "repeatability", "shapes_faster_rcnn.json"))
+    for run in found["same_processor"]:
+        assert all(first == second for first, second in (run["AP"], run["weights_sha256"]))
+    largest = max(
+        abs(first - second) for first, second in (r["AP"] for r in found["other_processor"])
+    )
+    assert f"AP by up to {largest:.1f} (" in " ".join(read("README.md").split())
+
+
 def test_the_table_of_other_classes_is_that_of_the_recorded_runs():
     plain = recorded("other_classes", "seeds.json", arm="student")
     distilled = recorded("other_classes", "seeds.json", arm="other_classes")
