@@ -87,7 +87,7 @@ def draw_differences(table: "Table", path: str) -> bool:
             axis.set_xlim(min(low), max(high))
     figure.suptitle(
         f"{table.content['title']}\nDifference of AP on {table.content['test']}, paired by seed: "
-        "mean with 95 % interval; circles: each seed",
+        "mean with 95 % interval (of two seeds: cut at the border); circles: each seed",
         fontsize=11,
     )
     save_figure(figure, path)
@@ -131,15 +131,21 @@ def _common_points(table: "Table", name: str, seeds: Set[int]) -> Dict[str, List
 
 def _forest(axis, names: List[str], by_arm: Dict[str, "Difference"]) -> None:
     axis.axvline(0, color="0.5", linewidth=1)
+    shown = [0.0]
     for y, name in enumerate(names):
         if name not in by_arm:
             continue
         found = by_arm[name]
         values = list(found.values.values())
         axis.plot(values, [y + 0.3] * len(values), "o", mfc="none", mec="0.4", ms=3.5, mew=0.8)
+        shown += values
         if found.interval:
             axis.plot(found.interval, [y, y], "-", color="C0", linewidth=1.8)
+            # That of two seeds, 25 standard errors wide, would hide all others: it is cut.
+            shown += found.interval if len(values) > 2 else ()
         axis.plot([found.mean], [y], "D", color="C0", ms=5.5)
+    margin = 0.06 * (max(shown) - min(shown)) + 0.1
+    axis.set_xlim(min(shown) - margin, max(shown) + margin)
     axis.tick_params(axis="x", labelsize=8)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", alpha=0.3)

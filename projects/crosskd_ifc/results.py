@@ -38,8 +38,8 @@ class Results:
         entry = self.entries.get(key)
         if entry is None or entry["config_sha256"] != self.digests.get(key):
             return False
-        # Not in records of old.
-        return entry.get("inputs_sha256") in (None, self._inputs(key))
+        inputs = entry.get("inputs_sha256")  # not in records of old
+        return inputs is None or inputs == self._inputs(key)
 
     def add(self, found: Dict[Key, dict]) -> None:
         """Put what :func:`crosskd_ifc.runs.train` returned into the file."""

@@ -101,8 +101,8 @@ class Run:
         done = read_json(self.path("run.json"))
         if not done or done["digest"] != self.digest():
             return None
-        # Not in records of old.
-        return done if done.get("inputs_sha256") in (None, self.inputs()) else None
+        inputs = done.get("inputs_sha256")  # not in records of old
+        return done if inputs is None or inputs == self.inputs() else None
 
 
 def train(
