@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import tiny_cfg
+from common import tiny_cfg, tiny_model
 from test_dense import dense_cfg
 
+from crosskd_ifc import attach_teacher
 from crosskd_ifc.benchmark import PARTS, Bench, Case, _peak_on_cpu, make_batch, summarize
 from crosskd_ifc.benchmark_sweep import draw_sweep, sweep
 
@@ -101,6 +102,21 @@ def test_memory_is_counted_to_the_byte():
         b += torch.ones(500).sum()
 
     assert 4 * 3500 <= _peak_on_cpu(part) <= 4 * 3500 + 256
+
+
+def test_attaching_a_teacher_copies_no_tensor_twice(tmp_path):
+    """What the file holds, the model that it goes into, and nothing of that size besides."""
+    stock = tiny_cfg(architecture="GeneralizedRCNN")
+    weights = tiny_model(stock).state_dict()
+    torch.save({"model": weights}, tmp_path / "teacher.pth")
+    student_cfg(tmp_path, "RCNN")  # writes the teacher's config
+    cfg = tiny_cfg(
+        *(K + "TEACHER.CONFIG_FILE", str(tmp_path / "teacher.yaml")),
+        *(K + "TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")),
+    )
+    peak = _peak_on_cpu(lambda student=tiny_model(cfg): attach_teacher(student, cfg))
+    size = sum(x.numel() * x.element_size() for x in weights.values())
+    assert 2 * size <= peak <= 2.5 * size
 
 
 def test_a_students_own_head_needs_no_cross_head_pass(tmp_path):
