@@ -36,6 +36,13 @@ def test_without_its_tag_the_newest_checkpoint_is_taken(tmp_path, caplog):
     assert f"last_checkpoint is missing; resuming from {tmp_path}/model_0000002.pth" in caplog.text
 
 
+def test_a_file_of_something_else_is_passed_over(tmp_path, caplog):
+    fill(tmp_path, 1, 2)
+    torch.save([1, 2], tmp_path / "model_0000002.pth")
+    assert resume(tmp_path) == 1
+    assert "model_0000002.pth: there are no weights in it" in caplog.text
+
+
 def test_a_folder_without_checkpoints_has_none(tmp_path):
     (tmp_path / "model_best.pth").write_text("another's")
     assert not SafeCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).has_checkpoint()

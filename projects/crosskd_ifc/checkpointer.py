@@ -4,7 +4,7 @@ read."""
 import contextlib
 import os
 import re
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from detectron2.utils import comm
@@ -114,22 +114,17 @@ class SafeCheckpointer(SafeReader):
 
     def last_good(self) -> str:
         """The best checkpoint in the folder that can be read, or ""."""
-        for candidate in self._candidates():
-            with contextlib.suppress(OSError, ValueError):
-                load_weights(candidate)
-                return candidate
-        return ""
+        return next((file for file in self._candidates() if not _read(file)[1]), "")
 
     def _choose(self) -> Tuple[str, Any, List[str]]:
         """The best checkpoint that can be read, its iteration, and what is wrong with better
         ones."""
         problems: List[str] = []
         for candidate in self._candidates():
-            try:
-                content = load_weights(candidate)
-            except (OSError, ValueError) as error:
-                problems.append(str(error))
-                self.logger.warning(f"A checkpoint can't be read: {error}")
+            content, fault = _read(candidate)
+            if fault:
+                problems.append(fault)
+                self.logger.warning(f"A checkpoint can't be read: {fault}")
                 continue
             if problems:
                 self.logger.warning(f"Resuming from an earlier checkpoint instead: {candidate}")
@@ -168,12 +163,20 @@ def find_checkpoints(folder: str) -> List[str]:
     return sorted(files, key=lambda file: (os.path.getmtime(file), file), reverse=True)
 
 
+def _read(file: str) -> Tuple[Mapping[str, Any], str]:
+    """What a checkpoint holds, and why it can't be read, or ""."""
+    try:
+        return load_weights(file), ""
+    except (OSError, ValueError) as error:
+        return {}, str(error)
+
+
 def _differs(file: str, iteration: Any) -> str:
     """Why this process can't go on from ``iteration`` in a checkpoint, or ""."""
-    try:
-        found = load_weights(file).get("iteration")
-    except (OSError, ValueError) as error:
-        return str(error)
+    content, fault = _read(file)
+    found = content.get("iteration")
+    if fault:
+        return fault
     return "" if found == iteration else f"there it is of iteration {found}, not {iteration}"
 
 

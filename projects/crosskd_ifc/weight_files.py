@@ -65,16 +65,18 @@ def load_weights(path: str) -> Any:
 
     Raises:
         FileNotFoundError: if it doesn't exist.
-        WeightsError: if it can't be read, or not without running code from it, or if its weights
-            hold a NaN or an infinite number.
+        WeightsError: if it can't be read, or not without running code from it, if it holds no
+            mapping, or if its weights hold a NaN or an infinite number.
     """
     local = PathManager.get_local_path(path)
     if not os.path.isfile(local):
         raise FileNotFoundError(f"{path}: no such file")
     content = _read(local, path)
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: there are no weights in it")
     weights = content
     for key in ("model", "model_state", "blobs", "state_dict"):  # detectron2, pycls, Caffe2, mmdet
-        if isinstance(content, Mapping) and key in content:
+        if key in content:
             weights = content[key]
             break
     items = weights.items() if isinstance(weights, Mapping) else ()
@@ -169,8 +171,7 @@ class SafeReader(DetectionCheckpointer):
         return loaded
 
     def _torch_load(self, f: str) -> Any:
-        content = load_weights(f)
-        return content if isinstance(content, Mapping) else {"model": content}
+        return load_weights(f)
 
 
 class StrictReader(SafeReader):
