@@ -92,9 +92,10 @@ class Results:
             entry.update(AP_val=round(chosen["AP"], 4), AP50_val=round(chosen["AP50"], 4))
         curve = splits[validation or self.protocol.test]["curve"]
         # Which training of its teacher a student learned from.
-        weights = done.get("weights_sha256") if key[0] == TEACHER else None
-        for digest in [weights, *done.get("needs_sha256", ())]:
-            entry.update({"teacher_sha256": digest} if digest else {})
+        is_teacher = key[0] == TEACHER
+        teacher = [done.get("weights_sha256")] if is_teacher else done.get("needs_sha256")
+        if teacher and teacher[0]:
+            entry["teacher_sha256"] = teacher[0]
         return {
             **entry,
             "config_sha256": done["digest"],
