@@ -16,8 +16,17 @@ from scipy import stats
 from crosskd_ifc import ConfigError
 from crosskd_ifc.comparison import Comparison, all_runs, plan, select
 from crosskd_ifc.config import check_crosskd_config
+from crosskd_ifc.paired import (
+    Difference,
+    detectable_difference,
+    paired_difference,
+    pooled_deviation,
+    power,
+    seeds_needed,
+    summarize,
+)
 from crosskd_ifc.protocol import load_protocol
-from crosskd_ifc.report import paired_difference, report_text, summarize, write_report
+from crosskd_ifc.report import report_text, write_report
 from crosskd_ifc.results import Results
 from crosskd_ifc.runs import train
 from crosskd_ifc.shapes import CLASSES, generate
@@ -428,6 +437,38 @@ def test_one_seed_or_no_spread_gives_neither_interval_nor_p():
     assert paired_difference({1: 3.0}, {1: 1.0}) == ({1: 2.0}, 2.0, None, None)
     assert paired_difference({1: 3.0, 2: 4.0}, {1: 1.1, 2: 2.1})[2:] == (None, None)
     assert paired_difference({1: 3.0}, {2: 1.0}) is None
+
+
+@pytest.mark.parametrize("effect, seeds", [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
+def test_seeds_needed_are_those_of_published_tables(effect, seeds):
+    """Of the paired t test, two-sided at 5 %, power 80 % (Cohen, 1988; G*Power)."""
+    assert seeds_needed(3.0, 3.0 * effect) == seeds
+    assert power(effect, 1.0, seeds - 1) < 0.8 <= power(effect, 1.0, seeds)
+    assert detectable_difference(1.0, seeds) == pytest.approx(effect, rel=0.03)
+
+
+def test_no_difference_is_found_as_often_as_the_level_says():
+    assert [power(0.0, 1.5, n) for n in (2, 3, 50)] == pytest.approx([0.05] * 3)
+
+
+def test_power_agrees_with_the_noncentral_t_distribution():
+    critical = stats.t.ppf(0.975, 7)
+    expected = stats.nct.sf(critical, 7, 8**0.5) + stats.nct.cdf(-critical, 7, 8**0.5)
+    assert power(-2.0, 2.0, 8) == pytest.approx(expected)
+
+
+def test_two_seeds_find_a_difference_far_above_the_deviation_only():
+    assert detectable_difference(1.0, 2) == pytest.approx(11.55, abs=0.01)
+
+
+def test_a_pooled_deviation_weighs_each_difference_by_its_degrees_of_freedom():
+    found = [
+        Difference({1: 1.0, 2: 3.0}, 2.0, None, None),  # sum of squares 2
+        Difference({1: 0.0, 2: 3.0, 3: 6.0}, 3.0, None, None),  # 18
+        Difference({1: 9.0}, 9.0, None, None),
+    ]
+    assert pooled_deviation(found) == pytest.approx((20 / 3) ** 0.5)
+    assert pooled_deviation(found[2:]) is None
 
 
 def test_a_report_needs_only_the_json(case):

@@ -7,7 +7,8 @@ import statistics
 
 import pytest
 
-from crosskd_ifc.report import Table, paired_difference, report_text, summarize
+from crosskd_ifc.paired import paired_difference, summarize
+from crosskd_ifc.report import Table, report_text
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
 TITLES = {

@@ -5,38 +5,25 @@ the difference of two arms is taken seed by seed.
 """
 
 import os
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
-from scipy import stats
 from tabulate import tabulate
 
+from .paired import (
+    Difference,
+    detectable_difference,
+    paired_difference,
+    pooled_deviation,
+    seeds_needed,
+    summarize,
+)
 from .protocol import TEACHER
 from .report_figures import draw_curves, draw_differences
-
-Scores = Mapping[int, float]  # seed -> AP
 
 # What says most of how the student is read by the teacher's head.
 _STATISTICS = ("agreement_cross_head", "agreement_student", "fused_length", "fused_cosine")
 _LOGGED = "Logged in the last quarter of the training, means over the seeds (docs/options.md):"
-
-
-class Summary(NamedTuple):
-    """Mean and sample standard deviation (None for less than two values) of ``n`` values."""
-
-    n: int
-    mean: float
-    deviation: Optional[float]
-
-
-class Difference(NamedTuple):
-    """A paired difference: ``values`` by seed, and their mean; the 95 % confidence interval and the
-    p value of Student's t test are None for less than two seeds, or differences without spread."""
-
-    values: Dict[int, float]
-    mean: float
-    interval: Optional[Tuple[float, float]]
-    p: Optional[float]
 
 
 class Section(NamedTuple):
@@ -46,26 +33,6 @@ class Section(NamedTuple):
     group: str
     arms: List[str]
     references: List[str]
-
-
-def summarize(values: Sequence[float]) -> Summary:
-    """Mean and standard deviation of at least one value."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Summary(len(values), float(np.mean(values)), deviation)
-
-
-def paired_difference(ours: Scores, theirs: Scores) -> Optional[Difference]:
-    """``ours`` minus ``theirs`` over the seeds that both have; None if there is none."""
-    seeds = sorted(set(ours) & set(theirs))
-    if not seeds:
-        return None
-    values = {seed: ours[seed] - theirs[seed] for seed in seeds}
-    mean, spread = float(np.mean(list(values.values()))), np.ptp(list(values.values()))
-    if len(seeds) < 2 or spread < 1e-9:
-        return Difference(values, mean, None, None)
-    test = stats.ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds])
-    interval = test.confidence_interval(0.95)
-    return Difference(values, mean, (float(interval.low), float(interval.high)), float(test.pvalue))
 
 
 class Table:
@@ -133,6 +100,7 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
         lines += [_results(table, section), ""]
         differences = _differences(table, section)
         lines += ["Paired differences of AP:", "", differences, ""] if differences else []
+        lines += _power(table, section)
         logged = _statistics(table, section)
         lines += [_LOGGED, "", logged, ""] if logged else []
     if any(run.get("outdated") for run in content["runs"]):
@@ -183,6 +151,23 @@ def _differences(table: Table, section: Section) -> str:
     rows = [[f"`{arm}`", *(row.get(other, "") for other in others)] for arm, row in cells.items()]
     headers = ["arm", *(f"minus `{other}`" for other in others)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
+
+
+def _power(table: Table, section: Section) -> List[str]:
+    """What differences these seeds can show at all."""
+    found = [difference for _, _, difference in table.differences(section)]
+    deviation = pooled_deviation(found)
+    if not deviation:
+        return []
+    n = max(len(difference.values) for difference in found)
+    shown, needed = detectable_difference(deviation, n), seeds_needed(deviation, 1.0)
+    return [
+        f"A difference varies from seed to seed by {deviation:.1f} (standard deviation, all "
+        f"pooled): {n} seeds show",
+        f"a true one of {shown:.1f} AP in 80 % of such comparisons; one of 1 AP takes {needed} "
+        "seeds.",
+        "",
+    ]
 
 
 def _statistics(table: Table, section: Section) -> str:
