@@ -197,6 +197,18 @@ def test_a_student_starts_from_the_teacher_of_its_seed(case):
     assert not case.runs["student", 2].needs
 
 
+def test_fewer_teachers_than_seeds_are_taken_in_turn(tmp_path):
+    teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "seeds": [7, 9]}
+    case = Case(tmp_path, seeds=[7, 9, 3], teacher=teacher, ablations=None)
+    assert case.todo(arms=["crosskd_ifc"], seeds=[3]) == [("teacher", 7), ("crosskd_ifc", 3)]
+    assert case.runs["crosskd_ifc", 3].needs[0].folder == case.runs["teacher", 7].folder
+    assert case.do() == {} and sum(name.startswith("teacher") for name in case.order()) == 2
+    entries = case.recorded()
+    assert [entries["crosskd_ifc", seed]["teacher_seed"] for seed in (7, 9, 3)] == [7, 9, 7]
+    assert "teacher_seed" not in entries["student", 3]
+    assert "share the others'" in report_text(case.results.content())
+
+
 def test_what_changes_the_teachers_model_is_told_to_its_students(tmp_path):
     opts = {"MODEL.FPN.OUT_CHANNELS": 32, "SOLVER.MAX_ITER": 10}
     teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "opts": {"MODEL.RESNETS.DEPTH": 50}}

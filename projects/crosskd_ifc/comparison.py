@@ -11,10 +11,10 @@ import os
 import sys
 import threading
 import time
-from typing import Dict, Iterable, List, Optional, Sequence
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 from .config import ConfigError
-from .protocol import TEACHER, Protocol
+from .protocol import TEACHER, Arm, Protocol
 from .results import Key, Results
 from .run_checks import check_evaluation_config
 from .run_process import RunFailed, move_aside
@@ -25,7 +25,13 @@ def all_runs(protocol: Protocol, folder: str, *, device: str = "") -> Dict[Key, 
     """All runs of a protocol in the order in which they are done: main arms before ablations, all
     arms of a seed before the next seed, a teacher before what needs it."""
     keys = [(arm, seed) for arm in protocol.arms.values() for seed in arm.seeds]
-    keys.sort(key=lambda k: (bool(k[0].group), k[1]))  # else in the protocol's order
+
+    def turn(key: Tuple[Arm, int]) -> Tuple[bool, int]:
+        arm, seed = key
+        seeds = arm.seeds if arm.name == TEACHER else protocol.seeds
+        return bool(arm.group), seeds.index(seed)
+
+    keys.sort(key=turn)  # else in the protocol's order
     return {(a.name, seed): protocol.run(a.name, seed, folder, device=device) for a, seed in keys}
 
 
@@ -59,7 +65,7 @@ def plan(runs: Dict[Key, Run], selected: Iterable[Key], results: Results) -> Lis
     student needs them.
     """
     todo = {key for key in selected if not results.is_finished(key)}
-    teachers = {(TEACHER, seed) for arm, seed in todo if runs[arm, seed].needs}
+    teachers = {results.protocol.teacher_of(*key) for key in todo} - {None}
     todo |= {key for key in teachers if not has_weights(runs[key])}
     return [key for key in runs if key in todo]
 
@@ -171,7 +177,7 @@ class Comparison:
         return ready[: self.jobs - len(running)]
 
     def _teacher(self, key: Key) -> Optional[Key]:
-        return (TEACHER, key[1]) if self.runs[key].needs else None
+        return self.results.protocol.teacher_of(*key)
 
     def _one(self, key: Key) -> dict:
         run = self.runs[key]

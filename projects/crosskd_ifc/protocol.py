@@ -17,15 +17,17 @@ A protocol is a YAML file::
         fc2: {config: ..., opts: {...}, seeds: [1, 2, 3], versus: [student]}
 
 ``teacher`` is trained once for each seed; arms whose config names its config as their teacher start
-from it. Arms with a model-zoo teacher, or with MODEL.CROSSKD.TEACHER.WEIGHTS among their ``opts``,
-don't need it. ``versus`` names the arms that paired differences are taken to.
+from it. With fewer ``seeds`` of its own, they are taken in turn by the protocol's: ``seeds: [1, 2,
+3, 4]`` and ``teacher: {seeds: [1, 2]}`` give seed 3 the teacher of seed 1, and 4 that of 2. Arms
+with a model-zoo teacher, or with MODEL.CROSSKD.TEACHER.WEIGHTS among their ``opts``, don't need it.
+``versus`` names the arms that paired differences are taken to.
 """
 
 import dataclasses
 import os
 import re
 from reprlib import repr as short
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from .config import ConfigError, distillation_requested
 from .config_files import find_config
@@ -65,12 +67,14 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """A checked protocol. ``arms`` holds the teacher, if there is one, the main arms, then the
-    ablations; ``taught`` the names of those that the teacher is trained for."""
+    """A checked protocol. ``seeds`` are those of arms without own ones; ``arms`` holds the teacher,
+    if there is one, the main arms, then the ablations; ``taught`` the names of those that the
+    teacher is trained for."""
 
     path: str
     name: str
     title: str
+    seeds: Tuple[int, ...]
     validation: str
     test: str
     opts: Tuple[str, ...]
@@ -82,7 +86,7 @@ class Protocol:
 
         Args:
             name: the arm's.
-            seed: also of its teacher.
+            seed: the run's.
             folder: the folder for all runs of this protocol.
             device: MODEL.DEVICE; "": as in the config.
         """
@@ -92,8 +96,9 @@ class Protocol:
         if device:
             opts += ["MODEL.DEVICE", device]
         run = Run(f"{name}, seed {seed}", arm.config, os.path.join(folder, f"{name}_{seed}"), opts)
-        if name in self.taught:
-            teacher = self.run(TEACHER, seed, folder, device=device)
+        taught_by = self.teacher_of(name, seed)
+        if taught_by:
+            teacher = self.run(*taught_by, folder, device=device)
             run.needs = (teacher,)
             run.opts += [_WEIGHTS, teacher.weights]
             # Whatever changed the teacher's architecture or input must change it here, too.
@@ -104,6 +109,13 @@ class Protocol:
                 ours = [x for pair in changed for x in pair]
                 run.opts += [_OPTS, repr((*ours, *theirs))]
         return run
+
+    def teacher_of(self, name: str, seed: int) -> Optional[Tuple[str, int]]:
+        """Arm and seed of the teacher that a run of an arm starts from; None if it needs none."""
+        if name not in self.taught:
+            return None
+        theirs = self.arms[TEACHER].seeds
+        return TEACHER, theirs[self.seeds.index(seed) % len(theirs)]
 
 
 def load_protocol(path: str) -> Protocol:
@@ -157,6 +169,7 @@ def _load(path: str) -> Protocol:
         path=path,
         name=raw["name"],
         title=raw.get("title", raw["name"]),
+        seeds=seeds,
         validation=raw.get("validation", ""),
         test=raw["test"],
         opts=shared,

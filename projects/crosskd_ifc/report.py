@@ -219,19 +219,28 @@ def _provenance(content: dict) -> List[str]:
     lines.append(f"and restarts {hours:.1f} hours. With {_versions(runs)},")
     lines.append(f"on {_hardware(runs)}.")
     if any(run["arm"] == TEACHER for run in runs):
-        lines.append("Each seed has its own teacher.")
+        if all(_teacher_seed(run) == run["seed"] for run in runs):
+            lines.append("Each seed has its own teacher.")
+        else:
+            lines.append("Seeds without a teacher of their own share the others', in turn")
+            lines.append("(`teacher_seed`).")
     lines += _several_teachers(content)
     return lines + ["All numbers: [results.json](results.json)."]
 
 
+def _teacher_seed(run: dict) -> int:
+    """The seed of the teacher that a student learned from; a teacher's own."""
+    return run.get("teacher_seed", run["seed"])
+
+
 def _several_teachers(content: dict) -> List[str]:
-    """Says where the runs of a seed don't all belong to the same weights of its teacher: a teacher
-    whose weights were gone has been trained again."""
+    """Says where the runs of a teacher's seed don't all belong to the same weights: a teacher whose
+    weights were gone has been trained again."""
     belong = {arm["arm"] for arm in content["arms"] if arm.get("taught")} | {TEACHER}
     found: Dict[int, set] = {}
     for run in content["runs"]:
         if run["arm"] in belong and not run.get("outdated"):
-            found.setdefault(run["seed"], set()).add(run.get("teacher_sha256", ""))
+            found.setdefault(_teacher_seed(run), set()).add(run.get("teacher_sha256", ""))
     lines = []
     several = [str(seed) for seed, those in sorted(found.items()) if len(those - {""}) > 1]
     if several:

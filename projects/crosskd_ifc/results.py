@@ -96,6 +96,9 @@ class Results:
         teacher = [done.get("weights_sha256")] if is_teacher else done.get("needs_sha256")
         if teacher and teacher[0]:
             entry["teacher_sha256"] = teacher[0]
+        taught_by = self.protocol.teacher_of(*key)
+        if taught_by:
+            entry["teacher_seed"] = taught_by[1]
         return {
             **entry,
             "config_sha256": done["digest"],
