@@ -22,7 +22,10 @@ from .protocol import TEACHER
 from .report_figures import draw_curves, draw_differences
 
 # What says most of how the student is read by the teacher's head.
-_STATISTICS = ("agreement_cross_head", "agreement_student", "fused_length", "fused_cosine")
+_STATISTICS = (
+    *("agreement_cross_head", "agreement_student", "fused_length", "fused_cosine"),
+    *("grad_cosine_shared", "grad_ratio_shared"),
+)
 _LOGGED = "Logged in the last quarter of the training, means over the seeds (docs/options.md):"
 
 
