@@ -6,9 +6,10 @@ the student's own detections, of the cross-head's as trained and, for several ta
 cross-head's on each of them alone. All on the first data set in DATASETS.TEST.
 
     python tools/compare.py benchmarks/protocols/shapes_faster_rcnn.yaml --seeds 3 4 5
-    cd output/compare/shapes_faster_rcnn
-    python ../../../benchmarks/taps/measure.py crosskd_[345] fc2_[34] crosskd_ifc_[345] sum_[34] \
-        through_[34] through_pool_fc1_fc2_[34] > ../../../benchmarks/taps/shapes_faster_rcnn.json
+    r=output/compare/shapes_faster_rcnn
+    python benchmarks/taps/measure.py $r/crosskd_[345] $r/fc2_[34] $r/crosskd_ifc_[345] \
+        $r/sum_[34] $r/through_[34] $r/through_pool_fc1_fc2_[34] \
+        > benchmarks/taps/shapes_faster_rcnn.json
 """
 
 import contextlib
