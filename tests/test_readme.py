@@ -46,7 +46,7 @@ COMPARED = {
     "crosskd": "plain CrossKD",
     "crosskd_ifc": "CrossKD-IFC",
 }
-PROTOCOLS = ("shapes_faster_rcnn", "bccd_faster_rcnn", "shapes_retinanet")
+PROTOCOLS = ("shapes_faster_rcnn", "bccd_faster_rcnn", "shapes_retinanet", "shapes_inherit")
 
 
 def rows_of_the_comparison():
@@ -99,6 +99,31 @@ def test_what_was_repeated_is_told_as_recorded():
         abs(first - second) for first, second in (r["AP"] for r in found["other_processor"])
     )
     assert f"AP by up to {largest:.1f} (" in " ".join(read("README.md").split())
+
+
+def test_what_an_inheriting_start_gives_is_told_as_recorded():
+    plain, inheriting = (
+        Table(json.loads(read("benchmarks", name, "results.json"))).scores("student")
+        for name in ("shapes_faster_rcnn", "shapes_inherit")
+    )
+    gains = [round(gain) for gain in paired_difference(inheriting, plain).values.values()]
+    told = f"by {min(gains)} to {max(gains)} AP on each seed"
+    assert told in " ".join(read("README.md").split())
+
+
+def test_what_a_tap_is_worth_alone_is_told_as_recorded():
+    runs = json.loads(read("benchmarks", "taps", "shapes_faster_rcnn.json"))["runs"]
+
+    def ap(arm, key):
+        return "{:.1f}".format(statistics.mean(r[key] for r in runs if r["run"][:-2] == arm))
+
+    told = (
+        f"reads at {ap('crosskd_ifc', 'cross_head')} AP, fc1 alone at "
+        f"{ap('crosskd_ifc', 'cross_head_fc1')} and fc2 alone at "
+        f"{ap('crosskd_ifc', 'cross_head_fc2')}; trained alone, fc2 reads at "
+        f"{ap('fc2', 'cross_head')}"
+    )
+    assert told in " ".join(read("README.md").split())
 
 
 def test_the_table_of_other_classes_is_that_of_the_recorded_runs():

@@ -67,7 +67,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """A checked protocol. ``seeds`` are those of arms without own ones; ``arms`` holds the teacher,
+    """A checked protocol. ``seeds`` are of all arms that name none; ``arms`` holds the teacher,
     if there is one, the main arms, then the ablations; ``taught`` the names of those that the
     teacher is trained for."""
 

@@ -160,7 +160,7 @@ def _power(table: Table, section: Section) -> List[str]:
     """What differences these seeds can show at all."""
     found = [difference for _, _, difference in table.differences(section)]
     deviation = pooled_deviation(found)
-    if not deviation:
+    if deviation is None or deviation < 0.05:  # 0.0 in these tables
         return []
     n = max(len(difference.values) for difference in found)
     shown, needed = detectable_difference(deviation, n), seeds_needed(deviation, 1.0)
