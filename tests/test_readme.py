@@ -95,10 +95,13 @@ def test_what_was_repeated_is_told_as_recorded():
     found = json.loads(read("benchmarks", "repeatability", "shapes_faster_rcnn.json"))
     for run in found["same_processor"]:
         assert all(first == second for first, second in (run["AP"], run["weights_sha256"]))
-    largest = max(
-        abs(first - second) for first, second in (r["AP"] for r in found["other_processor"])
-    )
-    assert f"AP by up to {largest:.1f} (" in " ".join(read("README.md").split())
+    photos = json.loads(read("benchmarks", "repeatability", "bccd_faster_rcnn.json"))
+    largest = [
+        max(abs(first - second) for first, second in (run["AP"] for run in runs))
+        for runs in (found["other_processor"], photos["other_processor"])
+    ]
+    told = "AP by up to {:.1f} and {:.1f} (".format(*largest)
+    assert told in " ".join(read("README.md").split())
 
 
 def test_what_an_inheriting_start_gives_is_told_as_recorded():
