@@ -55,7 +55,7 @@ def draw_differences(table: "Table", path: str) -> bool:
     figure, axes = plt.subplots(
         len(rows),
         columns,
-        figsize=(2.4 + 3.4 * columns, sum(heights) + 0.8),
+        figsize=(2.4 + 3.4 * columns, sum(heights) + 1.0),
         height_ratios=[len(names) + 0.6 for _, names, _ in rows],
         sharey="row",
         squeeze=False,
@@ -86,7 +86,7 @@ def draw_differences(table: "Table", path: str) -> bool:
         for axis in same:
             axis.set_xlim(min(low), max(high))
     figure.suptitle(
-        f"{table.content['title']}\nDifference of AP on {table.content['test']}, paired by seed: "
+        f"{table.content['title']}\nDifference of AP on {table.content['test']}, paired by seed\n"
         "mean with 95 % interval (of two seeds: cut at the border); circles: each seed",
         fontsize=11,
     )
