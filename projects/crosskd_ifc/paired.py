@@ -9,7 +9,7 @@ from scipy import integrate, optimize, special, stats
 
 Scores = Mapping[int, float]  # seed -> AP
 
-LEVEL = 0.05  # of the two-sided tests
+LEVEL = 0.05  # of the two-sided tests; intervals hold the rest
 POWER = 0.8
 
 
@@ -47,7 +47,7 @@ def paired_difference(ours: Scores, theirs: Scores) -> Optional[Difference]:
     if len(seeds) < 2 or spread < 1e-9:
         return Difference(values, mean, None, None)
     test = stats.ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds])
-    interval = test.confidence_interval(0.95)
+    interval = test.confidence_interval(1 - LEVEL)
     return Difference(values, mean, (float(interval.low), float(interval.high)), float(test.pvalue))
 
 
