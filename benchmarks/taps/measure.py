@@ -19,12 +19,12 @@ import sys
 import tempfile
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 
 from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config, attach_teacher
+from crosskd_ifc.weight_files import StrictReader
 
 FUSION = "MODEL.CROSSKD.FUSION."
 
@@ -46,8 +46,8 @@ def load(folder, *opts):
     cfg.merge_from_file(os.path.join(folder, "config.yaml"))
     cfg.merge_from_list(list(opts))
     student = build_model(cfg)
-    DetectionCheckpointer(student).load(os.path.join(folder, "model_final.pth"))
-    attach_teacher(student, cfg)
+    attach_teacher(student, cfg)  # first, since a fusion may have learned weights
+    StrictReader(student).load(os.path.join(folder, "model_final.pth"))
     return cfg, student.eval()
 
 
