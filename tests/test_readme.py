@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import glob
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import statistics
 import pytest
 
 from crosskd_ifc.paired import paired_difference, summarize
+from crosskd_ifc.protocol import load_protocol
 from crosskd_ifc.report import Table, report_text
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
@@ -46,7 +48,13 @@ COMPARED = {
     "crosskd": "plain CrossKD",
     "crosskd_ifc": "CrossKD-IFC",
 }
-PROTOCOLS = ("shapes_faster_rcnn", "bccd_faster_rcnn", "shapes_retinanet", "shapes_inherit")
+PROTOCOLS = (
+    "shapes_faster_rcnn",
+    "bccd_faster_rcnn",
+    "bccd_faster_rcnn_640",
+    "shapes_retinanet",
+    "shapes_inherit",
+)
 
 
 def rows_of_the_comparison():
@@ -70,6 +78,18 @@ def rows_of_the_comparison():
 @pytest.mark.parametrize("number", range(len(COMPARED) + 2))
 def test_the_table_of_results_is_that_of_the_recorded_runs(number):
     assert list(rows_of_the_comparison())[number] in read("README.md").splitlines()
+
+
+def test_all_pairs_together_are_told_as_recorded():
+    pairs = []
+    for name in PROTOCOLS:
+        table = Table(json.loads(read("benchmarks", name, "results.json")))
+        found = paired_difference(table.scores("crosskd_ifc"), table.scores("crosskd"))
+        pairs += found.values.values()
+    found = paired_difference(dict(enumerate(pairs)), dict.fromkeys(range(len(pairs)), 0.0))
+    told = "over all {} pairs of seeds the difference is {:+.1f} ({:+.1f} to {:+.1f})"
+    told = told.format(len(pairs), found.mean, *found.interval)
+    assert told in " ".join(read("README.md").split())
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -151,20 +171,61 @@ def test_the_table_of_fcos_is_that_of_the_recorded_runs(arm):
     assert f"| {TITLES[arm]} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read("README.md")
 
 
-def test_the_costs_of_a_step_are_the_measured_ones():
-    text = read("docs", "performance.md")
-    for name in ("faster_rcnn", "faster_rcnn_through", "retinanet", "fcos"):
-        found = json.loads(read("benchmarks", "step_cost", f"{name}_R50_R18_cpu.json"))
-        cost = {key: f"{ratio['median']:.2f}" for key, ratio in found["ratios"].items()}
-        peak = {key: value / 2**20 for key, value in found["peak_bytes"].items()}
-        cells = [cost[key] for key in ("c/a", "(a+b)/a", "c/(a+b)", "c/floor")]
-        cells.append("{:.2f} to {:.2f}".format(*found["ratios"]["c/floor"]["quartiles"]))
-        cells += [f"{peak['distillation'] - peak['student']:.0f}", f"{peak['teacher']:.0f}"]
-        assert f"| {' | '.join(cells)} |" in text
-        if name == "faster_rcnn":
-            readme = read("README.md")
-            assert f"takes {cost['c/(a+b)']} times the time of the plain student's step" in readme
-            assert f"{cost['c/a']} times the plain step" in readme
+def costs(name, *, speed):
+    """Cells of a table of docs/performance.md, from the recorded measurement."""
+    found = json.loads(read("benchmarks", "step_cost", f"{name}.json"))
+    cells = [f"{found['ratios'][key]['median']:.2f}" for key in ("c/a", "(a+b)/a", "c/(a+b)")]
+    cells.append(f"{found['ratios']['c/floor']['median']:.2f}")
+    cells.append("{:.2f} to {:.2f}".format(*found["ratios"]["c/floor"]["quartiles"]))
+    if speed:
+        cells += [f"{found['images_per_second'][k]:.0f}" for k in ("student", "distillation")]
+    peak = {key: value / 2**20 for key, value in found["peak_bytes"].items()}
+    return cells + [f"{peak['distillation'] - peak['student']:.0f}", f"{peak['teacher']:.0f}"]
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "faster_rcnn_through", "retinanet", "fcos"])
+def test_the_costs_of_a_step_are_the_measured_ones(name):
+    cells = costs(f"{name}_R50_R18_cpu", speed=False)
+    assert f"| {' | '.join(cells)} |" in read("docs", "performance.md")
+
+
+GPU_COSTS = sorted(glob.glob(os.path.join(ROOT, "benchmarks", "step_cost", "*_h100*.json")))
+
+
+@pytest.mark.parametrize("path", GPU_COSTS)
+def test_the_costs_of_a_step_on_a_gpu_are_the_measured_ones(path):
+    cells = costs(os.path.basename(path)[: -len(".json")], speed=True)
+    assert f"| {' | '.join(cells)} |" in read("docs", "performance.md")
+
+
+def test_the_costs_that_the_readme_tells_are_the_measured_ones():
+    text = " ".join(read("README.md").split())
+    plain, _, both, *_ = costs("faster_rcnn_R50_R18_cpu", speed=False)
+    assert f"takes {both} times the time of the plain student's step" in text
+    assert f"together, {plain} times the plain step" in text
+    plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16", speed=True)
+    assert f"On an H100 (16 images of 800x1333) it is {both} times and {plain} times" in text
+
+
+@pytest.mark.parametrize(
+    "protocol, cost, steps, teacher",
+    [
+        ("coco_faster_rcnn_R50_R18", "faster_rcnn_R50_R18_h100", 90_000, 0),
+        # of a teacher's step, the model zoo's ratio of R101 to R50
+        ("voc_faster_rcnn_R101_R50", "faster_rcnn_R101_R50_h100", 18_000, 0.286 / 0.210),
+    ],
+)
+def test_the_hours_that_a_protocol_expects_are_those_of_the_measured_steps(
+    protocol, cost, steps, teacher
+):
+    seconds = json.loads(read("benchmarks", "step_cost", f"{cost}.json"))["seconds"]
+    plain, distilled = (seconds[key]["median"] for key in ("student", "distillation"))
+    loaded = load_protocol(os.path.join(ROOT, "benchmarks", "protocols", f"{protocol}.yaml"))
+    arms = [arm for arm in loaded.arms if arm != "teacher"]
+    each = plain * (1 + teacher) + distilled * (len(arms) - 1)
+    hours = 8 * len(loaded.seeds) * steps * each / 3600  # of 8 GPUs with two images each
+    text = " ".join(read("benchmarks", "protocols", f"{protocol}.yaml").replace("#", "").split())
+    assert f"about {hours:.0f} H100 hours" in text
 
 
 def test_the_differences_of_a_bfloat16_teacher_are_the_measured_ones():
