@@ -134,6 +134,22 @@ def test_what_an_inheriting_start_gives_is_told_as_recorded():
     assert told in " ".join(read("README.md").split())
 
 
+def test_what_the_logs_say_is_told_as_recorded():
+    table = Table(json.loads(read("benchmarks", "shapes_faster_rcnn", "results.json")))
+    text = " ".join(read("README.md").split())
+    cosines = [table.logged(arm, "fused_cosine") for arm in ("crosskd", "crosskd_ifc")]
+    assert "(cosine {:.2f} at the end of the training)".format(cosines[0]) in text
+    assert "keep a direction of their own ({:.2f})".format(cosines[1]) in text
+    assert "teacher's feature ({:.1f})".format(table.logged("sum", "fused_length")) in text
+    ifc, crosskd, head = (
+        table.logged(f"{arm}_gradients", "grad_cosine_shared")
+        for arm in ("crosskd_ifc", "crosskd", "student_head")
+    )
+    assert f"(cosine {ifc:.2f}, at fc2" in text
+    assert f"for plain CrossKD ({crosskd:.2f}, at the pyramid's outputs)" in text
+    assert f"student's own head ({head:.2f}, at fc2)" in text
+
+
 def test_what_a_tap_is_worth_alone_is_told_as_recorded():
     runs = json.loads(read("benchmarks", "taps", "shapes_faster_rcnn.json"))["runs"]
 

@@ -57,6 +57,13 @@ class Table:
         """seed -> ``key`` of an arm, without runs of earlier settings."""
         return {seed: run[key] for seed, run in self.current(arm).items() if key in run}
 
+    def logged(self, arm: str, key: str) -> Optional[float]:
+        """Mean over an arm's seeds of a statistic, each run's from the last quarter of its
+        training; None where it wasn't logged."""
+        runs = (run.get("statistics", {}) for run in self.current(arm).values())
+        values = [statistics[key] for statistics in runs if key in statistics]
+        return float(np.mean(values)) if values else None
+
     def sections(self) -> List[Section]:
         """The main arms, then each group of ablations; arms without a run are left out."""
         sections = []
@@ -174,17 +181,12 @@ def _power(table: Table, section: Section) -> List[str]:
 
 
 def _statistics(table: Table, section: Section) -> str:
-    found: Dict[str, Dict[str, float]] = {}  # arm -> key -> mean over the seeds
-    for name in section.arms:
-        runs = [run.get("statistics", {}) for run in table.current(name).values()]
-        for key in _STATISTICS:
-            values = [logged[key] for logged in runs if key in logged]
-            if values:
-                found.setdefault(name, {})[key] = float(np.mean(values))
-    keys = [key for key in _STATISTICS if any(key in logged for logged in found.values())]
+    found = {arm: {key: table.logged(arm, key) for key in _STATISTICS} for arm in section.arms}
+    keys = [key for key in _STATISTICS if any(row[key] is not None for row in found.values())]
     rows = [
-        [f"`{name}`", *(f"{logged[key]:.2f}" if key in logged else "" for key in keys)]
-        for name, logged in found.items()
+        [f"`{arm}`", *("" if row[key] is None else f"{row[key]:.2f}" for key in keys)]
+        for arm, row in found.items()
+        if any(value is not None for value in row.values())
     ]
     headers = ["arm", *(f"`{key}`" for key in keys)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
