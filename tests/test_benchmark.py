@@ -1,5 +1,6 @@
 """What the benchmark measures; no time is asserted."""
 
+import gzip
 import json
 import runpy
 from collections import Counter
@@ -13,6 +14,7 @@ from test_dense import dense_cfg
 from crosskd_ifc import attach_teacher
 from crosskd_ifc.benchmark import PARTS, Bench, Case, _peak_on_cpu, make_batch, summarize
 from crosskd_ifc.benchmark_sweep import draw_sweep, sweep
+from crosskd_ifc.benchmark_trace import gpu_use
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "benchmark.py"
 SMALL = Case(48, 64, boxes=3)
@@ -160,6 +162,30 @@ def test_the_tool_prints_ratios_and_writes_numbers(tmp_path, capsys):
     trace = json.loads((tmp_path / "trace" / "step.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"aten::conv2d", "ConvolutionBackward0"} <= names
+    assert found["profiled_step"] is None  # there is no GPU in it
+
+
+@pytest.mark.parametrize("name", ["step.json", "step.json.gz"])
+def test_a_gpu_is_busy_while_any_of_its_work_runs(tmp_path, name):
+    def event(category, name, start, duration):
+        return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
+
+    events = [
+        event("kernel", "conv", 300.0, 100.0),
+        event("kernel", "conv", 1000.0, 500.0),
+        event("kernel", "nms", 1200.0, 100.0),  # beside the convolution
+        event("gpu_memcpy", "copy", 1400.0, 200.0),
+        event("cpu_op", "aten::conv2d", 0.0, 5000.0),
+        {"ph": "M", "name": "process_name"},
+    ]
+    write = gzip.open if name.endswith(".gz") else open
+    with write(tmp_path / name, "wt") as f:
+        json.dump({"traceEvents": events}, f)
+    found = gpu_use(str(tmp_path / name))
+    assert (found["span"], found["busy"]) == pytest.approx((1300e-6, 700e-6))
+    assert list(found["kernels"]) == ["conv", "nms"]
+    assert found["kernels"]["conv"] == pytest.approx(600e-6)
+    assert list(gpu_use(str(tmp_path / name), top=1)["kernels"]) == ["conv"]
 
 
 def test_a_sweep_varies_one_size_at_a_time_and_is_drawn(tmp_path):

@@ -26,7 +26,7 @@ from crosskd_ifc.paired import (
     summarize,
 )
 from crosskd_ifc.protocol import load_protocol
-from crosskd_ifc.report import report_text, write_report
+from crosskd_ifc.report import Table, report_text, write_report
 from crosskd_ifc.results import Results
 from crosskd_ifc.runs import train
 from crosskd_ifc.shapes import CLASSES, generate
@@ -483,6 +483,18 @@ def test_a_pooled_deviation_weighs_each_difference_by_its_degrees_of_freedom():
     assert pooled_deviation(found[2:]) is None
 
 
+def test_a_report_says_in_how_many_runs_a_statistic_was_logged(case):
+    case.do()
+    with open(case.path) as f:
+        recorded = json.load(f)
+    first, second = [run for run in recorded["runs"] if run["arm"] == "crosskd_ifc"]
+    first["statistics"] = {"fused_length": 1.0, "fused_cosine": 0.4}
+    second["statistics"] = {"fused_length": 2.0}
+    assert Table(recorded).logged("crosskd_ifc", "fused_cosine") == {first["seed"]: 0.4}
+    rows = [" ".join(line.split()) for line in report_text(recorded).splitlines()]
+    assert "| `crosskd_ifc` | 1 to 2 | 1.50 | 0.40 |" in rows
+
+
 def test_a_report_needs_only_the_json(case):
     case.do()
     with open(case.path) as f:
@@ -495,7 +507,7 @@ def test_a_report_needs_only_the_json(case):
     assert "| `crosskd_ifc` | +2.0, n = 2 |" in rows  # equal differences, so no test
     assert "| `fc2` | fc2 | 1 | 13.0 | 26.0 | 13.0 | 13.0 |" in rows
     assert "| `fc2` | +2.0, n = 1 | +0.0, n = 1 |" in rows
-    assert "| `crosskd_ifc` | 1.50 |" in rows  # what was logged
+    assert "| `crosskd_ifc` | 2 | 1.50 |" in rows  # what was logged
     assert "python x" in text and "7 runs" in text
     for name in ("curves.png", "differences.png"):
         assert (case.folder / "out" / name).stat().st_size > 5000

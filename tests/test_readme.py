@@ -214,6 +214,22 @@ def test_the_costs_of_a_step_on_a_gpu_are_the_measured_ones(path):
     assert f"| {' | '.join(cells)} |" in read("docs", "performance.md")
 
 
+def test_what_the_gpu_does_in_a_step_is_told_as_measured():
+    name = "faster_rcnn_R50_R18_h100_batch_16"
+    found = json.loads(read("benchmarks", "step_cost", f"{name}.json"))
+    step, amp = found["profiled_step"], json.loads(
+        read("benchmarks", "step_cost", f"{name}_amp.json")
+    )
+    (nms,) = [t for kernel, t in step["kernels"].items() if "gather_keep_from_mask" in kernel]
+    text = " ".join(read("docs", "performance.md").split())
+    busy = "busy for {busy:.0f} of the {span:.0f} ms of a profiled step"
+    assert busy.format(**{key: 1000 * step[key] for key in ("busy", "span")}) in text
+    seconds = found["seconds"]["distillation"]["median"]
+    assert f"({1000 * seconds:.0f} ms without the profiler); {1000 * nms:.0f} ms of these" in text
+    parts = [1000 * amp["seconds"][key]["median"] for key in ("teacher", "distillation")]
+    assert "in float32, is {:.0f} of {:.0f} ms".format(*parts) in text
+
+
 def test_the_costs_that_the_readme_tells_are_the_measured_ones():
     text = " ".join(read("README.md").split())
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_cpu", speed=False)

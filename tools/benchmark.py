@@ -22,6 +22,7 @@ from tabulate import tabulate
 from crosskd_ifc import ConfigError
 from crosskd_ifc.benchmark import Bench, Case, summarize
 from crosskd_ifc.benchmark_sweep import draw_sweep, sweep
+from crosskd_ifc.benchmark_trace import gpu_use
 from crosskd_ifc.run_environment import hardware, versions
 from crosskd_ifc.runs import Run
 
@@ -79,6 +80,13 @@ def main(args):
             os.makedirs(os.path.dirname(os.path.abspath(args.profile)), exist_ok=True)
             bench.profile(args.profile)
             print(f"Profile: {args.profile}, for chrome://tracing or ui.perfetto.dev")
+            found["profiled_step"] = gpu_use(args.profile)  # None without a GPU
+            if found["profiled_step"]:
+                print(
+                    "Of {span:.3f} seconds the GPU works {busy:.3f}".format_map(
+                        found["profiled_step"]
+                    )
+                )
     found = {
         "command": shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
         "versions": versions(),

@@ -57,12 +57,10 @@ class Table:
         """seed -> ``key`` of an arm, without runs of earlier settings."""
         return {seed: run[key] for seed, run in self.current(arm).items() if key in run}
 
-    def logged(self, arm: str, key: str) -> Optional[float]:
-        """Mean over an arm's seeds of a statistic, each run's from the last quarter of its
-        training; None where it wasn't logged."""
-        runs = (run.get("statistics", {}) for run in self.current(arm).values())
-        values = [statistics[key] for statistics in runs if key in statistics]
-        return float(np.mean(values)) if values else None
+    def logged(self, arm: str, key: str) -> Dict[int, float]:
+        """seed -> a statistic of an arm in the last quarter of its training, where it was logged"""
+        runs = {seed: run.get("statistics", {}) for seed, run in self.current(arm).items()}
+        return {seed: found[key] for seed, found in runs.items() if key in found}
 
     def sections(self) -> List[Section]:
         """The main arms, then each group of ablations; arms without a run are left out."""
@@ -182,13 +180,14 @@ def _power(table: Table, section: Section) -> List[str]:
 
 def _statistics(table: Table, section: Section) -> str:
     found = {arm: {key: table.logged(arm, key) for key in _STATISTICS} for arm in section.arms}
-    keys = [key for key in _STATISTICS if any(row[key] is not None for row in found.values())]
-    rows = [
-        [f"`{arm}`", *("" if row[key] is None else f"{row[key]:.2f}" for key in keys)]
-        for arm, row in found.items()
-        if any(value is not None for value in row.values())
-    ]
-    headers = ["arm", *(f"`{key}`" for key in keys)]
+    keys = [key for key in _STATISTICS if any(row[key] for row in found.values())]
+    rows = []
+    for arm, row in found.items():
+        if any(row.values()):
+            means = [f"{np.mean(list(row[key].values())):.2f}" if row[key] else "" for key in keys]
+            counts = sorted({len(values) for values in row.values() if values})
+            rows.append([f"`{arm}`", " to ".join(map(str, counts[:1] + counts[1:][-1:])), *means])
+    headers = ["arm", "n", *(f"`{key}`" for key in keys)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
 
 
