@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from crosskd_ifc.paired import paired_difference, summarize
+from crosskd_ifc.paired import paired_difference, pooled_deviation, seeds_needed, summarize
 from crosskd_ifc.protocol import load_protocol
 from crosskd_ifc.report import Table, report_text
 
@@ -80,16 +80,67 @@ def test_the_table_of_results_is_that_of_the_recorded_runs(number):
     assert list(rows_of_the_comparison())[number] in read("README.md").splitlines()
 
 
+def readme():
+    return " ".join(read("README.md").split())
+
+
+def results(name):
+    return Table(json.loads(read("benchmarks", name, "results.json")))
+
+
+def differences(arm, other):
+    """Of each protocol, in the order of the README's table."""
+    tables = [results(name) for name in PROTOCOLS]
+    return [paired_difference(table.scores(arm), table.scores(other)) for table in tables]
+
+
 def test_all_pairs_together_are_told_as_recorded():
-    pairs = []
-    for name in PROTOCOLS:
-        table = Table(json.loads(read("benchmarks", name, "results.json")))
-        found = paired_difference(table.scores("crosskd_ifc"), table.scores("crosskd"))
-        pairs += found.values.values()
-    found = paired_difference(dict(enumerate(pairs)), dict.fromkeys(range(len(pairs)), 0.0))
-    told = "over all {} pairs of seeds the difference is {:+.1f} ({:+.1f} to {:+.1f})"
-    told = told.format(len(pairs), found.mean, *found.interval)
-    assert told in " ".join(read("README.md").split())
+    found = differences("crosskd_ifc", "crosskd")
+    assert all(low < 0 < high for low, high in (f.interval for f in found))
+    pairs = dict(enumerate(value for f in found for value in f.values.values()))
+    found = paired_difference(pairs, dict.fromkeys(pairs, 0.0))
+    told = "over all {} pairs of seeds it is {:+.1f} ({:+.1f} to {:+.1f})"
+    assert told.format(len(pairs), found.mean, *found.interval) in readme()
+
+
+def test_the_seeds_that_one_ap_takes_are_told_as_recorded():
+    tables = [results(name) for name in PROTOCOLS]
+    found = [[f for _, _, f in table.differences(table.sections()[0])] for table in tables]
+    needed = [seeds_needed(pooled_deviation(each), 1.0) for each in found]
+    told = "a difference of 1 AP takes {}, {}, {}, {} and {} seeds".format(*needed)
+    assert told in readme()
+
+
+def test_every_distilled_student_is_better_than_the_plain_one():
+    for arm in ("student_head", "feature", "crosskd", "crosskd_ifc"):
+        for found in differences(arm, "student"):
+            assert min(found.values.values()) > 0
+
+
+def test_what_distilling_closes_of_the_gap_is_told_as_recorded():
+    gaps, closed, far = [], [], []
+    for gain, gap in zip(differences("crosskd_ifc", "student"), differences("teacher", "student")):
+        far.append(gap.mean > 2)
+        if far[-1]:
+            gaps.append(round(gap.mean))
+            closed.append(100 * gain.mean / gap.mean)
+            assert gain.interval[0] > 2.4
+        else:
+            assert round(gap.mean) == 1 and round(gain.mean) == 2 and gain.interval[0] < 0
+    assert far == [True, True, False, True, False]
+    told = f"{min(gaps)} to {max(gaps)} AP behind its teacher, CrossKD-IFC closes "
+    assert told + f"{min(closed):.0f} to {max(closed):.0f} %" in readme()
+
+
+def test_the_other_losses_are_told_as_recorded():
+    head, pkd = differences("student_head", "crosskd"), differences("feature", "crosskd")
+    assert all(low < 0 < high for low, high in (f.interval for f in head[1:3]))
+    behind = [-round(f.mean) for f in (head[0], *head[3:])]
+    assert f"elsewhere it is {min(behind)} to {max(behind)} AP behind in the mean" in readme()
+    assert all(low < 0 < high for low, high in (f.interval for f in (pkd[0], pkd[4])))
+    assert all(f.interval[1] < 0 for f in pkd[1:4])
+    told = "it is {:.1f}, {:.1f} and {:.1f} AP behind on the small photos"
+    assert told.format(*(-f.mean for f in pkd[1:4])) in readme()
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -120,49 +171,56 @@ def test_what_was_repeated_is_told_as_recorded():
         max(abs(first - second) for first, second in (run["AP"] for run in runs))
         for runs in (found["other_processor"], photos["other_processor"])
     ]
-    told = "AP by up to {:.1f} and {:.1f} (".format(*largest)
-    assert told in " ".join(read("README.md").split())
+    assert "differs by up to {:.1f} and {:.1f} (".format(*largest) in readme()
 
 
 def test_what_an_inheriting_start_gives_is_told_as_recorded():
-    plain, inheriting = (
-        Table(json.loads(read("benchmarks", name, "results.json"))).scores("student")
-        for name in ("shapes_faster_rcnn", "shapes_inherit")
-    )
-    gains = [round(gain) for gain in paired_difference(inheriting, plain).values.values()]
-    told = f"by {min(gains)} to {max(gains)} AP on each seed"
-    assert told in " ".join(read("README.md").split())
+    inheriting, random = results("shapes_inherit"), results("shapes_faster_rcnn")
+    alone = inheriting.scores("student")
+    gains = paired_difference(alone, random.scores("student")).values
+    gains = [round(gain) for gain in gains.values()]
+    arms = ("student_head", "feature", "crosskd", "crosskd_ifc")
+    more = [round(paired_difference(alone, random.scores(arm)).mean) for arm in arms]
+    told = f"by {min(gains)} to {max(gains)} AP on each of three seeds, "
+    told += f"in the mean {min(more)} to {max(more)} AP more than any of the losses"
+    assert len(gains) == 3 and told in readme()
+
+
+def logged(name, arm, key):
+    values = results(name).logged(arm, key)
+    return f"{statistics.mean(values.values()):.2f}"
 
 
 def test_what_the_logs_say_is_told_as_recorded():
-    table = Table(json.loads(read("benchmarks", "shapes_faster_rcnn", "results.json")))
-    text = " ".join(read("README.md").split())
-    cosines = [table.logged(arm, "fused_cosine") for arm in ("crosskd", "crosskd_ifc")]
-    assert "(cosine {:.2f} at the end of the training)".format(cosines[0]) in text
-    assert "keep a direction of their own ({:.2f})".format(cosines[1]) in text
-    assert "teacher's feature ({:.1f})".format(table.logged("sum", "fused_length")) in text
-    ifc, crosskd, head = (
-        table.logged(f"{arm}_gradients", "grad_cosine_shared")
-        for arm in ("crosskd_ifc", "crosskd", "student_head")
+    pooled, combined = (
+        [logged(name, arm, "fused_cosine") for name in PROTOCOLS[:3]]
+        for arm in ("crosskd", "crosskd_ifc")
     )
-    assert f"(cosine {ifc:.2f}, at fc2" in text
-    assert f"for plain CrossKD ({crosskd:.2f}, at the pyramid's outputs)" in text
-    assert f"student's own head ({head:.2f}, at fc2)" in text
+    assert f"have a cosine of {pooled[0]} with the teacher's" in readme()
+    assert f"fc features of CrossKD-IFC's {combined[0]}," in readme()
+    told = "({} and {} at 160x120, {} and {} at 640x480)"
+    assert told.format(pooled[1], combined[1], pooled[2], combined[2]) in readme()
+    length = float(logged("shapes_faster_rcnn", "sum", "fused_length"))
+    assert f"twice as long as the teacher's feature ({length:.1f})" in readme()
+    arms = [f"{arm}_gradients" for arm in ("crosskd_ifc", "student_head", "crosskd")]
+    cosines = [logged("shapes_faster_rcnn", arm, "grad_cosine_shared") for arm in arms]
+    told = "cosine is {} for CrossKD-IFC and {} for mimicking by the student's own head "
+    told += "(both at fc2), and {} for plain CrossKD"
+    assert told.format(*cosines) in readme()
 
 
 def test_what_a_tap_is_worth_alone_is_told_as_recorded():
     runs = json.loads(read("benchmarks", "taps", "shapes_faster_rcnn.json"))["runs"]
 
     def ap(arm, key):
-        return "{:.1f}".format(statistics.mean(r[key] for r in runs if r["run"][:-2] == arm))
+        found = [r[key] for r in runs if r["run"][:-2] == arm]
+        assert len(found) == 3
+        return f"{statistics.mean(found):.1f}"
 
-    told = (
-        f"reads at {ap('crosskd_ifc', 'cross_head')} AP, fc1 alone at "
-        f"{ap('crosskd_ifc', 'cross_head_fc1')} and fc2 alone at "
-        f"{ap('crosskd_ifc', 'cross_head_fc2')}; trained alone, fc2 reads at "
-        f"{ap('fc2', 'cross_head')}"
-    )
-    assert told in " ".join(read("README.md").split())
+    told = "the mean gives {} AP, fc1 alone {} and fc2 alone {}; a student trained with fc2 alone"
+    keys = ("cross_head", "cross_head_fc1", "cross_head_fc2")
+    told = told.format(*(ap("crosskd_ifc", key) for key in keys))
+    assert f"{told} gives {ap('fc2', 'cross_head')} from it" in readme()
 
 
 def test_the_table_of_other_classes_is_that_of_the_recorded_runs():
@@ -231,12 +289,20 @@ def test_what_the_gpu_does_in_a_step_is_told_as_measured():
 
 
 def test_the_costs_that_the_readme_tells_are_the_measured_ones():
-    text = " ".join(read("README.md").split())
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_cpu", speed=False)
-    assert f"takes {both} times the time of the plain student's step" in text
-    assert f"together, {plain} times the plain step" in text
+    assert f"takes {both} times the time of the plain student's step" in readme()
+    assert f"together, {plain} times the plain step" in readme()
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16", speed=True)
-    assert f"On an H100 (16 images of 800x1333) it is {both} times and {plain} times" in text
+    told = f"On an H100 (16 images of 800x1333) it is {both} times and {plain} times, with AMP "
+    plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16_amp", speed=True)
+    assert told + f"{both} and {plain} times." in readme()
+    places = ("R50_R18_cpu", "R50_R18_h100")
+    dense = [costs(f"{kind}_{at}", speed=False) for kind in ("retinanet", "fcos") for at in places]
+    plain, both = (sorted({f"{float(cells[i]):.1f}" for cells in dense}) for i in (0, 2))
+    told = (
+        f"cost more: {' to '.join(plain)} times the plain step, {' to '.join(both)} times student"
+    )
+    assert told in readme()
 
 
 @pytest.mark.parametrize(

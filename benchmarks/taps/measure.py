@@ -7,7 +7,7 @@ cross-head's on each of them alone. All on the first data set in DATASETS.TEST.
 
     python tools/compare.py benchmarks/protocols/shapes_faster_rcnn.yaml --seeds 3 4 5
     r=output/compare/shapes_faster_rcnn
-    python benchmarks/taps/measure.py $r/crosskd_[345] $r/fc2_[34] $r/crosskd_ifc_[345] \
+    python benchmarks/taps/measure.py $r/crosskd_[345] $r/fc2_[345] $r/crosskd_ifc_[345] \
         $r/sum_[34] $r/through_[34] $r/through_pool_fc1_fc2_[34] \
         > benchmarks/taps/shapes_faster_rcnn.json
 """
