@@ -150,6 +150,15 @@ def test_a_sigterm_before_the_first_process_is_there_is_passed_on_later(default)
     assert not multiprocessing.active_children()
 
 
+def test_a_forked_process_that_has_no_handler_of_its_own_yet_dies_of_a_sigterm():
+    with PassOnSigterm() as sigterm:
+        sigterm.launching()
+        process = multiprocessing.get_context("fork").Process(target=send_sigterm)
+        process.start()
+        process.join(30)
+    assert process.exitcode == -signal.SIGTERM
+
+
 def test_a_process_that_dies_by_itself_stays_an_error():
     with pytest.raises(ProcessExitedException):
         with PassOnSigterm() as sigterm:

@@ -1,6 +1,7 @@
 """Starting a run's processes so that SIGTERM stops them all, whenever it comes."""
 
 import multiprocessing
+import os
 import signal
 from typing import Any, List
 
@@ -16,6 +17,7 @@ class PassOnSigterm:
     is passed on to them, and this process ends as they do."""
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._launching = self._asked = False
         self._told: List[Any] = []
 
@@ -44,7 +46,11 @@ class PassOnSigterm:
         if early or any(p.exitcode == Terminated.status for p in self._told):
             raise Terminated from None
 
-    def _handle(self, *_: Any) -> None:
+    def _handle(self, number: int, _: Any) -> None:
+        if os.getpid() != self._pid:  # forked with this handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         self._asked = True
         if not self._launching:
             raise Terminated
