@@ -129,6 +129,10 @@ def test_what_learned_weights_give_is_told_as_recorded():
     )
     text += f"{tell(paired_difference(*arms[:2]))} from `mean`, "
     assert text + f"{tell(paired_difference(arms[0], arms[2]))} from plain CrossKD" in readme()
+    runs = json.loads(read("benchmarks", "taps", "shapes_faster_rcnn.json"))["runs"]
+    weights = [run["weights"] for run in runs if "weights" in run]
+    (shares,) = {tuple(f"{each[tap]:.1f}" for tap in ("fc2", "fc1")) for each in weights}
+    assert "it learns to take {} of fc2 and {} of fc1 (seeds 3 to 5)".format(*shares) in readme()
     doubled = f"with both loss weights doubled it stays at {mean_ap(table, 'both_doubled')}"
     assert doubled in readme() and len(table.scores("both_doubled")) == 5
 

@@ -8,7 +8,7 @@ cross-head's on each of them alone. All on the first data set in DATASETS.TEST.
     python tools/compare.py benchmarks/protocols/shapes_faster_rcnn.yaml --seeds 3 4 5
     r=output/compare/shapes_faster_rcnn
     python benchmarks/taps/measure.py $r/crosskd_[345] $r/fc2_[345] $r/crosskd_ifc_[345] \
-        $r/sum_[34] $r/through_[34] $r/through_pool_fc1_fc2_[34] \
+        $r/weighted_[345] $r/sum_[34] $r/through_[34] $r/through_pool_fc1_fc2_[34] \
         > benchmarks/taps/shapes_faster_rcnn.json
 """
 
@@ -64,6 +64,9 @@ def measure(folder):
     found = {"run": os.path.basename(os.path.normpath(folder)), "own": score(cfg, student)}
     found["cross_head"] = score(cfg, CrossHead(student))
     taps = cfg.MODEL.CROSSKD.FUSION.IN_FEATURES
+    if cfg.MODEL.CROSSKD.FUSION.NAME == "weighted":
+        weights = student.fusion.combine.scores.softmax(dim=0).tolist()
+        found["weights"] = {tap: round(weight, 3) for tap, weight in zip(taps, weights)}
     for tap in taps if len(taps) > 1 else ():
         alone = load(folder, FUSION + "NAME", "none", FUSION + "IN_FEATURES", (tap,))
         found[f"cross_head_{tap}"] = score(alone[0], CrossHead(alone[1]))
@@ -73,7 +76,8 @@ def measure(folder):
 if __name__ == "__main__":
     note = (
         "AP on the test images: own, of the student's own detections; cross_head, of what its "
-        "teacher's head detects in its features, as trained; cross_head_TAP, in that tap alone."
+        "teacher's head detects in its features, as trained; cross_head_TAP, in that tap alone; "
+        "weights: what the fusion has learned."
     )
     found = {"script": "benchmarks/taps/measure.py", "note": note}
     print(json.dumps({**found, "runs": [measure(folder) for folder in sys.argv[1:]]}, indent=1))
