@@ -80,13 +80,9 @@ def main(args):
             os.makedirs(os.path.dirname(os.path.abspath(args.profile)), exist_ok=True)
             bench.profile(args.profile)
             print(f"Profile: {args.profile}, for chrome://tracing or ui.perfetto.dev")
-            found["profiled_step"] = gpu_use(args.profile)  # None without a GPU
-            if found["profiled_step"]:
-                print(
-                    "Of {span:.3f} seconds the GPU works {busy:.3f}".format_map(
-                        found["profiled_step"]
-                    )
-                )
+            found["profiled_step"] = use = gpu_use(args.profile)  # None without a GPU
+            if use:
+                print(f"Of {use['span']:.3f} seconds the GPU works {use['busy']:.3f}")
     found = {
         "command": shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
         "versions": versions(),

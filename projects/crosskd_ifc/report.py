@@ -58,7 +58,7 @@ class Table:
         return {seed: run[key] for seed, run in self.current(arm).items() if key in run}
 
     def logged(self, arm: str, key: str) -> Dict[int, float]:
-        """seed -> a statistic of an arm in the last quarter of its training, where it was logged"""
+        """seed -> what an arm's run has logged, the mean of the last quarter of its training."""
         runs = {seed: run.get("statistics", {}) for seed, run in self.current(arm).items()}
         return {seed: found[key] for seed, found in runs.items() if key in found}
 
@@ -185,8 +185,9 @@ def _statistics(table: Table, section: Section) -> str:
     for arm, row in found.items():
         if any(row.values()):
             means = [f"{np.mean(list(row[key].values())):.2f}" if row[key] else "" for key in keys]
-            counts = sorted({len(values) for values in row.values() if values})
-            rows.append([f"`{arm}`", " to ".join(map(str, counts[:1] + counts[1:][-1:])), *means])
+            counts = [len(values) for values in row.values() if values]
+            n = " to ".join(map(str, sorted({min(counts), max(counts)})))
+            rows.append([f"`{arm}`", n, *means])
     headers = ["arm", "n", *(f"`{key}`" for key in keys)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
 
