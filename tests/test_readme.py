@@ -140,6 +140,17 @@ def test_what_learned_weights_give_is_told_as_recorded():
     assert doubled in readme() and len(table.scores("both_doubled")) == 5
 
 
+def test_other_losses_settings_are_told_as_recorded():
+    table = results("shapes_faster_rcnn")
+    arms = ("temperature_1", "temperature_5", "cls_0.25", "cls_1", "cls_2", "box_2")
+    default = table.scores("crosskd_ifc")
+    found = [paired_difference(table.scores(arm), default) for arm in arms]
+    assert all(len(each.values) == 3 for each in found)
+    means = [each.mean for each in found]
+    told = f"end between {min(means):+.1f} and {max(means):+.1f} from the default"
+    assert told in readme()
+
+
 def test_sum_and_mean_are_told_as_recorded():
     table = results("shapes_faster_rcnn")
     found = paired_difference(table.scores("sum"), table.scores("crosskd_ifc"))
