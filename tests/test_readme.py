@@ -133,6 +133,9 @@ def test_what_learned_weights_give_is_told_as_recorded():
     weights = [run["weights"] for run in runs if "weights" in run]
     (shares,) = {tuple(f"{each[tap]:.1f}" for tap in ("fc2", "fc1")) for each in weights}
     assert "it learns to take {} of fc2 and {} of fc1 (seeds 3 to 5)".format(*shares) in readme()
+    validated = [table.scores(arm, "AP_val") for arm in ("weighted", "crosskd_ifc")]
+    text = f"by which settings are chosen, it is {tell(paired_difference(*validated))}"
+    assert text in readme()
     photos = results("bccd_faster_rcnn")
     found = paired_difference(photos.scores("weighted"), photos.scores("crosskd_ifc"))
     assert f"on the small photos it is {tell(found)} from `mean`" in readme()
