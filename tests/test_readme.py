@@ -359,9 +359,8 @@ def test_the_costs_of_a_step_on_a_gpu_are_the_measured_ones(path):
 def test_what_the_gpu_does_in_a_step_is_told_as_measured():
     name = "faster_rcnn_R50_R18_h100_batch_16"
     found = json.loads(read("benchmarks", "step_cost", f"{name}.json"))
-    step, amp = found["profiled_step"], json.loads(
-        read("benchmarks", "step_cost", f"{name}_amp.json")
-    )
+    amp = json.loads(read("benchmarks", "step_cost", f"{name}_amp.json"))
+    step = found["profiled_step"]
     (nms,) = [t for kernel, t in step["kernels"].items() if "gather_keep_from_mask" in kernel]
     text = " ".join(read("docs", "performance.md").split())
     busy = "busy for {busy:.0f} of the {span:.0f} ms of a profiled step"

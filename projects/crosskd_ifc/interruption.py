@@ -133,8 +133,7 @@ class Termination(HookBase):
 
     def _handle(self, *_) -> None:
         if os.getpid() != self._pid:  # forked with this handler
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            die_of(signal.SIGTERM)
             return
         again, self.asked = self.asked, True
         if self._at_once:
@@ -162,6 +161,12 @@ class _Evaluated(HookBase):
 
     def after_step(self) -> None:
         self._termination.after_evaluation()
+
+
+def die_of(number: int) -> None:
+    """Let a signal do to this process what it does without a handler."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def keep_workers_on_sigterm(loader: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, List
 
 from torch.multiprocessing import ProcessExitedException
 
-from .interruption import Terminated
+from .interruption import Terminated, die_of
 
 _AGAIN = 0.1  # seconds
 
@@ -48,8 +48,7 @@ class PassOnSigterm:
 
     def _handle(self, number: int, _: Any) -> None:
         if os.getpid() != self._pid:  # forked with this handler
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            die_of(number)
             return
         self._asked = True
         if not self._launching:
