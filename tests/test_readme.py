@@ -8,9 +8,14 @@ import statistics
 
 import pytest
 
-from crosskd_ifc.paired import paired_difference, pooled_deviation, seeds_needed, summarize
-from crosskd_ifc.protocol import load_protocol
-from crosskd_ifc.report import Table, report_text
+from crosskd_ifc.experiments.protocol import load_protocol
+from crosskd_ifc.experiments.report import Table, report_text
+from crosskd_ifc.experiments.statistics import (
+    paired_difference,
+    pooled_deviation,
+    seeds_needed,
+    summarize,
+)
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
 TITLES = {

@@ -20,11 +20,11 @@ import torch
 from tabulate import tabulate
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.benchmark import Bench, Case, summarize
-from crosskd_ifc.benchmark_sweep import draw_sweep, sweep
-from crosskd_ifc.benchmark_trace import gpu_use
-from crosskd_ifc.run_environment import hardware, versions
-from crosskd_ifc.runs import Run
+from crosskd_ifc.analysis.benchmark import Bench, Case, summarize
+from crosskd_ifc.analysis.benchmark_sweep import draw_sweep, sweep
+from crosskd_ifc.analysis.benchmark_trace import gpu_use
+from crosskd_ifc.common.environment import hardware, versions
+from crosskd_ifc.experiments.runs import Run
 
 TITLES = {
     "student": "(a) plain student, training step",

@@ -18,10 +18,10 @@ import sys
 import torch
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.comparison import Comparison, all_runs, select
-from crosskd_ifc.protocol import load_protocol
-from crosskd_ifc.report import write_report
-from crosskd_ifc.results import Results
+from crosskd_ifc.experiments.comparison import Comparison, all_runs, select
+from crosskd_ifc.experiments.protocol import load_protocol
+from crosskd_ifc.experiments.report import write_report
+from crosskd_ifc.experiments.results import Results
 
 TOOLS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TOOLS)
@@ -31,7 +31,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("protocol", help="YAML file, see projects/crosskd_ifc/protocol.py")
+    parser.add_argument("protocol", help="YAML file, see tools/README.md")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
     parser.add_argument("--arms", nargs="+", help="only these, and the teachers that they need")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")

@@ -17,7 +17,7 @@ import os
 import sys
 from typing import List, Optional
 
-from crosskd_ifc.convert import convert_file
+from crosskd_ifc.weights.convert import convert_file
 
 TEACHER = """\
 As a teacher:

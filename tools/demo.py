@@ -26,8 +26,8 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 import crosskd_ifc
-from crosskd_ifc.runs import Run, RunFailed, train
-from crosskd_ifc.visualization import compare_on_dataset, plot_curves
+from crosskd_ifc.analysis.detections import compare_on_dataset, plot_curves
+from crosskd_ifc.experiments.runs import Run, RunFailed, train
 
 TOOLS = os.path.dirname(os.path.abspath(__file__))
 # Title, config and the rough cost of a step beside the plain student's, for the ETA. On a CPU two

@@ -14,7 +14,7 @@ import os
 import sys
 from typing import List, Optional
 
-from crosskd_ifc.export import export_student
+from crosskd_ifc.weights.export import export_student
 
 USAGE = """\
 Use it wherever detectron2 is installed:

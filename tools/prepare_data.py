@@ -13,7 +13,7 @@ import sys
 from typing import List, Optional
 
 import crosskd_ifc  # noqa: F401  registers the built-in data sets
-from crosskd_ifc.data_check import check_dataset
+from crosskd_ifc.data.check import check_dataset
 
 
 def main(argv: Optional[List[str]] = None) -> int:

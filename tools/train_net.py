@@ -26,14 +26,18 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
-from crosskd_ifc.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
-from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
-from crosskd_ifc.evaluation_data import check_classes, check_test_data
-from crosskd_ifc.interruption import Terminated, end_with_parent, own_message
-from crosskd_ifc.launching import PassOnSigterm
-from crosskd_ifc.run_checks import check_evaluation_config, check_training_config, check_weights
-from crosskd_ifc.samples import SampleError
-from crosskd_ifc.weight_files import WeightsError
+from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.data.mapper import SampleError
+from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
+from crosskd_ifc.training.launching import PassOnSigterm
+from crosskd_ifc.training.preemption import Terminated, end_with_parent, own_message
+from crosskd_ifc.training.preflight import (
+    check_evaluation_config,
+    check_training_config,
+    check_weights,
+)
+from crosskd_ifc.training.preflight_data import check_classes, check_test_data
+from crosskd_ifc.weights.reading import WeightsError
 
 
 def setup(args):

@@ -18,8 +18,8 @@ from typing import List, Optional
 from detectron2.config import get_cfg
 
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config
-from crosskd_ifc.config_files import find_config, merge_from_file, merge_from_list
-from crosskd_ifc.inspection import inspect_pair
+from crosskd_ifc.analysis.pictures import inspect_pair
+from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from crosskd_ifc import add_crosskd_ifc_config, attach_teacher
-from crosskd_ifc.config_files import find_config, merge_from_file
+from crosskd_ifc.common.config_files import find_config, merge_from_file
 
 STEPS = 15
 CASES = {

@@ -24,7 +24,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 
 from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config, attach_teacher
-from crosskd_ifc.weight_files import StrictReader
+from crosskd_ifc.weights.reading import StrictReader
 
 FUSION = "MODEL.CROSSKD.FUSION."
 

@@ -5,11 +5,10 @@ Importing this package registers its architectures, proposal generator, ROI head
 built-in data sets.
 """
 
-from . import top_blocks  # noqa: F401  registers backbones
 from .config import ConfigError, add_crosskd_ifc_config
-from .fcos import FCOS, CrossKDFCOS
-from .fusion import FEATURE_FUSION_REGISTRY, standardize_like
-from .losses import (
+from .data.shapes import register_coarse_shapes, register_shapes
+from .distillation.fusion import FEATURE_FUSION_REGISTRY, standardize_like
+from .distillation.losses import (
     confident_giou,
     confident_iou,
     confident_l1,
@@ -17,13 +16,14 @@ from .losses import (
     pkd,
     quality_focal,
 )
-from .rcnn import CrossKDRCNN
-from .retinanet import CrossKDRetinaNet
-from .roi_heads import CrossKDROIHeads
-from .rpn import CrossKDRPN
-from .shapes import register_coarse_shapes, register_shapes
-from .teacher import Teacher, attach_teacher
-from .trainer import CrossKDTrainer
+from .distillation.teacher import Teacher, attach_teacher
+from .modeling import backbones  # noqa: F401  registers backbones
+from .modeling.fcos import FCOS, CrossKDFCOS
+from .modeling.rcnn import CrossKDRCNN
+from .modeling.retinanet import CrossKDRetinaNet
+from .modeling.roi_heads import CrossKDROIHeads
+from .modeling.rpn import CrossKDRPN
+from .training.trainer import CrossKDTrainer
 
 __version__ = "0.1.0"
 

@@ -8,8 +8,8 @@ from typing import Any, Sequence, Tuple
 
 from detectron2.config import CfgNode as CN
 
-from . import class_map
-from .fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
+from .distillation.compatibility import class_map
+from .distillation.fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 BOX_LOSSES = ("l1", "giou", "iou")

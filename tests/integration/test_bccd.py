@@ -112,10 +112,10 @@ def detections(folder):
 
 
 def test_training_says_how_many_boxes_it_drops(bccd, tmp_path, caplog):
-    from common import tiny_cfg
+    from helpers import tiny_cfg
 
     from crosskd_ifc import CrossKDTrainer
-    from crosskd_ifc.data import register_cards
+    from crosskd_ifc.data.cards import register_cards
 
     register_cards(["datasets/bccd.yaml"])
     cfg = tiny_cfg("DATASETS.TRAIN", ("bccd_trainval",))

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from common import distilling, tiny_batch, train_losses
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
+from helpers import distilling, tiny_batch, train_losses
 from test_dense import fusion, pair
 
-from crosskd_ifc.fcos import mean_over_processes
+from crosskd_ifc.modeling.fcos import mean_over_processes
 
 K = "MODEL.CROSSKD."
 # An adapter, a fusion with weights, and every loss; masks in their own case.

@@ -20,9 +20,9 @@ from test_train_net import TRAIN_NET
 from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config
-from crosskd_ifc.interruption import Terminated, end_with_parent
-from crosskd_ifc.shapes import generate
-from crosskd_ifc.step import TeacherOutOfMemory
+from crosskd_ifc.data.shapes import generate
+from crosskd_ifc.distillation.traces import TeacherOutOfMemory
+from crosskd_ifc.training.preemption import Terminated, end_with_parent
 
 
 def build_trainer(config, out, *opts, resume=False):

@@ -12,8 +12,8 @@ from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from test_train_net import TRAIN_NET, load_script
 
-from crosskd_ifc.runs import Run
-from crosskd_ifc.shapes import generate, register_coarse_shapes, register_shapes
+from crosskd_ifc.data.shapes import generate, register_coarse_shapes, register_shapes
+from crosskd_ifc.experiments.runs import Run
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
 QUICK = os.path.join(ROOT, "configs", "quick")

@@ -13,17 +13,17 @@ import time
 import pytest
 import torch
 import yaml
-from common import tiny_cfg, tiny_model
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
+from helpers import tiny_cfg, tiny_model
 from test_dense import dense_cfg, telling
 from test_train_dense import settings
 from test_train_net import TRAIN_NET, TRAINABLE, load_script
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.checkpointer import CheckpointError
-from crosskd_ifc.shapes import CLASSES, generate
+from crosskd_ifc.data.shapes import CLASSES, generate
+from crosskd_ifc.training.checkpointer import CheckpointError
 
 STEPS = 8
 KINDS = ("RCNN", "RetinaNet", "FCOS")

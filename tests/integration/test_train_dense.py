@@ -12,7 +12,7 @@ from test_dense import DENSE, dense_cfg, telling
 from test_train_net import TRAIN_NET, load_script
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.shapes import CLASSES, generate
+from crosskd_ifc.data.shapes import CLASSES, generate
 
 train_net = load_script(TRAIN_NET)
 

@@ -12,15 +12,15 @@ import sys
 import pytest
 import torch
 import yaml
-from common import tiny_cfg, tiny_model
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor, default_argument_parser
 from detectron2.modeling import build_model
+from helpers import tiny_cfg, tiny_model
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.export import export_student
-from crosskd_ifc.shapes import CLASSES, generate
+from crosskd_ifc.data.shapes import CLASSES, generate
+from crosskd_ifc.weights.export import export_student
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")

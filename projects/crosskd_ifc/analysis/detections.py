@@ -1,0 +1,308 @@
+"""Pictures of a distillation: boxes side by side, and learning curves.
+
+matplotlib and detectron2's visualizer are imported inside the functions: training needs neither.
+"""
+
+import colorsys
+import json
+import logging
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+
+from ..modeling.rcnn import CrossKDRCNN
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("ground truth", "teacher", "cross-head", "student")
+
+
+def predict_all(student: CrossKDRCNN, batched_inputs: List[dict]) -> Dict[str, List[Instances]]:
+    """Detections of teacher, cross-head and student on the same images.
+
+    Args:
+        student: in evaluation mode, with a teacher attached.
+        batched_inputs: raw images, as a test loader gives them.
+
+    Returns:
+        "teacher", "cross-head" (only with ``MIMIC`` "cross_head") and "student" -> one
+        :class:`Instances` per image, on the CPU, in pixels of the images' "height" and "width".
+    """
+    with torch.no_grad():
+        results = {"teacher": student.teacher.model(student.teacher.swap_channels(batched_inputs))}
+        if student.has_cross_head:
+            results["cross-head"] = student.cross_head_inference(batched_inputs)
+        results["student"] = student(batched_inputs)
+    return {k: [x["instances"].to("cpu") for x in v] for k, v in results.items()}
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: Sequence[str],
+    colors: Sequence[Tuple[float, float, float]],
+    *,
+    masks: Optional[np.ndarray] = None,
+    height: int = 320,
+) -> np.ndarray:
+    """A resized copy of an image with labelled boxes, drawn by detectron2's visualizer.
+
+    Args:
+        image: (H, W, 3) RGB uint8.
+        boxes: (B, 4) xyxy in pixels of ``image``.
+        labels: B texts.
+        colors: B RGB colours in [0, 1].
+        masks: (B, H, W) binary.
+        height: height of the result in pixels, so that labels stay readable on small images.
+
+    Returns:
+        (height, width, 3) RGB uint8.
+    """
+    import cv2
+    from detectron2.utils.visualizer import Visualizer
+
+    scale = height / image.shape[0]
+    size = (round(image.shape[1] * scale), height)
+    smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+    canvas = Visualizer(cv2.resize(image, size, interpolation=smooth))
+    if masks is not None:
+        masks = [cv2.resize(m.astype(np.float32), size) > 0.5 for m in masks]
+    canvas.overlay_instances(
+        boxes=boxes * scale,
+        labels=list(labels),
+        masks=masks,
+        assigned_colors=list(colors),
+        alpha=0.4,
+    )
+    return canvas.output.get_image()
+
+
+def comparison_picture(
+    rows: Sequence[Mapping[str, np.ndarray]],
+    path: str,
+    *,
+    columns: Sequence[str] = COLUMNS,
+    title: str = "",
+) -> None:
+    """Write a grid of pictures, one row per image and one titled column per model, as PNG.
+
+    Args:
+        rows: column name -> (H, W, 3) RGB uint8 picture, equal sizes within a row.
+        path: file to write.
+        columns: the columns, from left to right.
+        title: a line above the grid.
+    """
+    plt = pyplot()
+    shapes = [row[columns[0]].shape for row in rows]
+    width = 3 / 320 * max(shape[1] for shape in shapes)  # of a column, in inches
+    ratios = [shape[0] / shape[1] for shape in shapes]
+    figure, axes = plt.subplots(
+        len(rows),
+        len(columns),
+        figsize=(width * len(columns), (width + 0.05) * sum(ratios) + 0.5),
+        height_ratios=ratios,
+        squeeze=False,
+        layout="constrained",
+    )
+    for line, row in zip(axes, rows):
+        for axis, column in zip(line, columns):
+            axis.imshow(row[column])
+            axis.set_axis_off()
+    for axis, column in zip(axes[0], columns):
+        axis.set_title(column, fontsize=13)
+    if title:
+        figure.suptitle(title, fontsize=13)
+    save_figure(figure, path)
+
+
+def compare_on_dataset(
+    student: CrossKDRCNN,
+    loader,
+    ground_truth: Sequence[dict],
+    class_names: Sequence[str],
+    path: str,
+    *,
+    images: int = 4,
+    threshold: float = 0.5,
+) -> None:
+    """Write ground truth | teacher | cross-head | student for some images of a test loader.
+
+    The images are spread evenly over the data set, the same for every run.
+
+    Args:
+        student: with a teacher attached; it is put into evaluation mode.
+        loader: detectron2's test loader for the data set.
+        ground_truth: the data set's dicts, in the loader's order.
+        class_names: names of the classes, of teacher and student.
+        path: PNG to write.
+        images: number of rows.
+        threshold: detections below this score aren't drawn.
+    """
+    chosen = spread_evenly(images, len(ground_truth))
+    compare_detections(
+        student,
+        [loader.dataset[i] for i in chosen],
+        dict.fromkeys(COLUMNS, class_names),
+        path,
+        annotations=[ground_truth[i]["annotations"] for i in chosen],
+        threshold=threshold,
+    )
+
+
+def compare_detections(
+    student: CrossKDRCNN,
+    inputs: Sequence[dict],
+    class_names: Mapping[str, Sequence[str]],
+    path: str,
+    *,
+    annotations: Optional[Sequence[List[dict]]] = None,
+    threshold: float = 0.5,
+) -> None:
+    """Write ground truth | teacher | cross-head | student for some images, with masks where there
+    are any.
+
+    Args:
+        student: with a teacher attached; it is put into evaluation mode.
+        inputs: the images, as detectron2's test mapper gives them, "file_name" included.
+        class_names: column of ``COLUMNS`` -> names of its classes. Classes of equal names are drawn
+            in equal colours.
+        path: PNG to write.
+        annotations: for each image those of its data set; None leaves the column out, as does a
+            student without a cross-head.
+        threshold: detections below this score aren't drawn.
+    """
+    from detectron2.data.detection_utils import read_image
+
+    student.eval()
+    names = list(dict.fromkeys(name for column in class_names.values() for name in column))
+    palette = dict(zip(names, _bright_colors(len(names))))
+    rows = []
+    for i, one in enumerate(inputs):
+        picture = read_image(one["file_name"], "RGB")
+        found = {name: instances[0] for name, instances in predict_all(student, [one]).items()}
+        found = {name: x[x.scores >= threshold] for name, x in found.items()}
+        if annotations is not None:
+            with_masks = found["student"].has("pred_masks")
+            found["ground truth"] = _truth(annotations[i], picture.shape[:2], with_masks)
+        rows.append(
+            {
+                column: _draw(picture, instances, class_names[column], palette)
+                for column, instances in found.items()
+            }
+        )
+    columns = [column for column in COLUMNS if column in rows[0]]
+    title = f"Detections with a score of at least {threshold:g}"
+    comparison_picture(rows, path, columns=columns, title=title)
+
+
+def spread_evenly(count: int, total: int) -> List[int]:
+    """``count`` indices, or all if there are fewer, spread evenly over ``range(total)``."""
+    if count + 2 > total:  # no room to stay away from both ends
+        return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+    return np.linspace(0, total - 1, count + 2).round().astype(int)[1:-1].tolist()
+
+
+def _truth(annotations: List[dict], size: Tuple[int, int], with_masks: bool) -> Instances:
+    """Annotations in the fields of detections; crowds are left out, as detectron2's mapper does."""
+    from detectron2.data.detection_utils import annotations_to_instances
+
+    with_masks = with_masks and all("segmentation" in a for a in annotations)
+    keys = ("bbox", "bbox_mode", "category_id", *(("segmentation",) if with_masks else ()))
+    single = [{k: a[k] for k in keys} for a in annotations if not a.get("iscrowd", 0)]
+    truth = annotations_to_instances(single, size, mask_format="bitmask")
+    instances = Instances(size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes)
+    if truth.has("gt_masks"):
+        instances.pred_masks = truth.gt_masks.tensor
+    return instances
+
+
+def _draw(picture: np.ndarray, instances: Instances, class_names, palette) -> np.ndarray:
+    names = [class_names[c] for c in instances.pred_classes.tolist()]
+    labels = names
+    if instances.has("scores"):
+        labels = [f"{name} {score:.0%}" for name, score in zip(names, instances.scores.tolist())]
+    height, width = picture.shape[:2]
+    return draw_boxes(
+        picture,
+        instances.pred_boxes.tensor.numpy(),
+        labels,
+        [palette[name] for name in names],
+        masks=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
+        # Small pictures are enlarged and big ones reduced, both to a readable column.
+        height=round(height / width * min(max(width, 320), 480)),
+    )
+
+
+def read_metrics(path: str) -> List[dict]:
+    """The lines of a run's ``metrics.json``; a line that is still being written is left out."""
+    lines = []
+    with PathManager.open(path) as f:
+        for line in f:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                logger.debug(f"{path}: incomplete line left out")
+    return lines
+
+
+def plot_curves(
+    runs: Mapping[str, str], path: str, *, metric: str = "bbox/AP", title: str = ""
+) -> None:
+    """Plot the learning curves and the distillation losses of several runs, as PNG.
+
+    Args:
+        runs: label -> ``metrics.json`` of the run. One without distillation losses appears in the
+            learning curves only.
+        path: file to write.
+        metric: the evaluation metric.
+        title: a line above the plots.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
+    panels = {
+        metric: f"{metric.split('/')[-1]} on the test set",
+        "loss_cls": "classification loss (ground truth)",
+        "loss_cls_kd": "classification loss (distillation)",
+        "loss_box_reg_kd": "box loss (distillation)",
+    }
+    for i, (label, file) in enumerate(runs.items()):
+        lines = read_metrics(file)
+        for axis, key in zip(axes, panels):
+            points = [(line["iteration"], line[key]) for line in lines if key in line]
+            if points:
+                marker = "o" if key == metric else ""
+                axis.plot(*zip(*points), marker=marker, label=label, color=f"C{i}")
+    for axis, name in zip(axes, panels.values()):
+        axis.set_title(name, fontsize=11)
+        axis.set_xlabel("iteration")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=9)
+    if title:
+        figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def _bright_colors(count: int) -> List[Tuple[float, float, float]]:
+    """Evenly spread hues, all light enough to read on a photo and on a label's black ground."""
+    return [colorsys.hsv_to_rgb(i / count, 0.75, 1.0) for i in range(count)]
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(figure, path: str) -> None:
+    with PathManager.open(path, "wb") as f:
+        figure.savefig(f, format="png", dpi=100)
+    pyplot().close(figure)

@@ -1,0 +1,179 @@
+"""Pictures of what a trained student and its teacher make of given images, from a config."""
+
+import os
+from typing import Dict, List, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from ..config import ConfigError, class_count, distillation_requested
+from ..distillation.compatibility import two_stage as pair
+from ..distillation.teacher import Teacher, attach_teacher
+from ..training.preflight import check_evaluation_config, check_weights
+from ..weights.reading import MisfitError, StrictReader
+from ..weights.state_dicts import refuse_overwriting
+from .detections import COLUMNS, compare_detections, spread_evenly
+from .feature_maps import compare_features
+
+MAX_IMAGES = 100  # a row each; matplotlib refuses pictures that are much higher
+
+
+def inspect_pair(
+    cfg: CfgNode,
+    out: str,
+    *,
+    images: Sequence[str] = (),
+    number: int = 4,
+    threshold: float = 0.5,
+    force: bool = False,
+) -> List[str]:
+    """Write a picture of detections (:func:`compare_detections`) and one of feature differences
+    (:func:`compare_features`).
+
+    Args:
+        cfg: the student's config, with its teacher and with trained weights in MODEL.WEIGHTS.
+        out: the folder to write to, or a .png file: ``x.png`` makes ``x_detections.png`` and
+            ``x_features.png``.
+        images: image files; if there are none, images of the first data set in DATASETS.TEST are
+            taken, spread evenly over it, and their ground truth is drawn.
+        number: how many of the data set.
+        threshold: detections below this score aren't drawn.
+        force: whether existing pictures may be replaced.
+
+    Returns:
+        The files written, detections first.
+
+    Raises:
+        ConfigError: if the config, a data set, an image, the weights or ``out`` can't be used.
+    """
+    _check(cfg)
+    records = _find_records(cfg, images, number)
+    source = "--images" if images else f"data set {cfg.DATASETS.TEST[0]!r}"
+    inputs = load_inputs(cfg, records, source)
+    detections, features = _prepare_output(out, images, force)
+
+    student = build_model(cfg)
+    teacher = attach_teacher(student, cfg)  # first: it adds the adapters, if there are any
+    _load(student, cfg.MODEL.WEIGHTS)
+    compare_features(student, inputs, features)
+    known = all("annotations" in record for record in records)
+    compare_detections(
+        student,
+        inputs,
+        class_names(cfg, teacher),
+        detections,
+        annotations=[record["annotations"] for record in records] if known else None,
+        threshold=threshold,
+    )
+    return [detections, features]
+
+
+def load_inputs(cfg: CfgNode, records: Sequence[dict], source: str) -> List[dict]:
+    """Images as detectron2's test loader hands them to the student.
+
+    Args:
+        cfg: the student's config.
+        records: dataset dicts, at least with "file_name".
+        source: where they are from, for the error.
+
+    Returns:
+        The dicts with the resized "image", a (3, H, W) uint8 tensor in the order of INPUT.FORMAT,
+        and its original "height" and "width"; without "annotations".
+
+    Raises:
+        ConfigError: naming the first file that can't be read.
+    """
+    mapper = DatasetMapper(cfg, is_train=False)
+    inputs = []
+    for record in records:
+        try:
+            inputs.append(mapper(record))
+        except Exception as error:  # image readers raise what they like
+            raise ConfigError(
+                f"{source}: {record['file_name']!r} can't be read: {_one_line(error)}"
+            ) from error
+    return inputs
+
+
+def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
+    """The names of the classes in each column of the picture of detections.
+
+    Numbers where :func:`two_stage.class_names` knows none. A teacher whose names aren't
+    known has the student's, unless ``TEACHER.CLASS_MAP`` says that its classes are others.
+
+    Args:
+        cfg: the student's config.
+        teacher: the attached teacher.
+    """
+    ours, theirs = pair.class_names(cfg), pair.class_names(teacher.cfg)
+    if theirs is None and not cfg.MODEL.CROSSKD.TEACHER.CLASS_MAP:
+        theirs = ours
+    ours = ours or [str(i) for i in range(class_count(cfg)[1])]
+    theirs = theirs or [str(i) for i in range(pair.num_classes(teacher.model))]
+    return {column: theirs if column in ("teacher", "cross-head") else ours for column in COLUMNS}
+
+
+def _check(cfg: CfgNode) -> None:
+    """Check what can be checked before data and models, and register the dataset cards."""
+    if not distillation_requested(cfg):
+        kd = cfg.MODEL.CROSSKD
+        raise ConfigError(
+            "the config has no teacher to compare with: MODEL.CROSSKD.TEACHER.CONFIG_FILE is "
+            f"{kd.TEACHER.CONFIG_FILE!r} and MODEL.CROSSKD.ENABLED {kd.ENABLED}"
+        )
+    check_evaluation_config(cfg)
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError("MODEL.WEIGHTS is empty; give the student's checkpoint")
+    check_weights(cfg)
+
+
+def _find_records(cfg: CfgNode, images: Sequence[str], number: int) -> List[dict]:
+    if len(images) > MAX_IMAGES:
+        raise ConfigError(f"--images: {len(images)} files; {MAX_IMAGES} is the most")
+    if images:
+        return [{"file_name": path} for path in images]
+    if not 1 <= number <= MAX_IMAGES:
+        raise ConfigError(f"--num is {number}; it must be from 1 to {MAX_IMAGES}")
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty; give --images or --dataset")
+    name = cfg.DATASETS.TEST[0]
+    try:
+        records = DatasetCatalog.get(name)
+    except Exception as error:  # a data set's loader is anyone's code
+        raise ConfigError(f"data set {name!r} can't be loaded: {_one_line(error)}") from error
+    if not records:
+        raise ConfigError(f"data set {name!r} has no images")
+    return [records[i] for i in spread_evenly(number, len(records))]
+
+
+def _prepare_output(out: str, images: Sequence[str], force: bool) -> List[str]:
+    """The two files to write, in a folder that is there."""
+    stem, extension = os.path.splitext(out)
+    prefix = f"{stem}_" if extension == ".png" else os.path.join(out, "")
+    files = [f"{prefix}{name}.png" for name in ("detections", "features")]
+    try:
+        for file in files:
+            refuse_overwriting(file, sources=images, force=force)
+        PathManager.mkdirs(os.path.dirname(prefix) or ".")
+    except OSError as error:
+        raise ConfigError(f"--output: {error}") from error
+    return files
+
+
+def _load(student, weights: str) -> None:
+    try:
+        StrictReader(student).load(weights)
+    except MisfitError as error:
+        raise ConfigError(
+            f"MODEL.WEIGHTS {weights!r} does not fit the student of this config. Weights {error}"
+        ) from None
+    except Exception as error:  # on foreign bytes, readers raise what they like
+        raise ConfigError(
+            f"MODEL.WEIGHTS {weights!r} can't be read as weights: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0]

@@ -1,0 +1,114 @@
+"""Finding config files and merging them, with errors that say where they come from."""
+
+import os
+import traceback
+from typing import Sequence, Tuple
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode as CN
+
+from ..config import ConfigError
+from ..data.cards import resolve_path
+
+# What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
+_MERGE_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    yaml.YAMLError,
+)
+
+
+def find_config(name: str, *, key: str) -> Tuple[str, str]:
+    """Find a config that a user named: current folder, then ``configs/``, then detectron2's zoo.
+
+    Args:
+        name: a path, or a model-zoo name such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
+        key: the config key or argument that named it, for the error.
+
+    Returns:
+        The file's path, and the model-zoo name if it came from there, else "".
+
+    Raises:
+        ConfigError: listing what was tried.
+    """
+    try:
+        zoo_path = model_zoo.get_config_file(name)
+    except RuntimeError:
+        zoo_path = ""
+    try:
+        tried = () if zoo_path else (f"model zoo: {name}",)
+        return resolve_path(name, what="config", key=key, extra_tried=tried), ""
+    except FileNotFoundError as error:
+        if not zoo_path:
+            raise ConfigError(str(error)) from None
+    return zoo_path, name
+
+
+def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
+    """``cfg.merge_from_file`` through safe YAML, with errors that say where they come from.
+
+    Only a config of the installed model zoo may hold YAML tags, which run code: detectron2's
+    RetinaNet configs compute their anchor sizes so.
+
+    Args:
+        cfg: the config to merge into.
+        path: YAML file.
+        key: the config key or argument that named it, for the error.
+
+    Raises:
+        ConfigError: if the file is no config of known keys and fitting types.
+    """
+    try:
+        cfg.merge_from_file(path, allow_unsafe=_is_of_the_zoo(path))
+    except RecursionError:
+        raise ConfigError(
+            f"{key} {path}: it is nested too deeply, or its _BASE_ leads back to itself"
+        ) from None
+    except _MERGE_ERRORS as error:
+        raise ConfigError(f"{key} {path}: {_text(error)}") from error
+
+
+def merge_from_list(cfg: CN, opts: Sequence, *, key: str) -> None:
+    """``cfg.merge_from_list`` with errors that say where they come from.
+
+    Args:
+        cfg: the config to merge into.
+        opts: KEY, VALUE, ...
+        key: the config key or argument that held them, for the error.
+
+    Raises:
+        ConfigError: for an unknown key, a value of another type, or an odd number of items.
+    """
+    opts = list(opts)
+    if len(opts) % 2:
+        raise ConfigError(f"{key}: {len(opts)} items; expected KEY VALUE pairs")
+    for name, value in zip(opts[::2], opts[1::2]):
+        try:
+            cfg.merge_from_list([name, value])
+        except _MERGE_ERRORS as error:
+            reason = _text(error)
+            named = "" if str(name) in reason else f"{name}: "
+            raise ConfigError(f"{key}: {named}{reason}") from error
+
+
+def _is_of_the_zoo(path: str) -> bool:
+    # As detectron2 finds them; a link that leads elsewhere is none of its files.
+    folder = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
+
+
+def _text(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    if place == yaml.constructor.__file__ and not isinstance(error, yaml.YAMLError):
+        return f"a value is not of its YAML type ({type(error).__name__}: {error})"
+    # A KeyError shows the repr of its argument.
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -1,0 +1,8 @@
+"""Data sets: cards that describe one's own, readers, checks, the mapper, the built-in set.
+
+Imports ``common`` and ``config``.
+"""
+
+from .cards import Card, load_card, register_card, register_cards
+
+__all__ = ["Card", "load_card", "register_card", "register_cards"]

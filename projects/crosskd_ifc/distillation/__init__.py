@@ -1,0 +1,9 @@
+"""The method: from what a step of the student saw to the distillation losses.
+
+Read it in this order: ``losses`` (formulas), ``head_layers`` (heads as named layers), ``fusion``
+(taps to one feature), ``teacher`` (the frozen detector), ``traces`` (what a step saw and computed),
+then what compares student and teacher: ``box``, ``mask``, ``dense``, ``feature``, ``rpn``;
+``distiller`` puts them together. ``compatibility`` says whether two detectors fit each other.
+
+Imports ``common`` and ``config``; never the students, the training or the data.
+"""

@@ -1,0 +1,93 @@
+"""Whether a dense student and teacher fit each other."""
+
+from typing import Dict, List, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+
+from ...config import ConfigError, check_unused
+from ..fusion import FeatureFusion
+from ..head_layers import TowerLayers
+from ..teacher import Teacher
+from .two_stage import check_same_padding, differing_anchors, make_fusion, refuse
+
+TOWERS = ("cls", "bbox")
+
+
+def towers_of(head: RetinaNetHead) -> Dict[str, TowerLayers]:
+    """The towers of a dense head by name, "cls" and "bbox".
+
+    Raises:
+        TypeError: if it is no such head, or its towers have unknown layers.
+    """
+    if not isinstance(head, RetinaNetHead):
+        raise TypeError(f"head {type(head).__name__} is no RetinaNetHead or FCOSHead")
+    return {name: TowerLayers(head.get_submodule(f"{name}_subnet")) for name in TOWERS}
+
+
+def check_settings(cfg: CfgNode) -> None:
+    """Refuse settings of two-stage detectors."""
+    kd = cfg.MODEL.CROSSKD
+    reason = f"{cfg.MODEL.META_ARCHITECTURE} is a dense detector"
+    check_unused(cfg, ("FUSION.ROUTE", "LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT"), reason)
+    if kd.FUSION.ALIGN not in ("", "standardize"):
+        raise ConfigError(
+            f"MODEL.CROSSKD.FUSION.ALIGN is {kd.FUSION.ALIGN!r}, but {reason}, whose features are "
+            "always standardized; leave it at its default, ''"
+        )
+    if kd.LOSS.BOX_TYPE not in ("", "giou", "iou"):
+        raise ConfigError(
+            f"MODEL.CROSSKD.LOSS.BOX_TYPE is {kd.LOSS.BOX_TYPE!r}, but {reason}; possible values: "
+            "'giou', 'iou'"
+        )
+
+
+def check_pair(student: DenseDetector, teacher: Teacher) -> None:
+    model, stock = teacher.model, student.stock_class
+    if not isinstance(model, stock):
+        refuse(teacher, f"is a {type(model).__name__}; this student needs a {stock.__name__}")
+    check_same_padding("TEACHER.CONFIG_FILE", student, teacher, "they must be the same")
+    differs = differing_anchors(
+        student.anchor_generator, model.anchor_generator, "the strides of IN_FEATURES"
+    )
+    if differs:
+        refuse(teacher, f"has other anchors than the student: {differs} differ")
+
+
+def build_fusions(
+    kd: CfgNode, student: DenseDetector, teacher: Teacher
+) -> Dict[str, FeatureFusion]:
+    """One fusion for each tower.
+
+    Args:
+        kd: the node MODEL.CROSSKD.FUSION.
+    """
+    try:
+        ours = towers_of(student.head)
+    except TypeError as error:
+        raise ConfigError(f"MODEL.META_ARCHITECTURE: the student's {error}") from None
+    try:
+        theirs = towers_of(teacher.model.head)
+    except TypeError as error:
+        refuse(teacher, f"can't be entered: {error}")
+    fusions = {}
+    for tower in TOWERS:
+        names = ours[tower].names[1:], theirs[tower].names[1:]
+        taps = tuple(kd.IN_FEATURES) or tuple(f"conv{i + 1}" for i in range(student.kd_depth))
+        _check_layers("IN_FEATURES", taps, names[0], "student")
+        entry = kd.ENTRY or max(taps, key=ours[tower].depth)
+        _check_layers("ENTRY", (entry,), names[1], "teacher")
+        fusions[tower] = make_fusion(
+            kd, taps, entry, "direct", "standardize", ours[tower], theirs[tower]
+        )
+    return fusions
+
+
+def _check_layers(key: str, names: Tuple[str, ...], known: List[str], whose: str) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"MODEL.CROSSKD.FUSION.{key}: the {whose}'s towers have no layer {name!r}; they "
+                f"have {', '.join(known)}"
+            )

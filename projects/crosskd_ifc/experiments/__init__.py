@@ -1,0 +1,4 @@
+"""Studies: runs of ``tools/train_net.py`` as children, protocols, paired statistics, reports.
+
+Imports every other room.
+"""

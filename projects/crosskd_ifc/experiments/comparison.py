@@ -1,0 +1,244 @@
+"""The runs of a protocol: which are still to be done, in which order, and several at once.
+
+Every run is one of :mod:`crosskd_ifc.experiments.runs`; each is recorded when it has finished.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import glob
+import os
+import sys
+import threading
+import time
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+
+from ..config import ConfigError
+from ..training.preflight import check_evaluation_config
+from .child_process import RunFailed, move_aside
+from .protocol import TEACHER, Arm, Protocol
+from .results import Key, Results
+from .runs import Run, train
+
+
+def all_runs(protocol: Protocol, folder: str, *, device: str = "") -> Dict[Key, Run]:
+    """All runs of a protocol in the order in which they are done: main arms before ablations, all
+    arms of a seed before the next seed, a teacher before what needs it."""
+    keys = [(arm, seed) for arm in protocol.arms.values() for seed in arm.seeds]
+
+    def turn(key: Tuple[Arm, int]) -> Tuple[bool, int]:
+        arm, seed = key
+        seeds = arm.seeds if arm.name == TEACHER else protocol.seeds
+        return bool(arm.group), seeds.index(seed)
+
+    keys.sort(key=turn)  # else in the protocol's order
+    return {(a.name, seed): protocol.run(a.name, seed, folder, device=device) for a, seed in keys}
+
+
+def select(
+    protocol: Protocol,
+    runs: Dict[Key, Run],
+    *,
+    arms: Optional[Sequence[str]] = None,
+    seeds: Optional[Sequence[int]] = None,
+) -> List[Key]:
+    """The runs of some arms and seeds, None for all, in order.
+
+    Raises:
+        ConfigError: for an arm or a seed that the protocol doesn't have.
+    """
+    for what, given, known in (
+        ("arm", arms or (), list(protocol.arms)),
+        ("seed", seeds or (), sorted({seed for _, seed in runs})),
+    ):
+        unknown = [str(x) for x in given if x not in known]
+        if unknown:
+            names = ", ".join(map(str, known))
+            raise ConfigError(f"{protocol.path}: no {what} {unknown[0]!r}; there are {names}")
+    return [k for k in runs if (not arms or k[0] in arms) and (not seeds or k[1] in seeds)]
+
+
+def plan(runs: Dict[Key, Run], selected: Iterable[Key], results: Results) -> List[Key]:
+    """What is still to be run, in order: what has no result, and the teachers that it needs.
+
+    A result whose folder is gone counts; but a teacher without its weights is trained again if a
+    student needs them.
+    """
+    todo = {key for key in selected if not results.is_finished(key)}
+    teachers = {results.protocol.teacher_of(*key) for key in todo} - {None}
+    todo |= {key for key in teachers if not has_weights(runs[key])}
+    return [key for key in runs if key in todo]
+
+
+def has_weights(run: Run) -> bool:
+    """Whether a run is finished and its weights are there."""
+    return run.result() is not None and os.path.exists(run.weights)
+
+
+class Comparison:
+    """Does the runs of a protocol, several at once."""
+
+    def __init__(
+        self,
+        runs: Dict[Key, Run],
+        results: Results,
+        train_net: str,
+        *,
+        jobs: int = 1,
+        threads: int = 0,
+        arguments: Sequence[str] = (),
+        discard_weights: bool = False,
+        say=functools.partial(print, flush=True),
+    ):
+        """
+        Args:
+            runs: all runs of the protocol.
+            results: where they are recorded.
+            train_net: path of ``tools/train_net.py``.
+            jobs: how many runs at once.
+            threads: CPU threads of each; 0: as many as torch likes.
+            arguments: more arguments for ``tools/train_net.py``.
+            discard_weights: delete the checkpoints of students once their results are recorded.
+            say: called with lines for people.
+        """
+        self.runs, self.results, self.train_net = runs, results, train_net
+        self.jobs, self.discard_weights, self.say = jobs, discard_weights, say
+        self.options = dict(threads=threads, arguments=arguments)
+        self.stop, self.progress = threading.Event(), Progress(jobs)
+
+    def collect(self) -> None:
+        """Record the runs that are finished in their folders."""
+        found = {key: run.result() for key, run in self.runs.items() if os.path.isdir(run.folder)}
+        self.results.add({key: done for key, done in found.items() if done is not None})
+
+    def check(self, todo: Iterable[Key]) -> None:
+        """Refuse what can't run here, before anything runs.
+
+        Raises:
+            ConfigError: for data sets or a device that aren't there.
+        """
+        for arm, key in {key[0]: key for key in todo}.items():
+            try:
+                check_evaluation_config(self.runs[key].cfg())
+            except ConfigError as error:
+                raise ConfigError(f"{self.results.protocol.path}: {arm}: {error}") from error
+
+    def do(self, selected: Sequence[Key]) -> Dict[Key, str]:
+        """Do what is still to be done of some runs.
+
+        Returns:
+            The reasons of those that failed, or were left out because their teacher did.
+
+        Raises:
+            ConfigError: for what can't run here, before anything runs.
+        """
+        self.collect()
+        todo = plan(self.runs, selected, self.results)
+        self.say(f"{self.results.protocol.name}: {len(selected)} runs, {len(todo)} to do")
+        self.check(todo)
+        return self.train(todo)
+
+    def train(self, todo: Sequence[Key]) -> Dict[Key, str]:
+        """Train, evaluate and record; returns the reasons of what failed.
+
+        Any exception in here, such as a KeyboardInterrupt, ends the runs that are under way; they
+        are resumed when they are started again.
+        """
+        waiting, running, failed = list(todo), {}, {}
+        self.progress.begin({key: self.runs[key].cfg().SOLVER.MAX_ITER for key in todo})
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool, self._stopped_at_exit():
+            while waiting or running:
+                for key in self._ready(waiting, running.values(), failed):
+                    waiting.remove(key)
+                    self.say(f"{self.runs[key].name}: started")
+                    running[pool.submit(self._one, key)] = key
+                done, _ = concurrent.futures.wait(running, 1, "FIRST_COMPLETED")
+                self.progress.show()
+                for future in done:
+                    key = running.pop(future)
+                    try:
+                        result = future.result()
+                    except (RunFailed, ConfigError, OSError) as error:
+                        failed[key] = str(error)
+                        self.progress.finish(key, None)
+                        self.say(str(error))
+                    else:
+                        self._finish(key, result)
+                for key in [k for k in waiting if self._teacher(k) in failed]:
+                    waiting.remove(key)
+                    self.progress.finish(key, None)
+                    failed[key] = f"{self.runs[key].name}: not run, its teacher failed"
+        return failed
+
+    def _ready(self, waiting, running, failed) -> List[Key]:
+        """The next runs to start: as many as there is room for, in order, teachers first."""
+        held = {*waiting, *running, *failed}
+        ready = [key for key in waiting if self._teacher(key) not in held]
+        return ready[: self.jobs - len(running)]
+
+    def _teacher(self, key: Key) -> Optional[Key]:
+        return self.results.protocol.teacher_of(*key)
+
+    def _one(self, key: Key) -> dict:
+        run = self.runs[key]
+        if key[0] == TEACHER and run.result() is not None and not has_weights(run):
+            move_aside(run.folder)
+
+        def report(*state):
+            self.progress.update(key, *state)
+
+        return train(run, self.train_net, stop=self.stop, on_progress=report, **self.options)
+
+    def _finish(self, key: Key, result: dict) -> None:
+        self.results.add({key: result})
+        self.progress.finish(key, result["seconds"])
+        if self.discard_weights and key[0] != TEACHER:
+            for path in glob.glob(os.path.join(glob.escape(self.runs[key].folder), "*.pth")):
+                os.remove(path)
+        minutes = result["seconds"] / 60
+        self.say(f"{self.runs[key].name}: AP {result['AP']:.1f} in {minutes:.1f} min")
+
+    @contextlib.contextmanager
+    def _stopped_at_exit(self):
+        try:
+            yield
+        finally:
+            self.stop.set()
+
+
+class Progress:
+    """One line for what is running, with an ETA from the speed of the runs that are finished."""
+
+    def __init__(self, jobs: int):
+        self.jobs, self.lock, self.last = jobs, threading.Lock(), time.monotonic()
+        self.left: Dict[Key, int] = {}
+        self.running: Dict[Key, str] = {}
+        self.steps, self.seconds = {}, {}
+
+    def begin(self, steps: Dict[Key, int]) -> None:
+        self.steps, self.left = dict(steps), dict(steps)
+
+    def update(self, key: Key, done: int, total: int, _) -> None:
+        with self.lock:
+            self.left[key] = total - done
+            self.running[key] = f"{key[0]} {key[1]}: {done}/{total}"
+
+    def finish(self, key: Key, seconds: Optional[float]) -> None:
+        with self.lock:
+            self.left.pop(key, None)
+            self.running.pop(key, None)
+            if seconds is not None:
+                self.seconds[key] = seconds / self.steps[key]  # evaluation and start included
+
+    def show(self, period: float = 60) -> None:
+        """Print the line, if it is time to."""
+        with self.lock:
+            if time.monotonic() - self.last < period:
+                return
+            self.last = time.monotonic()
+            line = ", ".join(self.running.values())
+            line += f"; {len(self.left)} runs to go"
+            if self.seconds:
+                unit = sum(self.seconds.values()) / len(self.seconds)
+                line += f", about {unit * sum(self.left.values()) / self.jobs / 60:.0f} min"
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,274 @@
+"""The report of a comparison, from its ``results.json`` alone: statistics, tables, figures.
+
+Seeds are paired: runs of one seed share the start and, where they have one, the teacher, so that
+the difference of two arms is taken seed by seed.
+"""
+
+import os
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+import numpy as np
+from tabulate import tabulate
+
+from .figures import draw_curves, draw_differences
+from .protocol import TEACHER
+from .statistics import (
+    Difference,
+    detectable_difference,
+    paired_difference,
+    pooled_deviation,
+    seeds_needed,
+    summarize,
+)
+
+# What says most of how the student is read by the teacher's head.
+_STATISTICS = (
+    *("agreement_cross_head", "agreement_student", "fused_length", "fused_cosine"),
+    *("grad_cosine_shared", "grad_ratio_shared"),
+)
+_LOGGED = "Logged in the last quarter of the training, means over the seeds (docs/options.md):"
+
+
+class Section(NamedTuple):
+    """The arms of one table: group ("" for the main arms), their names, and the arms that their
+    differences are taken to."""
+
+    group: str
+    arms: List[str]
+    references: List[str]
+
+
+class Table:
+    """What ``results.json`` holds, by arm."""
+
+    def __init__(self, content: dict):
+        self.content = content
+        self.arms = {arm["arm"]: arm for arm in content["arms"]}
+        self.runs: Dict[str, Dict[int, dict]] = {name: {} for name in self.arms}
+        for run in content["runs"]:
+            if run["arm"] in self.runs:
+                self.runs[run["arm"]][run["seed"]] = run
+
+    def current(self, arm: str) -> Dict[int, dict]:
+        """seed -> run of an arm, without those of earlier settings."""
+        return {seed: run for seed, run in self.runs[arm].items() if not run.get("outdated")}
+
+    def scores(self, arm: str, key: str = "AP") -> Dict[int, float]:
+        """seed -> ``key`` of an arm, without runs of earlier settings."""
+        return {seed: run[key] for seed, run in self.current(arm).items() if key in run}
+
+    def logged(self, arm: str, key: str) -> Dict[int, float]:
+        """seed -> what an arm's run has logged, the mean of the last quarter of its training."""
+        runs = {seed: run.get("statistics", {}) for seed, run in self.current(arm).items()}
+        return {seed: found[key] for seed, found in runs.items() if key in found}
+
+    def sections(self) -> List[Section]:
+        """The main arms, then each group of ablations; arms without a run are left out."""
+        sections = []
+        for group in dict.fromkeys(arm["group"] for arm in self.arms.values()):
+            names = [n for n, arm in self.arms.items() if arm["group"] == group and self.runs[n]]
+            wanted = [other for name in names for other in self.arms[name]["versus"]]
+            references = [n for n in dict.fromkeys(wanted) if self.runs.get(n)]
+            if names:
+                sections.append(Section(group, names, references))
+        return sections
+
+    def differences(self, section: Section, key: str = "AP"):
+        """(arm, reference, difference) of a section, in order, where there are common seeds."""
+        for arm in section.arms:
+            for other in self.arms[arm]["versus"]:
+                found = paired_difference(self.scores(arm, key), self.scores(other, key))
+                if found is not None:
+                    yield arm, other, found
+
+
+def write_report(content: dict, folder: str) -> str:
+    """Write ``report.md``, ``curves.png`` and ``differences.png``; returns the report's path.
+
+    Args:
+        content: of ``results.json``, with at least one run.
+        folder: folder to write to.
+    """
+    table = Table(content)
+    os.makedirs(folder, exist_ok=True)
+    draw_curves(table, os.path.join(folder, "curves.png"))
+    has_differences = draw_differences(table, os.path.join(folder, "differences.png"))
+    path = os.path.join(folder, "report.md")
+    with open(path, "w") as f:
+        f.write(report_text(content, differences_figure=has_differences))
+    return path
+
+
+def report_text(content: dict, *, differences_figure: bool = True) -> str:
+    """The report, Markdown that reads well as plain text, too."""
+    table = Table(content)
+    lines = [f"# {content['title']}", "", *_introduction(content), ""]
+    for section in table.sections():
+        lines += [f"## {section.group[:1].upper()}{section.group[1:] or 'Main arms'}", ""]
+        lines += [_results(table, section), ""]
+        differences = _differences(table, section)
+        lines += ["Paired differences of AP:", "", differences, ""] if differences else []
+        lines += _power(table, section)
+        logged = _statistics(table, section)
+        lines += [_LOGGED, "", logged, ""] if logged else []
+    if any(run.get("outdated") for run in content["runs"]):
+        lines += ["\\* of earlier settings: in no mean, difference or figure.", ""]
+    lines += ["## Figures", "", "![Learning curves](curves.png)", ""]
+    if differences_figure:
+        lines += ["![Paired differences](differences.png)", ""]
+    return "\n".join([*lines, "## How", "", *_provenance(content), ""])
+
+
+def _introduction(content: dict) -> List[str]:
+    lines = [f"AP and AP50 on `{content['test']}`, in percent: mean ± standard deviation."]
+    if content["validation"]:
+        validation = f"`{content['validation']}`"
+        lines[0] = f"AP and AP50 on `{content['test']}`, AP (val) on {validation}, in percent:"
+        lines += ["mean ± standard deviation over seeds. Settings are chosen by AP (val) only."]
+    return lines + [
+        "Differences are taken seed by seed, with a 95 % confidence interval and the p value of a",
+        "paired t test, not corrected for the number of comparisons; one seed has neither.",
+    ]
+
+
+def _results(table: Table, section: Section) -> str:
+    arms = [n for n in section.references if n not in section.arms] + section.arms
+    seeds = sorted({seed for name in section.arms for seed in table.runs[name]})
+    headers = ["arm", "", "n", "AP", "AP50", f"AP of seed {' / '.join(map(str, seeds))}"]
+    with_validation = bool(table.content["validation"])
+    rows = []
+    for name in arms:
+        # An arm of another section, over this section's seeds, is here to compare with.
+        runs = {seed: run for seed, run in table.runs[name].items() if seed in seeds}
+        if not runs:
+            continue
+        each = " / ".join(_cell(runs.get(seed)) for seed in seeds)
+        current = {seed: run for seed, run in table.current(name).items() if seed in seeds}
+        row = [f"`{name}`", table.arms[name]["title"], len(current)]
+        row += [_mean(current, "AP"), _mean(current, "AP50"), each]
+        rows.append(row + ([_mean(current, "AP_val")] if with_validation else []))
+    headers += ["AP (val)"] if with_validation else []
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _differences(table: Table, section: Section) -> str:
+    cells: Dict[str, Dict[str, str]] = {}
+    for arm, other, found in table.differences(section):
+        cells.setdefault(arm, {})[other] = _difference(found)
+    others = [n for n in section.references if any(n in row for row in cells.values())]
+    rows = [[f"`{arm}`", *(row.get(other, "") for other in others)] for arm, row in cells.items()]
+    headers = ["arm", *(f"minus `{other}`" for other in others)]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
+
+
+def _power(table: Table, section: Section) -> List[str]:
+    """What differences these seeds can show at all."""
+    found = [difference for _, _, difference in table.differences(section)]
+    deviation = pooled_deviation(found)
+    if deviation is None or deviation < 0.05:  # 0.0 in these tables
+        return []
+    n = max(len(difference.values) for difference in found)
+    shown, needed = detectable_difference(deviation, n), seeds_needed(deviation, 1.0)
+    return [
+        f"A difference varies from seed to seed by {deviation:.1f} (standard deviation, all "
+        f"pooled): {n} seeds show",
+        f"a true one of {shown:.1f} AP in 80 % of such comparisons; one of 1 AP takes {needed} "
+        "seeds.",
+        "",
+    ]
+
+
+def _statistics(table: Table, section: Section) -> str:
+    found = {arm: {key: table.logged(arm, key) for key in _STATISTICS} for arm in section.arms}
+    keys = [key for key in _STATISTICS if any(row[key] for row in found.values())]
+    rows = []
+    for arm, row in found.items():
+        if any(row.values()):
+            means = [f"{np.mean(list(row[key].values())):.2f}" if row[key] else "" for key in keys]
+            counts = [len(values) for values in row.values() if values]
+            n = " to ".join(map(str, sorted({min(counts), max(counts)})))
+            rows.append([f"`{arm}`", n, *means])
+    headers = ["arm", "n", *(f"`{key}`" for key in keys)]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
+
+
+def _difference(found: Difference) -> str:
+    text = f"{found.mean:+.1f}"
+    if found.interval is not None:
+        p = f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
+        text += " ({:+.1f} to {:+.1f}), {}".format(*found.interval, p)
+    return f"{text}, n = {len(found.values)}"
+
+
+def _cell(run: Optional[dict]) -> str:
+    return f"{run['AP']:.1f}{'*' if run.get('outdated') else ''}" if run else "-"
+
+
+def _mean(runs: Mapping[int, dict], key: str) -> str:
+    values = [run[key] for run in runs.values() if key in run]
+    if not values:
+        return ""
+    summary = summarize(values)
+    spread = "" if summary.deviation is None else f" ± {summary.deviation:.1f}"
+    return f"{summary.mean:.1f}{spread}"
+
+
+def _provenance(content: dict) -> List[str]:
+    runs = content["runs"]
+    steps = sum(run["iterations"] * run["seconds_per_step"] for run in runs) / 3600
+    hours = sum(run["seconds"] for run in runs) / 3600
+    lines = [f"    {content['command']}", ""]
+    lines.append(
+        f"{len(runs)} runs, {steps:.1f} hours of training steps; with evaluations, waiting"
+    )
+    lines.append(f"and restarts {hours:.1f} hours. With {_versions(runs)},")
+    lines.append(f"on {_hardware(runs)}.")
+    if any(run["arm"] == TEACHER for run in runs):
+        if all(_teacher_seed(run) == run["seed"] for run in runs):
+            lines.append("Each seed has its own teacher.")
+        else:
+            lines.append("Seeds without a teacher of their own share the others', in turn")
+            lines.append("(`teacher_seed`).")
+    lines += _several_teachers(content)
+    return lines + ["All numbers: [results.json](results.json)."]
+
+
+def _teacher_seed(run: dict) -> int:
+    """The seed of the teacher that a student learned from; a teacher's own."""
+    return run.get("teacher_seed", run["seed"])
+
+
+def _several_teachers(content: dict) -> List[str]:
+    """Says where the runs of a teacher's seed don't all belong to the same weights: a teacher whose
+    weights were gone has been trained again."""
+    belong = {arm["arm"] for arm in content["arms"] if arm.get("taught")} | {TEACHER}
+    found: Dict[int, set] = {}
+    for run in content["runs"]:
+        if run["arm"] in belong and not run.get("outdated"):
+            found.setdefault(_teacher_seed(run), set()).add(run.get("teacher_sha256", ""))
+    lines = []
+    several = [str(seed) for seed, those in sorted(found.items()) if len(those - {""}) > 1]
+    if several:
+        lines += [
+            f"Seed {', '.join(several)}: its teacher was trained more than once with the same",
+            "settings, and not all students have learned from the same weights (`teacher_sha256`).",
+        ]
+    unknown = [str(seed) for seed, those in sorted(found.items()) if len(those) > 1 and "" in those]
+    if unknown:
+        lines += [
+            f"Seed {', '.join(unknown)}: of some runs it isn't recorded which training of the",
+            "teacher they belong to.",
+        ]
+    return lines
+
+
+def _versions(runs: Sequence[dict]) -> str:
+    found: Dict[str, set] = {}
+    for run in runs:
+        for name, version in run["versions"].items():
+            found.setdefault(name, set()).add(version)
+    return ", ".join(f"{name} {' and '.join(sorted(those))}" for name, those in found.items())
+
+
+def _hardware(runs: Sequence[dict]) -> str:
+    return "; ".join(sorted({run["hardware"] for run in runs}))

@@ -1,0 +1,257 @@
+"""Training runs as child processes: skipped when finished, resumed when interrupted, with progress.
+
+Each run is an ordinary ``tools/train_net.py`` run in a folder of its own. A finished one leaves
+``run.json`` there, with its results and a digest of all that they depend on.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+
+from ..analysis.detections import read_metrics
+from ..common.config_files import find_config, merge_from_file, merge_from_list
+from ..common.environment import hardware, versions
+from ..config import add_crosskd_ifc_config, distillation_requested
+from ..data.cards import resolve_path
+from ..distillation.teacher import load_teacher_config
+from .child_process import (
+    RunFailed,
+    RunStopped,
+    claim_folder,
+    file_sha256,
+    read_json,
+    supervise,
+    write_json,
+)
+
+# Settings that don't belong to a run's results.
+_NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
+
+
+@dataclasses.dataclass
+class Run:
+    """One ``tools/train_net.py`` run.
+
+    Attributes:
+        name: for people.
+        config: config file.
+        folder: its OUTPUT_DIR.
+        opts: KEY VALUE overrides.
+        needs: runs whose results this one starts from, such as its teacher's.
+    """
+
+    name: str
+    config: str
+    folder: str
+    opts: List[str] = dataclasses.field(default_factory=list)
+    needs: Sequence["Run"] = ()
+
+    def cfg(self) -> CfgNode:
+        """The full config, frozen."""
+        cfg = get_cfg()
+        add_crosskd_ifc_config(cfg)
+        merge_from_file(cfg, find_config(self.config, key=self.name)[0], key=self.name)
+        merge_from_list(cfg, [*self.opts, "OUTPUT_DIR", self.folder], key=self.name)
+        cfg.freeze()
+        return cfg
+
+    def digest(self) -> str:
+        """A digest of the settings and of those of the runs it needs.
+
+        Folder and device don't matter, nor do keys that are new since then, as long as they are at
+        their defaults (those of ``MODEL.CROSSKD``: empty, 0 or False): results outlive new options.
+        """
+        settings = _settings(self.cfg())
+        if self.needs:
+            settings.pop("MODEL.CROSSKD.TEACHER.WEIGHTS", None)
+        text = json.dumps([settings, *(run.digest() for run in self.needs)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def inputs(self) -> str:
+        """A digest of what the settings only name: dataset cards, and the config and weights of a
+        teacher that no run of ``needs`` trains."""
+        cfg, found = self.cfg(), {}
+        for card in cfg.DATASETS.CARDS:
+            path = resolve_path(card, what="dataset card", key="DATASETS.CARDS")
+            found[card] = file_sha256(path)
+        if not self.needs and distillation_requested(cfg):
+            teacher, weights = load_teacher_config(cfg)
+            found["teacher"] = [_settings(teacher), weights, file_sha256(weights)]
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def weights(self) -> str:
+        """The file of the trained weights, once they are there."""
+        return self.path("model_final.pth")
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def result(self) -> Optional[dict]:
+        """The results of a finished run of this very config, or None."""
+        done = read_json(self.path("run.json"))
+        if not done or done["digest"] != self.digest():
+            return None
+        inputs = done.get("inputs_sha256")  # not in records of old
+        return done if inputs is None or inputs == self.inputs() else None
+
+
+def train(
+    run: Run,
+    train_net: str,
+    *,
+    arguments: Sequence[str] = (),
+    threads: int = 0,
+    stop: Optional[threading.Event] = None,
+    on_progress: Callable[[int, int, float], None] = lambda *_: None,
+) -> dict:
+    """Train and evaluate ``run``, or take its results if it is finished.
+
+    An interrupted run is resumed. A folder that holds a run of another config is moved aside. While
+    another process trains in the folder, this one waits.
+
+    Args:
+        run: what to train.
+        train_net: path of ``tools/train_net.py``.
+        arguments: more of its arguments, such as ("--num-gpus", "8").
+        threads: CPU threads for it; 0: as many as torch likes.
+        stop: set it from another thread to end the run; a later call resumes it.
+        on_progress: called every second with (steps done, steps in all, seconds per step or 0).
+
+    Returns:
+        "AP", "AP50" (of the first data set in DATASETS.TEST), "splits" (data set -> "AP", "AP50"
+        and "curve", a list of [steps done, AP]), "iterations", "seconds_per_step" (median, 0 for a
+        run of a few steps), "statistics" (what the distillation logged as crosskd/..., means over
+        the last quarter), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
+        process, 0 where there is no /proc), "versions", "hardware", "digest", and SHA-256s:
+        "inputs_sha256", see :meth:`Run.inputs`, "weights_sha256" of the final weights' file,
+        "needs_sha256" of those of the runs it needs.
+
+    Raises:
+        RunFailed: if the training ended with an error.
+        RunStopped: if ``stop`` was set before it ended.
+    """
+    done = run.result()
+    if done is not None:
+        return done
+    digest, inputs = run.digest(), run.inputs()
+    with claim_folder(run.folder, name=run.name, digest=digest + inputs, stop=stop) as log:
+        done = run.result()  # of the process that we waited for
+        if done is not None:
+            return done
+        earlier = (read_json(run.path("started.json")) or {}).get("seconds", 0.0)
+        state = {"digest": digest + inputs, "seconds": earlier}
+        write_json(run.path("started.json"), state)
+        needs = [file_sha256(needed.weights) for needed in run.needs]
+        command = [sys.executable, "-W", "ignore", train_net, "--resume", *arguments]
+        command += ["--config-file", find_config(run.config, key=run.name)[0]]
+        command += [*run.opts, "OUTPUT_DIR", run.folder]
+        steps, start = run.cfg().SOLVER.MAX_ITER, time.monotonic()
+        try:
+            status, memory = supervise(
+                command, log, threads, stop, lambda: on_progress(*_progress(run, steps))
+            )
+        finally:
+            seconds = earlier + time.monotonic() - start
+            write_json(run.path("started.json"), {**state, "seconds": seconds})
+        if status != 0 and stop is not None and stop.is_set():
+            raise RunStopped(f"{run.name} was stopped")
+        if status != 0:
+            with open(run.path("console.log"), errors="replace") as f:
+                tail = "".join(f.readlines()[-12:])
+            raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
+        done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **_collect(run)}
+        done.update(versions=versions(), hardware=hardware(run.cfg().MODEL.DEVICE, threads))
+        done.update(inputs_sha256=inputs, needs_sha256=needs)
+        done["weights_sha256"] = file_sha256(run.weights)
+        write_json(run.path("run.json"), done)
+        return done
+
+
+def _progress(run: Run, steps: int):
+    lines = _metrics(run)
+    times = [line["time"] for line in lines[-3:] if "time" in line]
+    done = min(max((line["iteration"] + 1 for line in lines), default=0), steps)
+    return done, steps, times[-1] if times else 0.0
+
+
+def _metrics(run: Run) -> List[dict]:
+    path = run.path("metrics.json")
+    return read_metrics(path) if os.path.exists(path) else []
+
+
+def _collect(run: Run) -> Dict[str, Any]:
+    cfg, lines = run.cfg(), _metrics(run)
+    steps, splits = cfg.SOLVER.MAX_ITER, {}
+    for name in cfg.DATASETS.TEST:
+        # With several test sets detectron2 writes each one's name before its metrics.
+        key = f"{name}/bbox/AP" if len(cfg.DATASETS.TEST) > 1 else "bbox/AP"
+        # Those in between are counted from 0, the last is not; a resumed run may have one twice.
+        points = {min(line["iteration"] + 1, steps): line for line in lines if key in line}
+        if not points:
+            raise RunFailed(f"{run.name}: no {key} in {run.path('metrics.json')}")
+        last = points[max(points)]
+        splits[name] = {
+            "AP": _score(last[key]),
+            "AP50": _score(last[f"{key}50"]),
+            "curve": [[i, _score(points[i][key])] for i in sorted(points)],
+        }
+    first = splits[cfg.DATASETS.TEST[0]]
+    times = [line["time"] for line in lines if "time" in line]
+    return {
+        "statistics": _statistics(lines),
+        "AP": first["AP"],
+        "AP50": first["AP50"],
+        "splits": splits,
+        "iterations": steps,
+        "seconds_per_step": float(np.median(times)) if times else 0.0,
+    }
+
+
+def _statistics(lines: List[dict]) -> Dict[str, float]:
+    """What the distillation has logged, less "crosskd/": means over the last quarter of the run."""
+    end = max(line["iteration"] for line in lines)
+    late = [line for line in lines if line["iteration"] >= 0.75 * end]
+    names = {name for line in late for name in line if name.startswith("crosskd/")}
+    return {
+        name[len("crosskd/") :]: float(np.mean([line[name] for line in late if name in line]))
+        for name in sorted(names)
+    }
+
+
+def _score(value: float) -> float:
+    # detectron2 says NaN where a model detects nothing at all.
+    return 0.0 if math.isnan(value) else value
+
+
+def _settings(cfg: CfgNode) -> Dict[str, Any]:
+    """What results depend on: all that isn't at its default; for a student that distils all of
+    MODEL.CROSSKD that is set, so that a changed default is another setting."""
+    defaults = get_cfg()
+    add_crosskd_ifc_config(defaults)
+    before, settings = dict(_flat(defaults)), {}
+    for key, value in _flat(cfg):
+        if key.startswith("MODEL.CROSSKD."):
+            counts = distillation_requested(cfg) and value not in (0, "", (), [], None)
+        else:
+            counts = key not in _NO_RESULT and value != before.get(key)
+        if counts:
+            settings[key] = value
+    return settings
+
+
+def _flat(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,80 @@
+"""Dense students: their training forward is recorded for the distillation.
+
+Shape shorthand: N images, R anchors of an image over all levels.
+"""
+
+import contextlib
+from typing import Dict, Iterator, List, Optional, Type
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes
+
+from ..distillation.dense import DenseDistiller
+from ..distillation.dense_heads import DenseTrace, record_towers
+from ..distillation.teacher import Teacher
+from .student import Student
+
+
+class DenseStudent(Student):
+    """Mixin for a RetinaNet or FCOS; without a teacher and in evaluation it is its parent, bit for
+    bit.
+
+    Attributes:
+        stock_class: what its teacher must be.
+        kd_depth: of the taps ``conv1`` to ``conv<kd_depth>`` that are combined by default.
+        kd_box_type: box loss by default.
+    """
+
+    stock_class: Type[DenseDetector]
+    kd_depth: int
+    kd_box_type: str
+    _trace: Optional[DenseTrace] = None
+
+    def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> DenseDistiller:
+        return DenseDistiller(cfg, self, teacher)
+
+    def kd_normalizer(self, trace: DenseTrace) -> torch.Tensor:
+        """The divisor of the distillation losses, a scalar of at least 1."""
+        raise NotImplementedError
+
+    def positives(self, trace: DenseTrace) -> torch.Tensor:
+        """(N, R) whether an anchor is matched to an object."""
+        return (trace.labels >= 0) & (trace.labels != self.num_classes)
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[DenseTrace]:
+        """Within this context, the next forward fills the trace that it yields."""
+        with record_towers(self.head) as layers:
+            self._trace = DenseTrace(layers, self.head.bbox_pred.out_channels // 4)
+            try:
+                yield self._trace
+            finally:
+                self._trace = None
+
+    def losses(self, anchors: List[Boxes], pred_logits, gt_labels, pred_deltas, gt_boxes, *more):
+        """The parent's; in a recorded forward labels and predictions are kept."""
+        if self._trace is not None:
+            self._trace.anchors, self._trace.boxes = anchors, gt_boxes
+            self._trace.labels = torch.stack(gt_labels)
+            self._trace.predictions = pred_logits, pred_deltas
+        return super().losses(anchors, pred_logits, gt_labels, pred_deltas, gt_boxes, *more)
+
+    @torch.no_grad()
+    def cross_head_inference(self, batched_inputs: List[Dict[str, torch.Tensor]]):
+        """What the teacher's head detects in the student's towers, with the teacher's thresholds.
+
+        For evaluation mode, with a teacher attached.
+
+        Args:
+            batched_inputs: as for :meth:`forward`.
+
+        Returns:
+            As ``forward`` in evaluation.
+        """
+        self._check_cross_head()
+        results = self._distiller.detect(self, batched_inputs)
+        sizes = [r.image_size for r in results]
+        return GeneralizedRCNN._postprocess(results, batched_inputs, sizes)

@@ -1,0 +1,48 @@
+"""Faster and Mask R-CNN that distil from an attached teacher.
+
+Shape shorthand: N images.
+"""
+
+from typing import ContextManager, Dict, List
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+
+from ..distillation.rcnn_distiller import RCNNDistiller
+from ..distillation.teacher import Teacher
+from .roi_heads import HeadTrace
+from .student import Student
+
+
+@META_ARCH_REGISTRY.register()
+class CrossKDRCNN(Student, GeneralizedRCNN):
+    """:class:`GeneralizedRCNN` that, once a teacher is attached, also returns distillation losses
+    in training.
+
+    Without a teacher, in evaluation and export it is its parent, bit for bit; so are its checkpoint
+    keys, but for ``fusion.*`` where adapters are learned.
+    """
+
+    def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> RCNNDistiller:
+        return RCNNDistiller(cfg, self, teacher)
+
+    def record(self) -> ContextManager[HeadTrace]:
+        return self.roi_heads.record()
+
+    @torch.no_grad()
+    def cross_head_inference(self, batched_inputs: List[Dict[str, torch.Tensor]]):
+        """What the teacher's head detects in the student's features.
+
+        The student's proposals and taps, then the teacher's remaining layers, predictor and its
+        thresholds. For evaluation mode, with a teacher attached.
+
+        Args:
+            batched_inputs: as for :meth:`forward`.
+
+        Returns:
+            As ``forward`` in evaluation; classes are the teacher's.
+        """
+        self._check_cross_head()
+        results = self._distiller.detect(self, batched_inputs)
+        return self._postprocess(results, batched_inputs, [r.image_size for r in results])

@@ -1,0 +1,108 @@
+"""What all students have in common: a teacher, its distillation, an inherited start."""
+
+from typing import Any, ContextManager, Dict, List, Optional
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..distillation.distiller import Distiller
+from ..distillation.teacher import Teacher
+from .inheriting import Inheritance, plan_inheritance
+
+
+class Student(nn.Module):
+    """Mixin for a detector that distils once a teacher is attached.
+
+    Put it before the detector's class, and give :meth:`build_distiller`, :meth:`record` and
+    :meth:`cross_head_inference`.
+
+    Attributes:
+        teacher: the attached teacher, or None.
+        kd_factor: multiplies the distillation losses; 0 doesn't run the teacher. A schedule sets
+            it, 1 without one.
+    """
+
+    teacher: Optional[Teacher] = None
+    kd_factor: float = 1.0
+    _distiller: Optional[Distiller] = None
+    _inheritance: Optional[Inheritance] = None
+
+    def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> Distiller:
+        """The distiller that ``cfg`` asks for.
+
+        Raises:
+            ConfigError: if student and teacher don't fit each other.
+        """
+        raise NotImplementedError
+
+    def record(self) -> ContextManager[Any]:
+        """Within this context, the next forward fills the trace of the heads that it yields."""
+        raise NotImplementedError
+
+    def forward(self, batched_inputs: List[Dict[str, torch.Tensor]]):
+        """As the parent's; in training with a teacher the dict also holds the distillation losses,
+        whose names end in ``_kd``."""
+        if not self.training or self._distiller is None:
+            return super().forward(batched_inputs)
+        # Once for both networks.
+        batched_inputs = [{**x, "image": x["image"].to(self.device)} for x in batched_inputs]
+        with self._distiller.recording(self, batched_inputs, self.kd_factor) as step:
+            losses = super().forward(batched_inputs)
+        losses.update(self._distiller.losses(step))
+        self._distiller.diagnose(losses)
+        return losses
+
+    def set_teacher(self, teacher: Teacher, cfg: CfgNode) -> None:
+        """Distil from ``teacher`` as ``cfg`` says; call it through
+        :func:`crosskd_ifc.attach_teacher`.
+
+        Raises:
+            ConfigError: if student and teacher don't fit each other.
+        """
+        distiller = inheritance = None
+        if cfg.MODEL.CROSSKD.ENABLED:
+            distiller = self.build_distiller(cfg, teacher)
+            inheritance = plan_inheritance(cfg, self, teacher)
+        # All at once: a student that was refused a teacher stays as it was.
+        self.teacher, self._distiller, self._inheritance = teacher, distiller, inheritance
+        self._modules.pop("fusion", None)  # of an earlier teacher
+        if self.has_cross_head:
+            self.fusion = distiller.fusion.to(self.device)
+
+    @property
+    def has_cross_head(self) -> bool:
+        """Whether a teacher is attached whose head reads this student (``MIMIC`` "cross_head")."""
+        return self._distiller is not None and self._distiller.fusion is not None
+
+    def inherit_weights(self) -> None:
+        """Start from the teacher's weights, as ``MODEL.CROSSKD.INHERIT`` says.
+
+        Call it once, after ``MODEL.WEIGHTS`` are loaded, and not in a resumed run.
+        :class:`CrossKDTrainer` does.
+        """
+        if self._inheritance is not None:
+            self._inheritance.apply()
+
+    def _apply(self, *args, **kwargs):
+        # Called by to(), cuda(), half(), ...: the teacher follows the device, not the precision.
+        module = super()._apply(*args, **kwargs)
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+        return module
+
+    def _check_cross_head(self) -> None:
+        if not self.has_cross_head:
+            raise RuntimeError("without an attached teacher (MIMIC cross_head) there is none")
+
+    @torch.no_grad()
+    def cross_head_inference(self, batched_inputs):
+        """What the teacher's head detects in the student's features; for evaluation mode.
+
+        Args:
+            batched_inputs: as for ``forward``.
+
+        Returns:
+            As ``forward`` in evaluation; classes are the teacher's.
+        """
+        raise NotImplementedError

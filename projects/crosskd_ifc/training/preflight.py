@@ -1,0 +1,142 @@
+"""What is checked of a run's config before models and data are built."""
+
+from typing import Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+
+from ..config import (
+    META_ARCHITECTURES,
+    ConfigError,
+    check_crosskd_config,
+    class_count,
+    distillation_requested,
+)
+from ..data.cards import register_cards
+from ..distillation.teacher import check_teacher_weights
+from ..weights.state_dicts import is_missing
+
+
+def check_training_config(cfg: CfgNode) -> None:
+    """Check what can be checked before models and data are built, and register the dataset cards.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    distils = distillation_requested(cfg)
+    check_crosskd_config(cfg)
+    start = cfg.MODEL.CROSSKD.SCHEDULE.START_ITER
+    if distils and start >= cfg.SOLVER.MAX_ITER:
+        raise ConfigError(
+            f"MODEL.CROSSKD.SCHEDULE.START_ITER is {start}, but training ends at SOLVER.MAX_ITER, "
+            f"{cfg.SOLVER.MAX_ITER}: nothing would be distilled"
+        )
+    kd = cfg.MODEL.CROSSKD
+    if distils and kd.TEACHER.WEIGHTS:
+        check_teacher_weights(kd.TEACHER.WEIGHTS)
+    unused = () if cfg.MODEL.MASK_ON else ("MASK_WEIGHT",)
+    weights = [v for k, v in kd.LOSS.items() if k.endswith("_WEIGHT") and k not in unused]
+    if distils and not any(weights) and not kd.INHERIT:
+        raise ConfigError(
+            "MODEL.CROSSKD.LOSS: all weights are 0, so nothing would be distilled; set one, or "
+            "MODEL.CROSSKD.ENABLED False"
+        )
+    if distils and kd.TEACHER.EVAL_AT_START and not cfg.DATASETS.TEST:
+        raise ConfigError(
+            "MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a data set in DATASETS.TEST"
+        )
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        raise ConfigError("SOLVER.AMP.ENABLED True needs a GPU, but MODEL.DEVICE is 'cpu'")
+    _check_device_and_data(cfg, ("TRAIN", "TEST"))
+
+
+def check_evaluation_config(cfg: CfgNode) -> None:
+    """As :func:`check_training_config` for an evaluation, which has no teacher and no training
+    data.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    _check_device_and_data(cfg, ("TEST",))
+
+
+def check_weights(cfg: CfgNode) -> None:
+    """Refuse a MODEL.WEIGHTS that is a local path without a file.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if cfg.MODEL.WEIGHTS and is_missing(cfg.MODEL.WEIGHTS):
+        raise ConfigError(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS!r}")
+
+
+def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:
+    _check_device(cfg)
+    try:
+        register_cards(cfg.DATASETS.CARDS)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"DATASETS.CARDS: {error}") from error
+    for key in splits:
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog.list():
+                raise ConfigError(
+                    f"DATASETS.{key}: no data set is called {name!r}; use a name of detectron2's, "
+                    "crosskd_shapes_train, _val or _test, or describe your data in a dataset card "
+                    "and name its file in DATASETS.CARDS"
+                )
+            check_class_count(cfg, name)
+
+
+def evaluator_type(name: str) -> str:
+    """The ``evaluator_type`` of a data set.
+
+    Raises:
+        ConfigError: if there is no evaluator for it.
+    """
+    kind = MetadataCatalog.get(name).get("evaluator_type", None)
+    if kind not in ("coco", "pascal_voc"):
+        raise ConfigError(
+            f"DATASETS.TEST: data set {name!r} has evaluator_type {kind!r}; possible: 'coco', "
+            "'pascal_voc' (for another one subclass CrossKDTrainer.build_evaluator)"
+        )
+    return kind
+
+
+def check_class_count(cfg: CfgNode, name: str, classes: Sequence[str] = ()) -> None:
+    """Refuse a model of other classes: fewer fail deep inside the loss, more in the evaluator.
+
+    Args:
+        name: of the data set.
+        classes: its class names, where its metadata don't know them.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    classes = classes or MetadataCatalog.get(name).get("thing_classes", ())
+    stock = ("GeneralizedRCNN", "RetinaNet", "FCOS")
+    if cfg.MODEL.META_ARCHITECTURE in (*stock, *META_ARCHITECTURES):
+        key, ours = class_count(cfg)
+        if classes and ours != len(classes):
+            raise ConfigError(
+                f"{key} is {ours}, but data set {name!r} has {len(classes)} classes; set it to "
+                f"{len(classes)}"
+            )
+
+
+def _check_device(cfg: CfgNode) -> None:
+    """Refuse a MODEL.DEVICE that this machine or process group can't run.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there is no GPU here; add MODEL.DEVICE cpu"
+        )
+    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and torch.cuda.is_available():
+        raise ConfigError(
+            "MODEL.DEVICE is 'cpu', but detectron2 starts its processes for the GPUs that it "
+            "sees; run with CUDA_VISIBLE_DEVICES= (empty) to train with several CPU processes"
+        )

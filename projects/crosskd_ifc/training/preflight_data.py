@@ -1,0 +1,140 @@
+"""What is checked of test data before a training or an evaluation: whether an evaluator can read
+it, and whether all data sets mean the same by a class's index."""
+
+import itertools
+import os
+from reprlib import repr as short
+from typing import Optional, Sequence, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from ..config import ConfigError, class_count
+from ..data.annotations import coco_evaluator_fault, voc_evaluator_fault, voc_list_fault
+from ..data.cards import Card, card_of
+from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
+from .preflight import check_class_count
+
+__all__ = ["check_classes", "check_test_data"]
+
+_Classes = Tuple[str, str, Sequence[str]]  # key below DATASETS, data set, class names
+
+
+def check_test_data(cfg: CfgNode) -> None:
+    """Loads each data set of DATASETS.TEST that a card has registered, and looks for what the
+    evaluator of its card reads and training doesn't.
+
+    Args:
+        cfg: with MODEL.MASK_ON outlines are needed too.
+
+    Raises:
+        ConfigError: for the first fault; names the data set, the card, the file and the field.
+    """
+    for name in cfg.DATASETS.TEST:
+        card, split = card_of(name) or (None, "")
+        if card is None:
+            continue
+        try:
+            DatasetCatalog.get(name)
+        except ValueError as error:
+            raise ConfigError(f"DATASETS.TEST: {name!r}: {error}") from error
+        if card.evaluator == "pascal_voc":
+            fault = _voc_fault(card, split)
+        else:
+            fault = _coco_fault(card, split, cfg.MODEL.MASK_ON) if card.format == "coco" else ""
+        if fault:
+            raise ConfigError(
+                f"DATASETS.TEST: {name!r} can't be evaluated: dataset card {card.path}: "
+                f"splits.{split}: {fault}\n"
+                f"`tools/prepare_data.py check {card.path}` lists everything that is wrong."
+            )
+
+
+def check_classes(
+    cfg: CfgNode, *, keys: Sequence[str] = ("TRAIN", "TEST"), evaluation: bool = False
+) -> None:
+    """Refuses data sets of different class names or orders: AP would be wrong without a word.
+
+    What isn't known (yet) is left out: a data set's own loader may name its classes only when it
+    runs.
+
+    Args:
+        keys: below DATASETS.
+        evaluation: training data of another number of classes than the model's are left out: the
+            model has learned from others.
+
+    Raises:
+        ConfigError: names both data sets and the first difference.
+    """
+    known = [
+        (key, name, names)
+        for key in keys
+        for name in cfg.DATASETS[key]
+        for names in [_class_names(name)]
+        if names and not (evaluation and key == "TRAIN" and len(names) != class_count(cfg)[1])
+    ]
+    for other in known[1:]:
+        _check_same(known[0], other, evaluation)
+    for _, name, names in known:
+        check_class_count(cfg, name, names)
+
+
+def _check_same(one: _Classes, other: _Classes, evaluation: bool) -> None:
+    (key, first, theirs), (other_key, second, ours) = one, other
+    if ours == theirs:
+        return
+    pairs = enumerate(itertools.zip_longest(theirs, ours))
+    index, pair = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    here, there = ("missing" if name is None else short(name) for name in pair)
+    advice = "give both the same categories, in the order of their ids"
+    if evaluation and key == "TRAIN":
+        advice += "; or, if the model has learned from other data, set DATASETS.TRAIN '()'"
+    raise ConfigError(
+        f"DATASETS.{other_key}: {second!r} has other classes than {first!r} in DATASETS.{key}: "
+        f"class {index} is {here} in {first!r} and {there} in {second!r}. A model knows classes by "
+        f"their index: {advice}"
+    )
+
+
+def _class_names(name: str) -> Optional[Tuple[str, ...]]:
+    """Class names in the order of their indices, if they can be known without loading the data."""
+    if name not in DatasetCatalog:
+        return None
+    meta = MetadataCatalog.get(name)
+    path = meta.get("json_file")
+    if meta.get("thing_classes") or meta.get("evaluator_type") != "coco" or not path:
+        return tuple(meta.get("thing_classes") or ()) or None
+    try:
+        if PathManager.isfile(path):
+            categories = read_coco_json(path)["categories"]
+            return tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"])) or None
+    except (KeyError, TypeError, ValueError):
+        pass  # loading it says what is wrong
+    return None
+
+
+def _coco_fault(card: Card, split: str, masks: bool) -> str:
+    path = card.splits[split]["json"]
+    for record in read_coco_json(path).get("annotations", []):
+        fault = coco_evaluator_fault(record, masks=masks)
+        if fault:
+            return f"{path}: annotation {short(record['id'])}: {fault}"
+    return ""
+
+
+def _voc_fault(card: Card, split: str) -> str:
+    needs = (
+        "detectron2's VOC evaluator needs <pose>, <truncated>, <difficult> and whole numbers as "
+        "coordinates; `evaluator: coco` in the card does without"
+    )
+    fault = voc_list_fault(card.root, card.splits[split])
+    if fault:
+        return fault
+    for image_id in read_voc_split(card.root, card.splits[split]):
+        path = os.path.join(card.root, "Annotations", image_id + ".xml")
+        for number, (name, _, element) in enumerate(read_voc_annotation(path)[1], 1):
+            fault = voc_evaluator_fault(element)
+            if fault:
+                return f"{path}: object {number}, {name[:80]}: no usable {fault}; {needs}"
+    return ""

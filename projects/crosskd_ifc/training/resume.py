@@ -1,0 +1,177 @@
+"""What a checkpoint needs, beyond detectron2's, for a run to go on as if it had never stopped."""
+
+import hashlib
+import logging
+import random
+from typing import Any, Dict, Iterator, List, Optional
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+
+from ..config import ConfigError
+from .schedule import unwrap
+
+logger = logging.getLogger(__name__)
+
+# A dense detector's moving average of positives, which detectron2 keeps outside the state dict.
+_NORMALIZER = "loss_normalizer"
+
+
+class ResumeState(HookBase):
+    """Keeps in each checkpoint the random state of every process, the place in the training data, a
+    dense detector's normalizer and a digest of the teacher; goes on from them.
+
+    Put it directly before the hook that writes checkpoints, in every process.
+    """
+
+    def __init__(self, *periods: int):
+        """
+        Args:
+            periods: the states of all processes are gathered every so many iterations, for each
+                number above 0, and in the last one.
+        """
+        self._periods = [p for p in periods if p > 0]
+        self._found: Optional[Dict[str, Any]] = None  # in the checkpoint that was loaded
+        self._gathered: Dict[str, Any] = {}
+        self._first_batch = 0  # of the stream, at start_iter
+        self._digest: Optional[str] = None
+
+    def before_step(self) -> None:
+        if self._found is None:
+            return
+        found, self._found = self._found, None
+        states = found["random"]
+        if len(states) == comm.get_world_size() and states[comm.get_rank()] is not None:
+            set_random_state(states[comm.get_rank()])
+        else:
+            logger.warning(
+                f"The checkpoint holds random states of other processes (of {len(states)}, now "
+                f"{comm.get_world_size()}): this run goes on with other random numbers than one "
+                "that was never interrupted"
+            )
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done >= self.trainer.max_iter or any(done % p == 0 for p in self._periods):
+            self.gather()
+
+    def gather(self) -> None:
+        """Collect the state of all processes, for a checkpoint after this iteration; call it in
+        every process."""
+        states = comm.gather(get_random_state())
+        self._gathered = {"iteration": self.trainer.iter, "random": states}
+
+    def set_random_state(self, iteration: int, state: Dict[str, Any]) -> None:
+        """What this process had after ``iteration``, for a checkpoint out of turn."""
+        states: List[Optional[Dict[str, Any]]] = [None] * comm.get_world_size()
+        states[comm.get_rank()] = state
+        self._gathered = {"iteration": iteration, "random": states}
+
+    def state_dict(self) -> Dict[str, Any]:
+        iteration, student = self.trainer.iter, unwrap(self.trainer.model)
+        if self._gathered.get("iteration") != iteration:
+            self.set_random_state(iteration, get_random_state())
+        normalizer = getattr(student, _NORMALIZER, None)
+        stream = self._stream()
+        return {
+            "random": self._gathered["random"],
+            "num_batches": self._first_batch + iteration + 1 - self.trainer.start_iter,
+            "stream": None if stream is None else stream.state_dict(),
+            _NORMALIZER: None if normalizer is None else float(normalizer),
+            "teacher": self._teacher_digest(),
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """
+        Raises:
+            ConfigError: if the teacher isn't the one that the run started with.
+        """
+        if state["teacher"] and self._teacher_digest() not in ("", state["teacher"]):
+            raise ConfigError(
+                "MODEL.CROSSKD.TEACHER: its weights are not those that this run started with; give "
+                "the same teacher, or start anew without --resume in another OUTPUT_DIR"
+            )
+        if state[_NORMALIZER] is not None:
+            setattr(unwrap(self.trainer.model), _NORMALIZER, state[_NORMALIZER])
+        stream = self._stream()
+        if stream is None or not state["stream"]:
+            logger.info("The training data starts anew: its loader has no numbered stream")
+        elif stream.enter(state["stream"], state["num_batches"]):
+            self._first_batch = state["num_batches"]
+        else:
+            logger.warning(
+                "The training data starts anew: the number of images, of processes or of images "
+                f"per process has changed, from {state['stream']} to {stream.state_dict()}"
+            )
+        self._found = state
+
+    def before(self) -> Dict[str, Any]:
+        """What a step changes before its losses are known, for :meth:`set_back`: this process's
+        random state, the normalizer, statistics of BatchNorm."""
+        student = unwrap(self.trainer.model)
+        return {
+            "random": get_random_state(),
+            _NORMALIZER: getattr(student, _NORMALIZER, None),
+            "statistics": [x.clone() for x in _batch_statistics(student)],
+        }
+
+    def set_back(self, iteration: int, before: Dict[str, Any]) -> None:
+        """To what :meth:`before` gave after ``iteration``, for a checkpoint out of turn."""
+        student = unwrap(self.trainer.model)
+        if before[_NORMALIZER] is not None:
+            setattr(student, _NORMALIZER, before[_NORMALIZER])
+        for buffer, value in zip(_batch_statistics(student), before["statistics"]):
+            buffer.copy_(value)
+        self.set_random_state(iteration, before["random"])
+
+    def _stream(self):
+        return getattr(self.trainer._trainer.data_loader, "stream", None)
+
+    def _teacher_digest(self) -> str:
+        """Of all tensors of the teacher; "" without one. It is frozen, so once is enough."""
+        if self._digest is None:
+            teacher = getattr(unwrap(self.trainer.model), "teacher", None)
+            self._digest = "" if teacher is None else digest(teacher.model)
+        return self._digest
+
+
+def _batch_statistics(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Buffers of BatchNorm layers that a training forward changes."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+            yield from module.buffers(recurse=False)
+
+
+def digest(model: nn.Module) -> str:
+    """A SHA-256 of the names and values of a model's parameters and buffers."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def get_random_state() -> Dict[str, Any]:
+    """Of Python, numpy, torch and this process's GPU, in tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    state: Dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Dict[str, Any]) -> None:
+    """Go on from what :func:`get_random_state` gave."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

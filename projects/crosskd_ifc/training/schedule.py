@@ -1,0 +1,100 @@
+"""What the trainer does around its steps: the distillation schedule, the teacher's evaluation."""
+
+import logging
+import os
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..distillation.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationSchedule(HookBase):
+    """Sets the student's ``kd_factor`` before each step.
+
+    0 before ``start``; then a linear rise over ``warmup`` iterations, whose first step has 1 /
+    warmup; then 1; 0 from ``stop`` on.
+    """
+
+    def __init__(self, *, start: int = 0, warmup: int = 0, stop: int = -1):
+        """
+        Args:
+            start: first iteration that distils.
+            warmup: iterations until the full factor.
+            stop: first iteration that doesn't distil any more; -1 for none.
+        """
+        self.start, self.warmup, self.stop = start, warmup, stop
+
+    def factor(self, iteration: int) -> float:
+        if iteration < self.start or (self.stop >= 0 and iteration >= self.stop):
+            return 0.0
+        return min(1.0, (iteration - self.start + 1) / max(self.warmup, 1))
+
+    def before_step(self) -> None:
+        unwrap(self.trainer.model).kd_factor = self.factor(self.trainer.iter)
+
+
+class TeacherEvaluation(HookBase):
+    """Evaluates the teacher on the student's test sets before the first step, and logs it as
+    ``teacher/...``."""
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0:
+            return
+        student = unwrap(self.trainer.model)
+        teacher = student.teacher
+        results = self.trainer.test(self._config(teacher), _StudentTasks(teacher, student))
+        if not comm.is_main_process():
+            return
+        for name, value in flatten_results_dict(results).items():
+            self.trainer.storage.put_scalar(f"teacher/{name}", value, smoothing_hint=False)
+            if name.endswith(("AP", "AP50")):
+                logger.info(
+                    f"Teacher on {', '.join(self.trainer.cfg.DATASETS.TEST)}: {name} {value:.2f}"
+                )
+
+    def _config(self, teacher) -> CfgNode:
+        """The teacher's own input settings on the student's test sets."""
+        ours = self.trainer.cfg
+        cfg = (teacher.cfg or ours).clone()
+        cfg.defrost()
+        cfg.INPUT.FORMAT = teacher.model.input_format
+        cfg.DATASETS = ours.DATASETS
+        cfg.DATALOADER = ours.DATALOADER
+        cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, "teacher")
+        return cfg
+
+
+class _StudentTasks(nn.Module):
+    """A teacher that answers only what its student predicts: the test set may have no more."""
+
+    def __init__(self, teacher: Teacher, student: nn.Module):
+        super().__init__()
+        self._model = teacher.model
+        heads, fields = getattr(student, "roi_heads", None), {
+            "mask_on": ["pred_masks"],
+            "keypoint_on": ["pred_keypoints", "pred_keypoint_heatmaps"],
+        }
+        self._dropped = [
+            x for k, names in fields.items() if not getattr(heads, k, 0) for x in names
+        ]
+        self.eval()  # so that an evaluation leaves the teacher in this mode
+
+    def forward(self, batched_inputs):
+        outputs = self._model(batched_inputs)
+        for instances in (x["instances"] for x in outputs):
+            for field in self._dropped:
+                if instances.has(field):
+                    instances.remove(field)
+        return outputs
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The detector inside a DDP wrapper, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

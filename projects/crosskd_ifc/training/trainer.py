@@ -1,0 +1,335 @@
+"""detectron2's trainer with a teacher: builds both models, follows the schedule, evaluates by the
+data set's type."""
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+import weakref
+from typing import Dict, Iterator, Optional, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.engine import DefaultTrainer, HookBase, defaults
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils import comm
+from torch import nn
+
+from ..config import ConfigError, distillation_requested
+from ..data.cards import drop_degenerate_boxes
+from ..data.mapper import SampleError, build_mapper
+from ..distillation.teacher import attach_teacher, same_random_state
+from .checkpointer import SafeCheckpointer
+from .preemption import (
+    StepWatch,
+    Terminated,
+    Termination,
+    keep_workers_on_sigterm,
+    own_message,
+    save_iteration,
+)
+from .preflight import check_training_config, evaluator_type
+from .preflight_data import check_classes, check_test_data
+from .resume import ResumeState
+from .schedule import DistillationSchedule, TeacherEvaluation, unwrap
+from .stream import TrainingStream
+
+logger = logging.getLogger(__name__)
+
+
+class CrossKDTrainer(DefaultTrainer):
+    """:class:`DefaultTrainer` that distils if the config names a teacher, and trains any plain
+    config unchanged."""
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: with the keys of :func:`add_crosskd_ifc_config`.
+
+        Raises:
+            ConfigError: for settings that can't work, before anything is trained.
+        """
+        check_training_config(cfg)
+        # A subclass with evaluators of its own knows other types and fields.
+        if type(self).build_evaluator.__func__ is CrossKDTrainer.build_evaluator.__func__:
+            for name in cfg.DATASETS.TEST:
+                evaluator_type(name)
+            check_test_data(cfg)
+        with _ddp_without_device_ids(enabled=cfg.MODEL.DEVICE == "cpu"):
+            super().__init__(scale_schedule(cfg, comm.get_world_size()))
+        check_classes(cfg)  # some data sets know their classes only now
+        self._watch = StepWatch(self.model)
+
+    def run_step(self) -> None:
+        """As the parent's.
+
+        Raises:
+            FloatingPointError: for a loss that isn't finite, naming it, the iteration and the
+                images; the state before the step is in a checkpoint.
+            SampleError: for an image that can't be used, naming it; with one process, the state
+                before the step is in a checkpoint.
+        """
+        before = self._resume_state.before()
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            self._resume_state.set_back(self.iter - 1, before)
+            what = self._watch.explain(self.model, self.iter, error)
+            raise FloatingPointError(f"{what} {self._save_before_step()}") from error
+        except SampleError as error:
+            if comm.get_world_size() > 1:  # the others are in the step already
+                raise
+            self._resume_state.set_back(self.iter - 1, before)
+            # A data loader's worker sends its traceback along.
+            what = own_message(str(error), SampleError) or str(error)
+            raise SampleError(f"{what}. {self._save_before_step()}") from error
+
+    def after_step(self) -> None:
+        try:
+            super().after_step()
+        except Exception as error:
+            if self._termination.is_reason_of(error):
+                raise Terminated from None
+            raise
+
+    def after_train(self) -> None:
+        stops = self._termination.stops_before_final_evaluation()
+        if stops:  # detectron2 would evaluate now, if this was the last step
+            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
+        on_its_way = sys.exc_info()[1]
+        try:
+            super().after_train()
+        except OSError as error:
+            if on_its_way is None:
+                raise
+            # The writers' disk is full, too: that must not hide the first error.
+            logger.warning(f"Not all could be written at the end: {error}")
+        if stops:
+            raise Terminated
+
+    def _save_before_step(self) -> str:
+        """Write a checkpoint of the state before the step that has failed; says where it is.
+
+        detectron2 looks at the losses before it changes the weights.
+        """
+        failed = self.iter
+        if failed > self.start_iter and all(
+            torch.isfinite(x).all() for x in self.model.state_dict().values()
+        ):
+            save_iteration(self, self.checkpointer, failed - 1)
+        return f"The last good checkpoint: {self.checkpointer.last_good() or 'none'}."
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The student and, if the config asks for one, its teacher, attached."""
+        model = super().build_model(cfg)
+        if distillation_requested(cfg):
+            attach_teacher(model, cfg)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """detectron2's optimizer, with ``FUSION.WEIGHT_DECAY`` for what the distillation learns.
+
+        A fusion starts at the mean of its taps; decay would pull it to another place, or to 0.
+        """
+        return set_fusion_weight_decay(super().build_optimizer(cfg, model), cfg, model)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As the parent's; a run that doesn't go on from a checkpoint then starts from the
+        teacher's weights where ``MODEL.CROSSKD.INHERIT`` says so."""
+        resume = resume and self.checkpointer.all_have_checkpoint()
+        super().resume_or_load(resume=resume)
+        student = unwrap(self.model)
+        if hasattr(student, "inherit_weights") and not resume:
+            student.inherit_weights()
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """detectron2's loader less the boxes without area or outside their image, which it logs.
+
+        Raises:
+            ConfigError: for data sets that don't fit the model or hold no box to train on.
+        """
+        names = cfg.DATASETS.TRAIN
+        try:
+            dicts = get_detection_dataset_dicts(
+                names,
+                filter_empty=False,
+                min_keypoints=(
+                    cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+                    if cfg.MODEL.KEYPOINT_ON
+                    else 0
+                ),
+                proposal_files=(
+                    cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+                ),
+            )
+        except SampleError:
+            raise
+        except ValueError:
+            check_classes(cfg, keys=("TRAIN",))  # detectron2 says neither which nor what
+            raise
+        check_classes(cfg, keys=("TRAIN",))  # some data sets know their classes only now
+        dicts, _ = drop_degenerate_boxes(dicts)
+        # Afterwards, since an image may have had no other box.
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
+            dicts = _with_boxes(dicts, names)
+        return TrainingStream(cfg, dicts).build_loader()
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """As the parent's; an image that can't be used is a :class:`SampleError`."""
+        mapper = build_mapper(cfg, is_train=False)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return keep_workers_on_sigterm(loader)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
+    ) -> DatasetEvaluator:
+        """The evaluator for the data set's ``evaluator_type``: "coco" or "pascal_voc".
+
+        Raises:
+            ConfigError: for another type.
+        """
+        if evaluator_type(dataset_name) == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        # A VOC card is converted each time: a cached file of an earlier run could be stale.
+        return COCOEvaluator(dataset_name, output_dir=folder, allow_cached_coco=False)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
+        """As the parent's, leaving the global random state as it was.
+
+        A data loader draws from it, and a run that was interrupted after a checkpoint and before
+        the evaluation has to go on with the same numbers.
+        """
+        with same_random_state(torch.device(cfg.MODEL.DEVICE)):
+            return super().test(cfg, model, evaluators)
+
+    def build_hooks(self):
+        """detectron2's hooks, those that let a run be stopped and resumed exactly and, with a
+        teacher, the distillation schedule and the teacher's evaluation."""
+        # Here, since detectron2 makes its checkpointer just before and offers no other place.
+        self.checkpointer = SafeCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        hooks = super().build_hooks()
+        periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
+        self._resume_state = ResumeState(*periods)
+        _insert_before(hooks, (PeriodicCheckpointer, EvalHook), self._resume_state)
+        self._termination = Termination(self.checkpointer, self._resume_state, periods[1])
+        _insert_before(hooks, (EvalHook,), self._termination)
+        evaluations = [i for i, h in enumerate(hooks) if isinstance(h, EvalHook)]
+        hooks.insert(
+            evaluations[-1] + 1 if evaluations else len(hooks), self._termination.evaluated
+        )
+        student = unwrap(self.model)
+        if getattr(student, "teacher", None) is None:
+            return hooks
+        kd = self.cfg.MODEL.CROSSKD
+        ours: list = [
+            DistillationSchedule(
+                start=kd.SCHEDULE.START_ITER,
+                warmup=kd.SCHEDULE.WARMUP_ITERS,
+                stop=kd.SCHEDULE.STOP_ITER,
+            )
+        ]
+        if kd.TEACHER.EVAL_AT_START:
+            ours.append(TeacherEvaluation())
+        return ours + hooks
+
+
+def _with_boxes(dicts: list, names: Sequence[str]) -> list:
+    """The images with a box that isn't a crowd's.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    kept = filter_images_with_only_crowd_annotations(dicts)
+    if not kept:
+        raise ConfigError(
+            f"DATASETS.TRAIN: there is no box to train on in {', '.join(names)}: all {len(dicts)} "
+            "images are without one (boxes of crowds, without area or outside their image don't "
+            "count)"
+        )
+    return kept
+
+
+def _insert_before(hooks: list, kinds: tuple, hook: HookBase) -> None:
+    """Insert a hook before the first of these kinds, or at the end."""
+    places = [i for i, h in enumerate(hooks) if isinstance(h, kinds)]
+    hooks.insert(places[0] if places else len(hooks), hook)
+
+
+def set_fusion_weight_decay(
+    optimizer: torch.optim.Optimizer, cfg: CfgNode, model: nn.Module
+) -> torch.optim.Optimizer:
+    """Give what the distillation learns a parameter group with ``FUSION.WEIGHT_DECAY``.
+
+    For an optimizer of your own, before its first step; :class:`CrossKDTrainer` calls it for
+    detectron2's.
+
+    Args:
+        optimizer: over the parameters of ``model``; changed in place.
+        cfg: the student's config.
+        model: the student, or a DDP wrapper around it.
+    """
+    fusion = getattr(unwrap(model), "fusion", None)
+    parameters = [] if fusion is None else list(fusion.parameters())
+    if parameters:
+        ours = {id(p) for p in parameters}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ours]
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        decay = cfg.MODEL.CROSSKD.FUSION.WEIGHT_DECAY
+        optimizer.add_param_group({"params": parameters, "weight_decay": decay})
+    return optimizer
+
+
+def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
+    """Scale the distillation schedule as ``DefaultTrainer.auto_scale_workers`` scales the solver's.
+
+    Args:
+        cfg: SOLVER.REFERENCE_WORLD_SIZE is the number of workers it was written for, 0 for none.
+        world_size: number of workers.
+
+    Returns:
+        A new config, or ``cfg`` itself if nothing is to be scaled.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, world_size):
+        return cfg
+    cfg = cfg.clone()
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    schedule: Dict[str, int] = cfg.MODEL.CROSSKD.SCHEDULE
+    for key, value in schedule.items():
+        if value > 0:
+            schedule[key] = int(round(value * reference / world_size))
+    if schedule["STOP_ITER"] >= 0:  # rounding must not leave nothing
+        schedule["STOP_ITER"] = max(schedule["STOP_ITER"], schedule["START_ITER"] + 1)
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+@contextlib.contextmanager
+def _ddp_without_device_ids(enabled: bool) -> Iterator[None]:
+    """DDP refuses device_ids for a CPU model; detectron2 always passes them, and offers no place to
+    override that."""
+    if not enabled:
+        yield
+        return
+    original = defaults.create_ddp_model
+    defaults.create_ddp_model = functools.partial(original, device_ids=None)
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = original

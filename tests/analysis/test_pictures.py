@@ -1,0 +1,201 @@
+"""tools/visualize.py and what it calls."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+import yaml
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, build_detection_test_loader
+from helpers import distilling, tiny_cfg, tiny_model
+from PIL import Image
+
+from crosskd_ifc.analysis.detections import COLUMNS
+from crosskd_ifc.analysis.pictures import class_names, load_inputs
+from crosskd_ifc.data.shapes import CLASSES, COARSE_CLASSES, generate
+from crosskd_ifc.training.preflight import check_evaluation_config
+
+TOOL = os.path.join(os.path.dirname(__file__), "..", "..", "tools", "visualize.py")
+CLASS_COUNT = ("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES))
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location("visualize", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+visualize = load_script(TOOL)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Folder with a data set, its card, a teacher's config and weights, a student's, and images."""
+    folder = tmp_path_factory.mktemp("visualize")
+    generate(str(folder / "data"), num_images={"test": 3}, image_size=64, seed=3)
+    card = {
+        "name": "fewpictures",
+        "format": "coco",
+        "root": "data",
+        "splits": {"test": {"json": "annotations/test.json", "images": "test"}},
+        "classes": list(CLASSES),
+        "evaluator": "coco",
+    }
+    (folder / "card.yaml").write_text(yaml.safe_dump(card))
+    cfg = tiny_cfg(*CLASS_COUNT, architecture="GeneralizedRCNN")
+    (folder / "teacher.yaml").write_text(cfg.dump())
+    DetectionCheckpointer(tiny_model(cfg, seed=7), str(folder)).save("teacher")
+    settings = {
+        "MODEL.CROSSKD.TEACHER.CONFIG_FILE": str(folder / "teacher.yaml"),
+        "MODEL.CROSSKD.TEACHER.WEIGHTS": str(folder / "teacher.pth"),
+        "MODEL.WEIGHTS": str(folder / "student.pth"),
+        "DATASETS.CARDS": (str(folder / "card.yaml"),),
+        "DATASETS.TEST": ("fewpictures_test",),
+        "INPUT.MIN_SIZE_TEST": 48,
+    }
+    cfg = tiny_cfg(*CLASS_COUNT, *(x for pair in settings.items() for x in pair))
+    (folder / "student.yaml").write_text(cfg.dump())
+    student = tiny_model(cfg, seed=8)
+    DetectionCheckpointer(student, str(folder)).save("student")
+    student.roi_heads.box_head.fc1 = torch.nn.Linear(3, 3, bias=False)
+    DetectionCheckpointer(student, str(folder)).save("partial")
+    Image.new("RGB", (60, 40), (200, 30, 90)).save(folder / "wide.jpg")
+    Image.new("L", (30, 50)).save(folder / "TEST.png")
+    (folder / "text.jpg").write_text("no image")
+    return folder
+
+
+def run(files, *arguments):
+    visualize.invoke_main(["--config-file", str(files / "student.yaml"), *map(str, arguments)])
+
+
+def test_a_data_set_is_drawn_with_its_ground_truth(files, tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    run(files, "--num", 2, "--threshold", 0.1, "--output", out)
+    assert sorted(os.listdir(out)) == ["detections.png", "features.png"]
+    width, height = Image.open(out / "detections.png").size
+    assert width == 300 * len(COLUMNS) and 600 < height < 700  # 2 rows
+    assert capsys.readouterr().out.split("\n")[0] == f"Wrote {out / 'detections.png'}"
+
+
+def test_images_are_drawn_without_and_keys_may_follow_them(files, tmp_path):
+    images = (files / "wide.jpg", files / "TEST.png")
+    out = tmp_path / "pair.png"
+    run(files, "--output", out, "--images", *images, "MODEL.CROSSKD.MIMIC", "student_head")
+    assert sorted(os.listdir(tmp_path)) == ["pair_detections.png", "pair_features.png"]
+    assert Image.open(tmp_path / "pair_detections.png").size[0] == 300 * 2  # teacher, student
+
+
+def test_the_pictures_lie_in_the_runs_folder_and_are_replaced_only_on_demand(files, tmp_path):
+    opts = ("--images", files / "wide.jpg", "OUTPUT_DIR", tmp_path)
+    run(files, *opts)
+    picture = tmp_path / "pictures" / "detections.png"
+    os.remove(tmp_path / "pictures" / "features.png")
+    before = os.stat(picture).st_mtime_ns
+    with pytest.raises(SystemExit, match="^error: --output: .*detections.png exists.* --force"):
+        run(files, *opts)
+    assert os.stat(picture).st_mtime_ns == before and len(os.listdir(picture.parent)) == 1
+    run(files, "--force", *opts)
+    assert os.stat(picture).st_mtime_ns > before and len(os.listdir(picture.parent)) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--images", "gone.jpg"), "--images: 'gone.jpg' can't be read: FileNotFoundError"),
+        (("--images", "{files}/text.jpg"), "--images: '.*text.jpg' can't be read"),
+        (("--dataset", "nothing"), "DATASETS.TEST: no data set is called 'nothing'"),
+        (("--dataset", "voc_2007_test"), "MODEL.ROI_HEADS.NUM_CLASSES is 8"),
+        (("--num", "0"), "--num is 0"),
+        (("DATASETS.TEST", "()"), "DATASETS.TEST is empty"),
+        (("MODEL.WEIGHTS", "gone.pth"), "MODEL.WEIGHTS: there is no file 'gone.pth'"),
+        (("MODEL.WEIGHTS", ""), "MODEL.WEIGHTS is empty"),
+        (("MODEL.WEIGHTS", "{files}/text.jpg"), "MODEL.WEIGHTS '.*text.jpg' can't be read"),
+        (
+            ("MODEL.WEIGHTS", "{files}/partial.pth"),
+            "MODEL.WEIGHTS '.*partial.pth' does not fit the student of this config. Weights "
+            "missing: roi_heads.box_head.fc1.bias; of another shape: roi_heads.box_head.fc1.weight",
+        ),
+        (
+            ("MODEL.CROSSKD.TEACHER.WEIGHTS", "gone.pth"),
+            "MODEL.CROSSKD.TEACHER.WEIGHTS: there is no file 'gone.pth'",
+        ),
+        (("MODEL.CROSSKD.ENABLED", "False"), "the config has no teacher"),
+        (("MODEL.CROSSKD.NAME", "x"), "command line: Non-existent key: MODEL.CROSSKD.NAME"),
+        (("--output", "{files}/text.jpg/x"), "--output: "),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else None,
+)
+def test_what_cannot_work_is_one_line_and_writes_nothing(files, tmp_path, arguments, message):
+    out = () if "--output" in arguments else ("--output", tmp_path / "out")
+    arguments = [a.format(files=files) for a in arguments]
+    with pytest.raises(SystemExit, match=f"^error: {message}") as error:
+        run(files, *out, *arguments)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_data_set_that_cannot_be_used_is_named(files):
+    lost = {"file_name": "lost.jpg", "annotations": []}
+    for load, message in (
+        (lambda: 1 / 0, "data set 'broken' can't be loaded: ZeroDivisionError"),
+        (lambda: [], "data set 'broken' has no images"),
+        (lambda: [lost], "data set 'broken': 'lost.jpg' can't be read: FileNotFoundError"),
+    ):
+        DatasetCatalog.register("broken", load)
+        with pytest.raises(SystemExit, match=f"^error: {message}"):
+            run(files, "--dataset", "broken")
+        DatasetCatalog.remove("broken")
+
+
+def test_a_config_without_a_teacher_is_refused(files):
+    with pytest.raises(SystemExit, match="^error: the config has no teacher.*CONFIG_FILE is ''"):
+        visualize.invoke_main(["--config-file", str(files / "teacher.yaml")])
+
+
+def test_images_that_are_none_are_a_usage_error(files, capsys):
+    with pytest.raises(SystemExit):
+        run(files, "--images", "MODEL.WEIGHTS", "x.pth")
+    assert "--images: there is no file" in capsys.readouterr().err
+
+
+def test_images_are_prepared_as_by_the_test_loader(files):
+    cfg = tiny_cfg(*CLASS_COUNT, "DATASETS.CARDS", (str(files / "card.yaml"),))
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", 48, "INPUT.FORMAT", "RGB"])
+    cfg.merge_from_list(["DATASETS.TEST", ("fewpictures_test",)])
+    check_evaluation_config(cfg)
+    expected = next(iter(build_detection_test_loader(cfg, "fewpictures_test")))[0]
+    (found,) = load_inputs(cfg, [{"file_name": expected["file_name"]}], "--images")
+    assert torch.equal(found["image"], expected["image"]) and found["image"].shape == (3, 48, 48)
+    assert found["height"] == found["width"] == 64
+
+
+class TestClassNames:
+    TRAIN = "DATASETS.TRAIN"
+    MAP = "MODEL.CROSSKD.TEACHER.CLASS_MAP"
+
+    def names(self, student_opts, teacher_opts, teacher_has_cfg=True):
+        student, _ = distilling(*student_opts, teacher_opts=teacher_opts)
+        student.teacher.cfg = tiny_cfg(*teacher_opts) if teacher_has_cfg else None
+        found = class_names(tiny_cfg(*student_opts), student.teacher)
+        assert set(found) == set(COLUMNS)
+        assert found["ground truth"] == found["student"]
+        assert found["cross-head"] == found["teacher"]
+        return list(found["student"]), list(found["teacher"])
+
+    def test_are_those_of_each_networks_data(self):
+        ours = (*CLASS_COUNT, self.TRAIN, ("crosskd_shapes_train",), self.MAP, ("teacher",))
+        theirs = ("MODEL.ROI_HEADS.NUM_CLASSES", len(COARSE_CLASSES))
+        theirs += (self.TRAIN, ("crosskd_shapes_coarse_train",))
+        assert self.names(ours, theirs) == (list(CLASSES), list(COARSE_CLASSES))
+
+    def test_are_the_students_for_an_unknown_teacher_of_the_same_classes(self):
+        ours = (*CLASS_COUNT, self.TRAIN, (), "DATASETS.TEST", ("crosskd_shapes_test",))
+        assert self.names(ours, CLASS_COUNT, False) == (list(CLASSES), list(CLASSES))
+
+    def test_are_numbers_where_they_are_unknown(self):
+        ours = (self.TRAIN, ("unknown",), self.MAP, ("teacher",))
+        theirs = ("MODEL.ROI_HEADS.NUM_CLASSES", 2, self.TRAIN, ("crosskd_shapes_train",))
+        assert self.names(ours, theirs) == (["0", "1", "2"], ["0", "1"])

@@ -1,0 +1,566 @@
+"""Comparisons: protocols, the order of runs, what is kept of them, and the report's numbers."""
+
+import glob
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import time
+
+import pytest
+import yaml
+from helpers import tiny_cfg
+from scipy import stats
+
+from crosskd_ifc import ConfigError
+from crosskd_ifc.config import check_crosskd_config
+from crosskd_ifc.data.shapes import CLASSES, generate
+from crosskd_ifc.experiments.comparison import Comparison, all_runs, plan, select
+from crosskd_ifc.experiments.protocol import load_protocol
+from crosskd_ifc.experiments.report import Table, report_text, write_report
+from crosskd_ifc.experiments.results import Results
+from crosskd_ifc.experiments.runs import train
+from crosskd_ifc.experiments.statistics import (
+    Difference,
+    detectable_difference,
+    paired_difference,
+    pooled_deviation,
+    power,
+    seeds_needed,
+    summarize,
+)
+
+ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
+PLAIN, DISTILLED = "quick/faster_rcnn_R_18_shapes.yaml", "quick/crosskd_ifc_R_18_shapes.yaml"
+ZOO = "COCO-Detection/crosskd_ifc_R_18_FPN_1x.yaml"
+
+# Stands for tools/train_net.py: leaves what a finished run leaves, or fails, or takes its time.
+SCRIPT = """
+import json, os, sys, time
+folder = sys.argv[sys.argv.index("OUTPUT_DIR") + 1]
+with open(os.path.join(os.path.dirname(folder), "order"), "a") as f:
+    f.write(os.path.basename(folder) + "\\n")
+if os.path.basename(folder) in os.environ.get("FAILING", "").split():
+    sys.exit("the disk is on fire")
+if os.environ.get("SLOW"):
+    with open(os.path.join(folder, "pid"), "w") as f:
+        f.write(str(os.getpid()))
+    time.sleep(60)
+ap = 10 + 2 * ("student" not in folder) + int(folder[-1])
+line = {"iteration": 10, "time": 0.5}
+if "crosskd" in folder:
+    line.update({"crosskd/fused_length": 1.5, "crosskd/factor": 1.0})
+for name in ("crosskd_shapes_test", "crosskd_shapes_val"):
+    line.update({name + "/bbox/AP": ap, name + "/bbox/AP50": 2 * ap})
+with open(os.path.join(folder, "metrics.json"), "w") as f:
+    f.write(json.dumps(line) + "\\n")
+with open(os.path.join(folder, "model_final.pth"), "w") as f:
+    f.write(os.environ.get("WEIGHTS", ""))
+"""
+
+
+def content(**changes):
+    arms = {"student": {"config": PLAIN}, "crosskd_ifc": {"config": DISTILLED, "title": "IFC"}}
+    protocol = {
+        "name": "test",
+        "seeds": [1, 2],
+        "validation": "crosskd_shapes_val",
+        "test": "crosskd_shapes_test",
+        "teacher": {"config": "quick/faster_rcnn_R_34_shapes.yaml"},
+        "arms": arms,
+        "ablations": {"taps": {"fc2": fc2()}},
+    }
+    protocol.update(changes)
+    return {key: value for key, value in protocol.items() if value is not None}
+
+
+def fc2(**more):
+    opts = {"MODEL.CROSSKD.FUSION.NAME": "none", "MODEL.CROSSKD.FUSION.IN_FEATURES": ["fc2"]}
+    return {"config": DISTILLED, "opts": opts, "seeds": [1], **more}
+
+
+class Case:
+    """A protocol in a folder, with its runs and results; tools/train_net.py is SCRIPT."""
+
+    def __init__(self, folder, **changes):
+        self.folder = folder
+        (folder / "protocol.yaml").write_text(yaml.safe_dump(content(**changes), sort_keys=False))
+        (folder / "script.py").write_text(SCRIPT)
+        self.protocol = load_protocol(str(folder / "protocol.yaml"))
+        self.runs = all_runs(self.protocol, str(folder / "runs"))
+        self.path = str(folder / "out" / "results.json")
+        self.results = Results(self.protocol, self.path, self.runs, command="python x")
+        self.lines = []
+        self.jobs = 1
+
+    def todo(self, **selection):
+        return plan(self.runs, select(self.protocol, self.runs, **selection), self.results)
+
+    def do(self, todo=None, say=None, **options):
+        script = str(self.folder / "script.py")
+        say = say or self.lines.append
+        comparison = Comparison(self.runs, self.results, script, jobs=self.jobs, say=say, **options)
+        comparison.collect()
+        return comparison.train(self.todo() if todo is None else todo)
+
+    def order(self):
+        return (self.folder / "runs" / "order").read_text().split()
+
+    def recorded(self):
+        with open(self.path) as f:
+            return {(r["arm"], r["seed"]): r for r in json.load(f)["runs"]}
+
+
+@pytest.fixture
+def case(tmp_path):
+    return Case(tmp_path)
+
+
+WRONG = {
+    "unknown key": (dict(seed=1), "'seed': unknown key; known are name, title, seeds"),
+    "missing key": (dict(test=None), "test: the key is missing"),
+    "no seeds": (dict(seeds=[]), r"seeds is \[\]; expected a list of different integers"),
+    "a seed twice": (dict(seeds=[1, 1]), r"seeds is \[1, 1\]"),
+    "a name that is no folder's": (dict(name="../x"), "name is '../x'"),
+    "no arms": (dict(arms={}), "arms is {}; expected a mapping with at least one entry"),
+    "an arm that is no mapping": (dict(arms={"x": "y"}), "arms.x is 'y'"),
+    "an arm's unknown key": (dict(arms={"x": {"conf": "y"}}), "arms.x.'conf': unknown key"),
+    "an arm without config": (dict(arms={"x": {"title": "y"}}), "arms.x.config: the key is miss"),
+    "no such config": (dict(arms={"x": {"config": "gone.yaml"}}), "arms.x.*'gone.yaml' was not f"),
+    "an unknown config key": (
+        dict(arms={"x": {"config": PLAIN, "opts": {"SOLVER.STEP": 1}}}),
+        "arms.x: .*SOLVER.STEP",
+    ),
+    "an unknown config key for all": (dict(opts={"SOLVER.STEP": 1}), "opts: .*SOLVER.STEP"),
+    "nested opts": (dict(opts={"SOLVER": {"STEPS": 1}}), "opts.SOLVER is.*MODEL.CROSSKD.KEY"),
+    "a key of the protocol's own": (dict(opts={"SEED": 1}), "opts is 'SEED'; expected .* other"),
+    "a value of another type": (
+        dict(ablations={"taps": {"fc2": fc2(opts={"SOLVER.MAX_ITER": "many"})}}),
+        "ablations.taps.fc2: .*SOLVER.MAX_ITER",
+    ),
+    "an arm twice": (
+        dict(ablations={"a": {"student": fc2()}}),
+        "ablations.a.student: there is another",
+    ),
+    "an unknown baseline": (
+        dict(ablations={"taps": {"fc2": fc2(versus="fc3")}}),
+        "fc2.versus is 'fc3'; expected other arms: teacher, student",
+    ),
+    "a seed of an arm alone": (
+        dict(ablations={"taps": {"fc2": fc2(seeds=[9])}}),
+        r"fc2.seeds is \[9\]; expected some of seeds, \[1, 2\]",
+    ),
+    "no teacher": (dict(teacher=None), "crosskd_ifc: .*faster_rcnn_R_34.* teacher.config is 'mi"),
+    "another teacher": (
+        dict(teacher={"config": PLAIN}),
+        "crosskd_ifc: its config's teacher is .* teacher.config is .*make them the same",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_protocol_is_refused_naming_file_and_key(name, tmp_path):
+    changes, message = WRONG[name]
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/protocol.yaml: {message}") as error:
+        Case(tmp_path, **changes)
+    assert str(error.value).count("protocol.yaml") == 1
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a", "a: !!python/name:os.system"])
+def test_what_is_no_safe_yaml_mapping_is_refused_naming_the_file(text, tmp_path):
+    (tmp_path / "protocol.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/protocol.yaml: "):
+        load_protocol(str(tmp_path / "protocol.yaml"))
+
+
+@pytest.mark.parametrize("file", sorted(glob.glob(os.path.join(ROOT, "benchmarks/protocols/*"))))
+def test_the_protocols_of_this_repository_are_sound(file):
+    protocol = load_protocol(file)
+    assert os.path.basename(file) == f"{protocol.name}.yaml"
+    for name, arm in protocol.arms.items():
+        check_crosskd_config(protocol.run(name, arm.seeds[0], "x").cfg())
+
+
+def test_lists_in_yaml_reach_the_config(case):
+    cfg = case.runs["fc2", 1].cfg()
+    assert cfg.MODEL.CROSSKD.FUSION.IN_FEATURES == ("fc2",)
+    assert cfg.DATASETS.TEST == ("crosskd_shapes_test", "crosskd_shapes_val")
+    assert cfg.SEED == 1 and cfg.OUTPUT_DIR.endswith("runs/fc2_1")
+
+
+def test_a_student_starts_from_the_teacher_of_its_seed(case):
+    run = case.runs["crosskd_ifc", 2]
+    teacher = case.runs["teacher", 2]
+    assert run.cfg().MODEL.CROSSKD.TEACHER.WEIGHTS == teacher.weights
+    assert [needed.digest() for needed in run.needs] == [teacher.digest()]
+    assert not case.runs["student", 2].needs
+
+
+def test_fewer_teachers_than_seeds_are_taken_in_turn(tmp_path):
+    teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "seeds": [7, 9]}
+    case = Case(tmp_path, seeds=[7, 9, 3], teacher=teacher, ablations=None)
+    assert case.todo(arms=["crosskd_ifc"], seeds=[3]) == [("teacher", 7), ("crosskd_ifc", 3)]
+    assert case.runs["crosskd_ifc", 3].needs[0].folder == case.runs["teacher", 7].folder
+    assert case.do() == {} and sum(name.startswith("teacher") for name in case.order()) == 2
+    entries = case.recorded()
+    assert [entries["crosskd_ifc", seed]["teacher_seed"] for seed in (7, 9, 3)] == [7, 9, 7]
+    assert "teacher_seed" not in entries["student", 3]
+    assert "share the others'" in report_text(case.results.content())
+
+
+def test_what_changes_the_teachers_model_is_told_to_its_students(tmp_path):
+    opts = {"MODEL.FPN.OUT_CHANNELS": 32, "SOLVER.MAX_ITER": 10}
+    teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "opts": {"MODEL.RESNETS.DEPTH": 50}}
+    protocol = Case(tmp_path, opts=opts, teacher=teacher).protocol
+    told = protocol.run("crosskd_ifc", 1, "x").cfg().MODEL.CROSSKD.TEACHER.OPTS
+    assert told == ("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.RESNETS.DEPTH", "50")
+
+
+def test_a_teacher_of_the_model_zoo_or_given_weights_needs_no_run(tmp_path):
+    weights = {"MODEL.CROSSKD.TEACHER.WEIGHTS": "teacher.pth"}
+    arms = {"zoo": {"config": ZOO}, "given": {"config": DISTILLED, "opts": weights}}
+    protocol = Case(tmp_path, arms=arms, teacher=None, ablations=None, validation=None).protocol
+    assert not protocol.taught and "teacher" not in protocol.arms
+    assert protocol.run("zoo", 1, "x").cfg().DATASETS.TEST == ("crosskd_shapes_test",)
+
+
+def test_main_arms_come_before_ablations_and_all_arms_of_a_seed_before_the_next(case):
+    first = [("teacher", 1), ("student", 1), ("crosskd_ifc", 1)]
+    second = [("teacher", 2), ("student", 2), ("crosskd_ifc", 2)]
+    assert list(case.runs) == [*first, *second, ("fc2", 1)]
+    assert case.do() == {}
+    assert case.order() == [f"{arm}_{seed}" for arm, seed in case.runs]
+
+
+def test_a_selection_brings_the_teachers_that_it_needs(case):
+    assert case.todo(arms=["student"], seeds=[2]) == [("student", 2)]
+    assert case.todo(arms=["fc2"]) == [("teacher", 1), ("fc2", 1)]
+    with pytest.raises(ConfigError, match="no arm 'fc3'; there are teacher, student"):
+        case.todo(arms=["fc3"])
+    with pytest.raises(ConfigError, match="no seed '7'; there are 1, 2"):
+        case.todo(seeds=[7])
+
+
+def test_finished_runs_are_not_done_again(case):
+    case.do(case.todo(seeds=[1]))
+    assert case.todo() == [(arm, 2) for arm in ("teacher", "student", "crosskd_ifc")]
+    # Nor if the results were lost, but the folders weren't, ...
+    os.remove(case.path)
+    again = Case(case.folder)
+    again.do([])
+    assert again.todo() == case.todo() and again.recorded().keys() == set(case.runs) - set(
+        case.todo()
+    )
+    # ... or the other way round, as in a fresh clone.
+    shutil.rmtree(case.folder / "runs")
+    assert Case(case.folder).todo(seeds=[1]) == []
+
+
+def test_a_teacher_whose_folder_is_gone_is_trained_again_only_for_its_students(case):
+    case.do(case.todo(seeds=[1], arms=["teacher", "student"]))
+    shutil.rmtree(case.folder / "runs")
+    assert case.todo(seeds=[1], arms=["teacher", "student"]) == []
+    assert case.todo(seeds=[1], arms=["crosskd_ifc"]) == [("teacher", 1), ("crosskd_ifc", 1)]
+    case.do(case.todo(seeds=[1], arms=["teacher"]))
+    os.makedirs(case.folder / "runs" / "teacher_1", exist_ok=True)
+    assert case.todo(seeds=[1], arms=["fc2"]) == [("teacher", 1), ("fc2", 1)]
+
+
+def test_a_teacher_without_its_weights_is_trained_again(case):
+    case.do(case.todo(seeds=[1], arms=["teacher"]))
+    os.remove(case.runs["teacher", 1].weights)
+    assert case.do(case.todo(seeds=[1], arms=["fc2"])) == {}
+    assert case.order() == ["teacher_1", "teacher_1", "fc2_1"]
+
+
+def test_an_entry_has_both_splits_and_what_it_was_made_with(case):
+    case.do(case.todo(seeds=[1], arms=["student"]))
+    entry = case.recorded()["student", 1]
+    scores = {key: entry[key] for key in ("AP", "AP50", "AP_val", "AP50_val")}
+    assert scores == {"AP": 11, "AP50": 22, "AP_val": 11, "AP50_val": 22}
+    assert entry["config_sha256"] == case.runs["student", 1].digest()
+    assert entry["curve"] == [[11, 11]] and entry["seconds_per_step"] == 0.5
+    assert {"seconds", "versions", "hardware", "iterations"} <= set(entry)
+    case.do(case.todo(seeds=[1], arms=["crosskd_ifc"]))
+    logged = case.recorded()["crosskd_ifc", 1]["statistics"]
+    assert logged == {"fused_length": 1.5, "factor": 1.0} and entry["statistics"] == {}
+
+
+def test_an_old_entry_is_marked_and_stays_until_the_new_run_is_finished(case):
+    case.do(case.todo(seeds=[1]))
+    old = case.recorded()
+    changed = Case(case.folder, opts={"SOLVER.BASE_LR": 0.5})
+    assert [key for key in changed.todo() if key[1] == 1] == [k for k in old]
+    changed.do([("student", 1)])
+    new = changed.recorded()
+    assert new.keys() == old.keys()
+    assert new["student", 1]["config_sha256"] != old["student", 1]["config_sha256"]
+    assert "outdated" not in new["student", 1]
+    assert new["fc2", 1] == {**old["fc2", 1], "outdated": True}
+    text = " ".join(report_text(changed.results.content()).split())
+    assert "| `fc2` | fc2 | 0 | | | 13.0* | |" in text  # in no mean
+    assert "| `fc2` | +" not in text  # nor difference
+
+
+def test_a_seed_that_an_arm_no_longer_has_is_in_no_mean(case):
+    case.do(case.todo(arms=["student"]))
+    arms = {**content()["arms"], "student": {"config": PLAIN, "seeds": [2]}}
+    later = Case(case.folder, arms=arms, ablations=None)
+    later.results.add({})
+    text = " ".join(report_text(later.results.content()).split())
+    assert "| `student` | student | 1 | 12.0 | 24.0 | 11.0* / 12.0 | 12.0 |" in text
+
+
+def test_results_of_another_protocol_are_refused(case):
+    case.do([("student", 1)])
+    with pytest.raises(ConfigError, match="holds the results of 'test', not of 'another'"):
+        Case(case.folder, name="another")
+
+
+def test_a_teacher_that_was_trained_again_to_other_weights_is_told(case, monkeypatch):
+    case.do(case.todo(seeds=[1]))
+    first = case.recorded()
+    assert first["crosskd_ifc", 1]["teacher_sha256"] == first["teacher", 1]["teacher_sha256"]
+    assert "teacher_sha256" not in first["student", 1]
+    told = "Seed 1: its teacher was trained more than once"
+    assert told not in report_text(case.results.content())
+    monkeypatch.setenv("WEIGHTS", "others")
+    os.remove(case.runs["teacher", 1].weights)
+    case.do([("teacher", 1)])
+    shutil.rmtree(case.runs["fc2", 1].folder)
+    case.do([("fc2", 1)])
+    assert case.recorded()["fc2", 1]["teacher_sha256"] != first["fc2", 1]["teacher_sha256"]
+    assert told in report_text(case.results.content())
+
+
+def test_two_processes_can_share_the_results(case):
+    other = Case(case.folder)
+    case.do([("student", 1)])
+    other.do([("student", 2)])
+    assert other.recorded().keys() == {("student", 1), ("student", 2)}
+
+
+def test_comparisons_with_other_run_folders_can_share_the_results(case):
+    done = train(case.runs["student", 1], str(case.folder / "script.py"))
+    keys = [(arm, seed) for arm in ("student", "crosskd_ifc") for seed in (1, 2)]
+
+    def add(folder, keys):
+        runs = all_runs(case.protocol, str(case.folder / folder))
+        results = Results(case.protocol, case.path, runs, command="python x")
+        for key in keys * 10:
+            results.add({key: done})
+
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=add, args=(name, keys[i::2])) for i, name in enumerate("ab")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert case.recorded().keys() == set(keys)
+
+
+def test_entries_of_arms_that_are_gone_stay_but_are_not_reported(case):
+    case.do([("student", 1), ("teacher", 1), ("fc2", 1)])
+    later = Case(case.folder, ablations=None)
+    later.do([("student", 2)])
+    assert ("fc2", 1) in later.recorded()
+    assert "fc2" not in report_text(later.results.content())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"runs": [{"arm": "x"}]}'])
+def test_a_file_that_holds_no_results_is_refused(text, case):
+    os.makedirs(os.path.dirname(case.path))
+    with open(case.path, "w") as f:
+        f.write(text)
+    with pytest.raises(ConfigError, match="results.json: not the results of a comparison"):
+        Case(case.folder)
+
+
+def test_a_failed_run_stops_only_what_needs_it(case, monkeypatch):
+    monkeypatch.setenv("FAILING", "teacher_1")
+    failed = case.do()
+    assert set(failed) == {("teacher", 1), ("crosskd_ifc", 1), ("fc2", 1)}
+    assert "disk is on fire" in failed["teacher", 1]
+    assert failed["fc2", 1] == "fc2, seed 1: not run, its teacher failed"
+    assert case.recorded().keys() == set(case.runs) - set(failed)
+    monkeypatch.delenv("FAILING")
+    assert Case(case.folder).do() == {}
+
+
+def test_several_runs_go_side_by_side_but_none_before_its_teacher(case):
+    case.jobs = 3
+    assert case.do() == {}
+    order = case.order()
+    assert sorted(order) == sorted(f"{arm}_{seed}" for arm, seed in case.runs)
+    for student, teacher in (("crosskd_ifc_1", "teacher_1"), ("crosskd_ifc_2", "teacher_2")):
+        assert order.index(student) > order.index(teacher)
+
+
+def test_an_interruption_ends_the_processes_of_the_runs(case, monkeypatch):
+    monkeypatch.setenv("SLOW", "1")
+    pid = case.folder / "runs" / "teacher_1" / "pid"
+    case.jobs = 2
+
+    def say(line):
+        if line.startswith("student"):
+            while not pid.exists() or not pid.read_text():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        case.do(say=say)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    monkeypatch.delenv("SLOW")
+    assert Case(case.folder).do() == {}
+
+
+def test_weights_of_students_can_be_discarded(case):
+    case.do(case.todo(seeds=[1]), discard_weights=True)
+    kept = [key for key, run in case.runs.items() if os.path.exists(run.weights)]
+    assert kept == [("teacher", 1)] and case.todo(seeds=[1]) == []
+
+
+def test_what_can_not_run_here_is_refused_before_anything_runs(tmp_path):
+    case = Case(tmp_path, test="no_such_data")
+    comparison = Comparison(case.runs, case.results, "")
+    with pytest.raises(ConfigError, match="protocol.yaml: teacher: DATASETS.TEST: .*no_such_data"):
+        comparison.check(case.todo())
+
+
+def test_a_summary_is_mean_and_sample_deviation():
+    assert summarize([1.0, 2.0, 3.0]) == (3, 2.0, 1.0)
+    assert summarize([4.0]) == (1, 4.0, None)
+
+
+def test_a_paired_difference_has_students_interval_and_p():
+    # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.4641 with two degrees of freedom, whose 97.5 %
+    # quantile is 4.3027.
+    found = paired_difference({1: 11.0, 2: 14.0, 3: 10.0, 4: 0.0}, {3: 7.0, 2: 12.0, 1: 10.0})
+    assert found.values == {1: 1, 2: 2, 3: 3} and found.mean == 2
+    assert found.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert found.p == pytest.approx(0.07418, abs=1e-5)
+    assert found.p == pytest.approx(stats.ttest_1samp([1, 2, 3], 0).pvalue)
+
+
+def test_one_seed_or_no_spread_gives_neither_interval_nor_p():
+    assert paired_difference({1: 3.0}, {1: 1.0}) == ({1: 2.0}, 2.0, None, None)
+    assert paired_difference({1: 3.0, 2: 4.0}, {1: 1.1, 2: 2.1})[2:] == (None, None)
+    assert paired_difference({1: 3.0}, {2: 1.0}) is None
+
+
+@pytest.mark.parametrize("effect, seeds", [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
+def test_seeds_needed_are_those_of_published_tables(effect, seeds):
+    """Of the paired t test, two-sided at 5 %, power 80 % (Cohen, 1988; G*Power)."""
+    assert seeds_needed(3.0, 3.0 * effect) == seeds
+    assert power(effect, 1.0, seeds - 1) < 0.8 <= power(effect, 1.0, seeds)
+    assert detectable_difference(1.0, seeds) == pytest.approx(effect, rel=0.03)
+
+
+def test_no_difference_is_found_as_often_as_the_level_says():
+    assert [power(0.0, 1.5, n) for n in (2, 3, 50)] == pytest.approx([0.05] * 3)
+
+
+def test_power_agrees_with_the_noncentral_t_distribution():
+    critical = stats.t.ppf(0.975, 7)
+    expected = stats.nct.sf(critical, 7, 8**0.5) + stats.nct.cdf(-critical, 7, 8**0.5)
+    assert power(-2.0, 2.0, 8) == pytest.approx(expected)
+
+
+def test_two_seeds_find_a_difference_far_above_the_deviation_only():
+    assert detectable_difference(1.0, 2) == pytest.approx(11.55, abs=0.01)
+
+
+def test_a_pooled_deviation_weighs_each_difference_by_its_degrees_of_freedom():
+    found = [
+        Difference({1: 1.0, 2: 3.0}, 2.0, None, None),  # sum of squares 2
+        Difference({1: 0.0, 2: 3.0, 3: 6.0}, 3.0, None, None),  # 18
+        Difference({1: 9.0}, 9.0, None, None),
+    ]
+    assert pooled_deviation(found) == pytest.approx((20 / 3) ** 0.5)
+    assert pooled_deviation(found[2:]) is None
+
+
+def test_a_report_says_in_how_many_runs_a_statistic_was_logged(case):
+    case.do()
+    with open(case.path) as f:
+        recorded = json.load(f)
+    first, second = [run for run in recorded["runs"] if run["arm"] == "crosskd_ifc"]
+    first["statistics"] = {"fused_length": 1.0, "fused_cosine": 0.4}
+    second["statistics"] = {"fused_length": 2.0}
+    assert Table(recorded).logged("crosskd_ifc", "fused_cosine") == {first["seed"]: 0.4}
+    rows = [" ".join(line.split()) for line in report_text(recorded).splitlines()]
+    assert "| `crosskd_ifc` | 1 to 2 | 1.50 | 0.40 |" in rows
+
+
+def test_a_report_needs_only_the_json(case):
+    case.do()
+    with open(case.path) as f:
+        recorded = json.load(f)
+    shutil.rmtree(case.folder / "runs")
+    text = open(write_report(recorded, str(case.folder / "out"))).read()
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    row = "| `crosskd_ifc` | IFC | 2 | 13.5 ± 0.7 | 27.0 ± 1.4 | 13.0 / 14.0 | 13.5 ± 0.7 |"
+    assert row in rows
+    assert "| `crosskd_ifc` | +2.0, n = 2 |" in rows  # equal differences, so no test
+    assert "| `fc2` | fc2 | 1 | 13.0 | 26.0 | 13.0 | 13.0 |" in rows
+    assert "| `fc2` | +2.0, n = 1 | +0.0, n = 1 |" in rows
+    assert "| `crosskd_ifc` | 2 | 1.50 |" in rows  # what was logged
+    assert "python x" in text and "7 runs" in text
+    for name in ("curves.png", "differences.png"):
+        assert (case.folder / "out" / name).stat().st_size > 5000
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A protocol of tiny detectors, two steps on a few pictures, with a dataset card."""
+    monkeypatch.chdir(tmp_path)
+    splits = ("train", "val", "test")
+    generate("data", num_images=dict.fromkeys(splits, 2), image_size=64)
+    files = {s: {"json": f"annotations/{s}.json", "images": s} for s in splits}
+    card = {"name": "few", "format": "coco", "root": "data", "splits": files}
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump({**card, "classes": list(CLASSES)}))
+    small = ("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ())
+    teacher = tiny_cfg(*small, architecture="GeneralizedRCNN")
+    (tmp_path / "teacher.yaml").write_text(teacher.dump())
+    named = ("MODEL.CROSSKD.TEACHER.CONFIG_FILE", "teacher.yaml")
+    (tmp_path / "student.yaml").write_text(tiny_cfg(*small, *named).dump())
+    protocol = {
+        "name": "tiny",
+        "seeds": [3],
+        "validation": "few_val",
+        "test": "few_test",
+        "opts": {"DATASETS.CARDS": ["card.yaml"], "DATASETS.TRAIN": ["few_train"]},
+        "teacher": {"config": "teacher.yaml"},
+        "arms": {"fc2": {**fc2(seeds=[3]), "config": "student.yaml"}},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(protocol))
+    path = os.path.join(ROOT, "tools", "compare.py")
+    spec = importlib.util.spec_from_file_location("compare", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return lambda *arguments: tool.main(
+        tool.parse_args(["tiny.yaml", "--output", "out", "--threads", "1", *arguments])
+    )
+
+
+def test_a_teacher_and_its_student_train_and_are_reported(tiny, tmp_path, capsys):
+    assert tiny("--device", "cpu") == []
+    with open("out/results.json") as f:
+        first = json.load(f)
+    assert [(run["arm"], run["seed"]) for run in first["runs"]] == [("teacher", 3), ("fc2", 3)]
+    assert all({"AP", "AP_val", "curve"} <= set(run) for run in first["runs"])
+    assert all(run["curve"][-1][0] == 2 for run in first["runs"])
+    assert first["command"] == "python tools/compare.py tiny.yaml"
+    assert os.path.exists("out/report.md")
+    # All of it again from what is kept alone.
+    shutil.rmtree("output")
+    os.remove("out/report.md")
+    assert tiny("--report-only") == [] and os.path.exists("out/report.md")
+    capsys.readouterr()
+    assert tiny() == []
+    assert "2 runs, 0 to do" in capsys.readouterr().out
+    with open("out/results.json") as f:
+        assert json.load(f) == first

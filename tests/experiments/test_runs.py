@@ -1,0 +1,202 @@
+"""Runs as child processes: skipped, resumed, moved aside, or failing loudly."""
+
+import fcntl
+import json
+import os
+import threading
+
+import pytest
+
+from crosskd_ifc.experiments import runs
+from crosskd_ifc.experiments.runs import Run, RunFailed, RunStopped
+
+# Stands for tools/train_net.py: notes its arguments, and leaves what a finished run leaves.
+SCRIPT = """
+import json, os, sys
+folder = sys.argv[sys.argv.index("OUTPUT_DIR") + 1]
+with open(os.path.join(folder, "calls.json"), "a") as f:
+    f.write(json.dumps(sys.argv[1:]) + "\\n")
+if os.path.exists(os.path.join(folder, "fail")):
+    sys.exit("the disk is on fire")
+lines = [{"iteration": 9, "time": 0.5}]
+tests = eval(sys.argv[sys.argv.index("DATASETS.TEST") + 1]) if "DATASETS.TEST" in sys.argv else ()
+for i, name in enumerate(tests or [""]):
+    key = name + "/bbox/AP" if len(tests) > 1 else "bbox/AP"
+    for iteration, ap in ((4, 7.5 + i), (9, 8.5 + i), (10, 12.5 + i)):
+        ap = float("nan") if "SEED" in sys.argv and "13" in sys.argv else ap
+        lines.append({"iteration": iteration, key: ap, key + "50": ap + 17.5})
+with open(os.path.join(folder, "metrics.json"), "a") as f:
+    f.writelines(json.dumps(line) + "\\n" for line in lines if not os.environ.get("NO_METRICS"))
+"""
+
+
+@pytest.fixture
+def train(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return lambda run, **options: runs.train(run, str(script), **options)
+
+
+def make_run(folder, *opts, needs=()):
+    opts = ["SOLVER.MAX_ITER", "10", *opts]
+    return Run("a run", "quick/faster_rcnn_R_18_shapes.yaml", str(folder), opts, needs)
+
+
+def calls(folder):
+    with open(folder / "calls.json") as f:
+        return [json.loads(line) for line in f]
+
+
+def test_a_finished_run_is_not_trained_again(train, tmp_path):
+    folder = tmp_path / "run"
+    assert make_run(folder).result() is None
+    first, second = train(make_run(folder)), train(make_run(folder))
+    assert first == second and len(calls(folder)) == 1
+    assert (first["AP"], first["AP50"], first["iterations"]) == (12.5, 30.0, 10)
+    assert first["seconds_per_step"] == 0.5 and first["peak_memory_gb"] >= 0
+
+
+def test_an_interrupted_run_is_resumed_in_its_folder(train, tmp_path):
+    folder = tmp_path / "run"
+    train(make_run(folder))
+    os.remove(folder / "run.json")
+    train(make_run(folder))
+    assert len(calls(folder)) == 2 and all("--resume" in c for c in calls(folder))
+
+
+def test_a_run_of_another_config_is_moved_aside_and_kept(train, tmp_path):
+    folder = tmp_path / "run"
+    train(make_run(folder))
+    train(make_run(folder, "SEED", "7"))
+    assert len(calls(folder)) == 1 and len(calls(tmp_path / "run.old1")) == 1
+    assert (tmp_path / "run.old1" / "run.json").exists()
+
+
+def test_a_student_is_trained_again_if_its_teacher_changed(tmp_path):
+    digests = {
+        make_run(tmp_path / "s", needs=[make_run(tmp_path / "t", "SEED", seed)]).digest()
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 2
+
+
+def test_the_folder_does_not_belong_to_the_digest(tmp_path):
+    assert make_run(tmp_path / "a").digest() == make_run(tmp_path / "b").digest()
+
+
+def test_a_failing_run_shows_the_end_of_its_log_and_is_not_finished(train, tmp_path):
+    folder = tmp_path / "run"
+    train(make_run(folder))
+    os.remove(folder / "run.json")
+    (folder / "fail").touch()
+    with pytest.raises(RunFailed, match="(?s)a run failed.*console.log.*disk is on fire"):
+        train(make_run(folder))
+    assert make_run(folder).result() is None
+
+
+def test_several_test_sets_are_told_apart(train, tmp_path):
+    names = "('crosskd_shapes_test', 'crosskd_shapes_val')"
+    done = train(make_run(tmp_path / "run", "DATASETS.TEST", names))
+    assert (done["AP"], done["AP50"]) == (12.5, 30.0)
+    assert list(done["splits"]) == ["crosskd_shapes_test", "crosskd_shapes_val"]
+    validation = done["splits"]["crosskd_shapes_val"]
+    assert (validation["AP"], validation["AP50"]) == (13.5, 31.0)
+    assert validation["curve"] == [[5, 8.5], [10, 13.5]]
+
+
+def test_a_model_that_detects_nothing_has_an_ap_of_0(train, tmp_path):
+    done = train(make_run(tmp_path / "run", "SEED", "13"))
+    assert (done["AP"], done["AP50"]) == (0, 0)
+
+
+def test_a_run_without_an_evaluation_has_failed(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_METRICS", "1")
+    with pytest.raises(RunFailed, match="no bbox/AP in .*metrics.json"):
+        train(make_run(tmp_path / "run"))
+
+
+def test_a_result_tells_where_it_was_made(train, tmp_path):
+    done = train(make_run(tmp_path / "run"), threads=1)
+    assert set(done["versions"]) == {
+        "python",
+        "torch",
+        "torchvision",
+        "detectron2",
+        "crosskd_ifc",
+    }
+    assert "CPU core" in done["hardware"] and "(1 for a run)" in done["hardware"]
+
+
+def test_what_does_not_change_results_does_not_change_the_digest(tmp_path):
+    plain = make_run(tmp_path)
+    same = make_run(tmp_path, "MODEL.DEVICE", "cuda", "SOLVER.CHECKPOINT_PERIOD", "7")
+    assert same.digest() == plain.digest()
+    # The student distils nothing.
+    assert make_run(tmp_path, "MODEL.CROSSKD.LOSS.CLS_WEIGHT", "2.0").digest() == plain.digest()
+    assert make_run(tmp_path, "SOLVER.BASE_LR", "0.5").digest() != plain.digest()
+
+
+def test_a_changed_card_makes_another_run(train, tmp_path, monkeypatch):
+    card = tmp_path / "card.yaml"
+    card.write_text("{name: few, root: here}")
+    run = make_run(tmp_path / "run", "DATASETS.CARDS", f"('{card}',)")
+    first = train(run)
+    assert run.result() == first
+    card.write_text("{name: few, root: there}")
+    assert run.result() is None
+    train(run)
+    assert len(calls(tmp_path / "run.old1")) == 1 and len(calls(tmp_path / "run")) == 1
+
+
+def test_other_weights_of_a_given_teacher_make_another_run(train, tmp_path):
+    weights = tmp_path / "teacher.pth"
+    weights.write_text("first")
+    opts = ["MODEL.CROSSKD.TEACHER.WEIGHTS", str(weights)]
+    run = Run("a run", "quick/crosskd_ifc_R_18_shapes.yaml", str(tmp_path / "run"), opts)
+    assert train(run) == run.result()
+    weights.write_text("others")
+    assert run.result() is None
+
+
+def test_the_digest_changes_with_a_default_but_not_with_a_new_key(tmp_path, monkeypatch):
+    run = Run("a run", "quick/crosskd_ifc_R_18_shapes.yaml", str(tmp_path))
+    before, add = run.digest(), runs.add_crosskd_ifc_config
+
+    def with_new_key(cfg):
+        add(cfg)
+        cfg.MODEL.CROSSKD.LOSS.NEW_WEIGHT = 0.0
+        cfg.MODEL.NEW = "new"
+
+    monkeypatch.setattr(runs, "add_crosskd_ifc_config", with_new_key)
+    assert run.digest() == before
+
+    def with_new_default(cfg):
+        add(cfg)
+        cfg.MODEL.CROSSKD.LOSS.CLS_WEIGHT = 0.25
+
+    monkeypatch.setattr(runs, "add_crosskd_ifc_config", with_new_default)
+    assert run.digest() != before
+
+
+def test_a_stopped_run_ends_its_process_and_goes_on_later(train, tmp_path):
+    run, stop = make_run(tmp_path / "run"), threading.Event()
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+
+    with pytest.raises(RunStopped):
+        options = dict(stop=stop, on_progress=lambda *_: stop.set())
+        runs.train(run, str(tmp_path / "slow.py"), **options)
+    first = json.loads((tmp_path / "run" / "started.json").read_text())["seconds"]
+    assert 0 < first < 30
+    assert train(run)["seconds"] > first
+
+
+def test_two_processes_do_not_train_in_one_folder(train, tmp_path, caplog):
+    run, stop = make_run(tmp_path / "run"), threading.Event()
+    (tmp_path / "run").mkdir()
+    stop.set()
+    with open(tmp_path / "run" / "console.log", "ab") as log:  # what a child of a killed tool holds
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(RunStopped):
+            train(run, stop=stop)
+    assert "waiting for the process that trains in" in caplog.text
+    assert train(run)["AP"] == 12.5

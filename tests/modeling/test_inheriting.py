@@ -1,0 +1,147 @@
+"""The inheriting start: a student that begins with its teacher's weights."""
+
+import logging
+
+import pytest
+import torch
+from helpers import distilling, tiny_cfg, tiny_model
+
+from crosskd_ifc import ConfigError, attach_teacher
+
+I = "MODEL.CROSSKD.INHERIT"  # noqa: E741
+HEAD = ("backbone.fpn", "proposal_generator", "roi_heads.box_head")
+MAP = "MODEL.CROSSKD.TEACHER.CLASS_MAP"
+
+
+def inherited(*opts, teacher_opts=()):
+    """(state before, student, teacher) after inheriting."""
+    student, teacher = distilling(*opts, teacher_opts=teacher_opts)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    student.inherit_weights()
+    return before, student, teacher
+
+
+def test_named_modules_start_from_the_teacher_and_all_others_stay():
+    before, student, teacher = inherited(I, HEAD)
+    theirs = teacher.state_dict()
+    for name, value in student.state_dict().items():
+        expected = theirs if name.startswith(HEAD) else before
+        assert torch.equal(value, expected[name]), name
+
+
+def test_nothing_is_inherited_by_default_or_before_it_is_asked_for():
+    before, student, _ = inherited()
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    student, teacher = distilling(I, HEAD)
+    name = "roi_heads.box_head.fc1.weight"
+    assert not torch.equal(student.state_dict()[name], teacher.state_dict()[name])
+
+
+def test_the_teacher_keeps_its_own_copy():
+    _, student, teacher = inherited(I, HEAD)
+    weight = teacher.roi_heads.box_head.fc1.weight.clone()
+    with torch.no_grad():
+        student.roi_heads.box_head.fc1.weight.zero_()
+    assert torch.equal(teacher.roi_heads.box_head.fc1.weight, weight)
+
+
+def test_shapes_that_differ_are_left_and_what_happened_is_logged(caplog):
+    wider = ("MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_BOX_HEAD.FC_DIM", 24)
+    with caplog.at_level(logging.INFO, "crosskd_ifc"):
+        before, student, teacher = inherited(
+            *(I, ("roi_heads.box_head",), "MODEL.ROI_BOX_HEAD.NUM_CONV", 1), teacher_opts=wider
+        )
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for name in ("conv1.weight", "conv1.bias"):
+        assert torch.equal(ours[f"roi_heads.box_head.{name}"], theirs[f"roi_heads.box_head.{name}"])
+    for name in ("fc1.weight", "fc2.bias"):
+        assert torch.equal(ours[f"roi_heads.box_head.{name}"], before[f"roi_heads.box_head.{name}"])
+    assert "INHERIT roi_heads.box_head: 2 of 6 tensors start from the teacher's" in caplog.text
+    assert "roi_heads.box_head.fc2.bias ((16,), the teacher's is (24,))" in caplog.text
+
+
+def test_a_prefix_that_matches_nothing_is_refused_when_the_teacher_is_attached():
+    with pytest.raises(ConfigError, match="INHERIT: nothing of 'roi_heads.mask_head'.*no such mod"):
+        distilling(I, ("backbone", "roi_heads.mask_head"))
+    with pytest.raises(ConfigError, match=r"'roi_heads.box_head.fc1'.*none of its tensors fits"):
+        distilling(I, ("roi_heads.box_head.fc1",), teacher_opts=("MODEL.ROI_BOX_HEAD.FC_DIM", 24))
+
+
+def test_a_predictor_follows_the_class_map_and_masked_classes_keep_their_rows():
+    setting = ((0, 4), (1, ""), (2, 0))
+    before, student, teacher = inherited(
+        *(I, ("roi_heads.box_predictor",), MAP, setting),
+        teacher_opts=("MODEL.ROI_HEADS.NUM_CLASSES", 5),
+    )
+    ours, theirs = (m.roi_heads.box_predictor for m in (student, teacher))
+    own = before["roi_heads.box_predictor.cls_score.weight"]
+    rows = [theirs.cls_score.weight[4], own[1], theirs.cls_score.weight[0]]
+    expected = torch.stack([*rows, theirs.cls_score.weight[5]])
+    assert torch.equal(ours.cls_score.weight, expected)
+    own = before["roi_heads.box_predictor.bbox_pred.bias"]
+    boxes = theirs.bbox_pred.bias
+    assert torch.equal(ours.bbox_pred.bias, torch.cat([boxes[16:20], own[4:8], boxes[:4]]))
+
+
+def test_a_teacher_of_other_classes_gives_no_predictor_even_where_the_shapes_agree(caplog):
+    with caplog.at_level(logging.INFO, "crosskd_ifc"):
+        before, student, teacher = inherited(I, ("roi_heads",), MAP, ("teacher",))
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(student.state_dict()[name], before[name])
+    assert f"{name} (the teacher's classes are others)" in caplog.text
+    name = "roi_heads.box_head.fc1.weight"
+    assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "opts, key",
+    [
+        (("INPUT.FORMAT", "RGB"), "INPUT.FORMAT"),
+        (("MODEL.PIXEL_STD", [57.0, 57.0, 58.0]), "MODEL.PIXEL_STD"),
+    ],
+)
+def test_the_layer_that_sees_the_image_is_refused_where_the_images_differ(opts, key):
+    with pytest.raises(ConfigError, match=f"INHERIT: backbone.*stem.conv1.weight.*{key} differ"):
+        distilling(I, ("backbone",), teacher_opts=opts)
+    distilling(I, ("backbone.fpn",), teacher_opts=opts)
+
+
+def test_disabled_distillation_inherits_nothing():
+    cfg = tiny_cfg(I, HEAD, "MODEL.CROSSKD.ENABLED", False)
+    student = tiny_model(cfg)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    attach_teacher(student, cfg, teacher=tiny_model(seed=5))
+    student.inherit_weights()
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "opts, module, key",
+    [
+        (
+            ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (20.0, 20.0, 10.0, 10.0)),
+            "roi_heads.box_predictor.bbox_pred",
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",
+        ),
+        (
+            ("MODEL.RPN.BBOX_REG_WEIGHTS", (2.0, 2.0, 1.0, 1.0)),
+            "proposal_generator.rpn_head.anchor_deltas",
+            "MODEL.RPN.BBOX_REG_WEIGHTS",
+        ),
+        (
+            ("MODEL.ANCHOR_GENERATOR.SIZES", [[9], [16], [32], [48], [64]]),
+            "proposal_generator.rpn_head.objectness_logits",
+            "MODEL.ANCHOR_GENERATOR.SIZES",
+        ),
+    ],
+)
+def test_tensors_that_mean_something_else_are_left(opts, module, key, caplog):
+    modules = ("roi_heads.box_predictor", "proposal_generator")
+    with caplog.at_level(logging.INFO, "crosskd_ifc"):
+        before, student, teacher = inherited(I, modules, teacher_opts=opts)
+    assert torch.equal(student.state_dict()[f"{module}.weight"], before[f"{module}.weight"])
+    assert f"{module}.weight (it means something else: {key}" in caplog.text
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
+    with pytest.raises(ConfigError, match=f"nothing of '{module}'.*something else: {key}"):
+        distilling(I, (module,), teacher_opts=opts)

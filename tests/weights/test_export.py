@@ -1,0 +1,241 @@
+"""An exported student is a stock detectron2 model, and exactly the student."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import GeneralizedRCNN, build_model
+from helpers import distilling, tiny_batch, tiny_cfg, tiny_model
+
+from crosskd_ifc import ConfigError
+from crosskd_ifc.weights import export
+
+ROOT = Path(__file__).resolve().parents[2]
+# Another width than the student's: the taps need adapters.
+WIDE = ("MODEL.ROI_BOX_HEAD.FC_DIM", 24)
+NO_CROSSKD = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "crosskd_ifc":
+            raise AssertionError("crosskd_ifc was imported")
+
+sys.meta_path.insert(0, Refuse())
+import numpy, torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1], allow_unsafe=False)
+cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+image = numpy.random.RandomState(0).randint(0, 256, (48, 64, 3)).astype("uint8")
+found = DefaultPredictor(cfg)(image)["instances"]
+torch.save({"boxes": found.pred_boxes.tensor, "scores": found.scores}, sys.argv[2])
+"""
+
+
+def write_run(folder, model, cfg):
+    """What training leaves in its OUTPUT_DIR; returns the checkpoint's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    checkpointer = DetectionCheckpointer(model, str(folder), optimizer=optimizer)
+    checkpointer.save("model_final", iteration=7)
+    (folder / "config.yaml").write_text(cfg.dump())
+    return str(folder / "model_final.pth")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Checkpoint of a distilled student with adapters; its teacher is gone."""
+    student, _ = distilling(teacher_opts=WIDE)
+    assert any(k.startswith("fusion.") for k in student.state_dict())
+    cfg = tiny_cfg("MODEL.CROSSKD.TEACHER.CONFIG_FILE", "gone.yaml", "OUTPUT_DIR", "mine")
+    return write_run(tmp_path / "run", student, cfg)
+
+
+def main(*args):
+    """The script's exit status."""
+    return runpy.run_path(str(ROOT / "tools" / "export_student.py"))["main"](list(map(str, args)))
+
+
+def test_export_is_a_stock_config_and_the_student_alone(run, tmp_path):
+    done = export.export_student(run, str(tmp_path / "student"))
+    assert done.detections > 50
+    assert sorted(os.listdir(tmp_path)) == ["run", "student"]
+    assert sorted(os.listdir(tmp_path / "student")) == ["config.yaml", "model.pth"]
+    assert (
+        "crosskd"
+        not in (tmp_path / "student" / "config.yaml").read_text().split("\n", 2)[2].lower()
+    )
+    assert {"optimizer", "iteration", "fusion.adapters.fc1.weight"} <= set(done.dropped)
+
+    cfg = get_cfg()
+    cfg.merge_from_file(done.config, allow_unsafe=False)
+    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    assert cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads"
+    assert cfg.MODEL.WEIGHTS == done.weights and os.path.isabs(done.weights)
+    assert cfg.OUTPUT_DIR == get_cfg().OUTPUT_DIR
+    assert cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 0.01
+
+    content = torch.load(done.weights, weights_only=True)
+    assert list(content) == ["model"]
+    model = build_model(cfg)
+    assert type(model) is GeneralizedRCNN
+    model.load_state_dict(content["model"], strict=True)
+    trained = torch.load(run, weights_only=True)["model"]
+    assert all(torch.equal(v, trained[k]) for k, v in content["model"].items())
+    assert done.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_export_predicts_without_this_package(run, tmp_path):
+    done = export.export_student(run, str(tmp_path / "student"))
+    found = tmp_path / "found.pth"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-W", "ignore", "-c", NO_CROSSKD, done.config, str(found)]
+    result = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    detections = torch.load(found)
+    assert len(detections["scores"]) > 20
+
+    # DefaultPredictor takes the student's own config and checkpoint, too, and needs no teacher.
+    cfg = tiny_cfg(*("MODEL.WEIGHTS", run, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0))
+    image = np.random.RandomState(0).randint(0, 256, (48, 64, 3)).astype("uint8")
+    wanted = DefaultPredictor(cfg)(image)["instances"]
+    torch.testing.assert_close(detections["boxes"], wanted.pred_boxes.tensor)
+    torch.testing.assert_close(detections["scores"], wanted.scores)
+
+
+def test_plain_model_and_file_name_as_out(tmp_path):
+    cfg = tiny_cfg(architecture="GeneralizedRCNN")
+    run = write_run(tmp_path / "run", tiny_model(cfg), cfg)
+    done = export.export_student(run, str(tmp_path / "new" / "plain.pth"))
+    assert sorted(os.listdir(tmp_path / "new")) == ["plain.pth", "plain.yaml"]
+    assert done.architecture == ("GeneralizedRCNN", "GeneralizedRCNN")
+    assert done.dropped == ["optimizer", "iteration"]
+
+
+def test_mask_branch_is_exported_and_compared(tmp_path):
+    cfg = tiny_cfg(
+        *("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+        *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8),
+    )
+    run = write_run(tmp_path / "run", tiny_model(cfg), cfg)
+    assert export.export_student(run, str(tmp_path / "student")).detections > 50
+    stock = get_cfg()
+    stock.merge_from_file(str(tmp_path / "student" / "config.yaml"))
+    assert stock.MODEL.MASK_ON
+
+
+def test_an_export_that_differs_does_not_appear(run, tmp_path, monkeypatch):
+    save = torch.save
+
+    def save_other_weights(content, path):
+        content["model"]["roi_heads.box_predictor.bbox_pred.bias"][0] += 1e-3
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", save_other_weights)
+    with pytest.raises(ValueError, match="detections differ"):
+        export.export_student(run, str(tmp_path / "student"))
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_detections_with_other_fields_or_counts_are_not_equal():
+    with torch.no_grad():
+        model = tiny_model().eval()
+        a, b = (x["instances"] for x in model(tiny_batch()))
+    assert export._equal(a, a) and not export._equal(a, b) and not export._equal(a, a[:-1])
+    c = a[:]
+    c.remove("scores")
+    assert not export._equal(a, c)
+
+
+def test_nothing_is_overwritten_unless_forced(run, tmp_path):
+    out = tmp_path / "student"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "model.pth").write_text("mine")
+    with pytest.raises(FileExistsError, match="--force"):
+        export.export_student(run, str(out))
+    assert (out / "model.pth").read_text() == "mine"
+    export.export_student(run, str(out), force=True)
+    assert sorted(os.listdir(out)) == ["config.yaml", "model.pth", "notes.txt"]
+
+    (tmp_path / "other.yaml").write_text("mine")
+    with pytest.raises(FileExistsError, match="other.yaml exists"):
+        export.export_student(run, str(tmp_path / "other.pth"))
+    # Not even then over the checkpoint and its config.
+    for out in (run, os.path.dirname(run)):
+        with pytest.raises(FileExistsError, match="overwrite the input"):
+            export.export_student(run, out, force=True)
+
+
+def test_config_file_stands_in_for_a_missing_one(run, tmp_path):
+    config = os.path.join(os.path.dirname(run), "config.yaml")
+    os.rename(config, tmp_path / "moved.yaml")
+    with pytest.raises(FileNotFoundError, match="--config-file"):
+        export.export_student(run, str(tmp_path / "student"))
+    export.export_student(run, str(tmp_path / "student"), config_file=str(tmp_path / "moved.yaml"))
+
+
+def test_wrong_input_is_one_clear_error(run, tmp_path):
+    out = str(tmp_path / "student")
+    config = Path(run).with_name("config.yaml")
+
+    def refused(error, match):
+        with pytest.raises(error, match=match):
+            export.export_student(run, out)
+        assert not os.path.exists(out)
+
+    right = config.read_text()
+    config.write_text(tiny_cfg("MODEL.ROI_HEADS.NUM_CLASSES", 5).dump())
+    refused(ValueError, "of another shape: roi_heads.box_predictor.cls_score.weight")
+    config.write_text("MODEL: {NOT_A_KEY: 1}")
+    refused(ConfigError, "NOT_A_KEY")
+    config.write_text("MODEL: [")
+    refused(ConfigError, "config.yaml: not a detectron2 config")
+    config.write_text(right.replace("NAME: build_resnet_fpn_backbone", "NAME: my_backbone"))
+    refused(ConfigError, "my_backbone")
+    config.write_text(right)
+
+    content = torch.load(run)
+    bias = content["model"].pop("roi_heads.box_predictor.cls_score.bias")
+    torch.save(content, run)
+    refused(ValueError, "missing: roi_heads.box_predictor.cls_score.bias")
+    content["model"]["roi_heads.box_predictor.cls_score.bias"] = bias * float("nan")
+    torch.save(content, run)
+    refused(ValueError, "model_final.pth: 1 of its tensors hold NaN or infinity: .*cls_score.bias")
+    torch.save(content["optimizer"], run)
+    refused(ValueError, "no weights named 'model'")
+    Path(run).write_bytes(b"cut off")
+    refused(ValueError, "torch can't read it")
+    os.remove(run)
+    refused(FileNotFoundError, "model_final.pth: no such file")
+
+
+def test_parts_without_stock_counterpart_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(export.STOCK_NAMES, "ROI_HEADS.NAME", {})
+    with pytest.raises(ConfigError, match="CrossKDROIHeads"):
+        export.export_student(run, str(tmp_path / "student"))
+
+
+def test_script_prints_what_was_written_and_how_to_use_it(run, tmp_path, capsys):
+    out = tmp_path / "student"
+    assert main(run, out) == 0
+    printed = capsys.readouterr().out
+    assert str(out / "model.pth") in printed and "CrossKDRCNN -> GeneralizedRCNN" in printed
+    snippet = [line.strip() for line in printed.split("installed:")[1].splitlines()]
+    scope = {"image": tiny_batch()[0]["image"].permute(1, 2, 0).numpy()}
+    exec("\n".join(snippet), scope)
+    assert scope["detections"].has("pred_boxes")
+    assert main(run, out) == 1
+    assert capsys.readouterr().err == (
+        f"export_student: {out} exists; give another OUT, or --force to replace it\n"
+    )
