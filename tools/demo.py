@@ -26,7 +26,8 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 import crosskd_ifc
-from crosskd_ifc.analysis.detections import compare_on_dataset, plot_curves
+from crosskd_ifc.analysis.curves import plot_curves
+from crosskd_ifc.analysis.detections import compare_on_dataset
 from crosskd_ifc.experiments.runs import Run, RunFailed, train
 
 TOOLS = os.path.dirname(os.path.abspath(__file__))

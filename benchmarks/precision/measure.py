@@ -24,7 +24,7 @@ from detectron2.utils.events import EventStorage
 from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.common.environment import hardware, versions
-from crosskd_ifc.distillation.teacher import same_random_state
+from crosskd_ifc.common.random_state import same_random_state
 
 
 def parse_args():

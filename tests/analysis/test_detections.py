@@ -11,14 +11,13 @@ from helpers import distilling, tiny_batch, tiny_cfg
 from PIL import Image
 
 from crosskd_ifc.analysis import detections as visualization
+from crosskd_ifc.analysis.curves import plot_curves, read_metrics
 from crosskd_ifc.analysis.detections import (
     COLUMNS,
     compare_detections,
     compare_on_dataset,
     draw_boxes,
-    plot_curves,
     predict_all,
-    read_metrics,
     spread_evenly,
 )
 from crosskd_ifc.data.shapes import CLASSES, register_shapes

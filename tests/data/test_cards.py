@@ -17,14 +17,9 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
+from crosskd_ifc.common.paths import resolve_path
 from crosskd_ifc.data import files as data_files
-from crosskd_ifc.data.cards import (
-    drop_degenerate_boxes,
-    load_card,
-    register_card,
-    register_cards,
-    resolve_path,
-)
+from crosskd_ifc.data.cards import drop_degenerate_boxes, load_card, register_card, register_cards
 from crosskd_ifc.data.check import KINDS, check_card
 
 REPO = Path(__file__).resolve().parents[2]

@@ -4,8 +4,8 @@ import dataclasses
 import logging
 from typing import Any, Callable, Dict, List, Sequence
 
+from ..common.plotting import pyplot, save_figure
 from .benchmark import Bench, Case, summarize
-from .detections import pyplot, save_figure
 
 logger = logging.getLogger(__name__)
 _FUSION = "MODEL.CROSSKD.FUSION."

@@ -4,15 +4,14 @@ matplotlib and detectron2's visualizer are imported inside the functions: traini
 """
 
 import colorsys
-import json
 import logging
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
 
+from ..common.plotting import pyplot, save_figure
 from ..modeling.rcnn import CrossKDRCNN
 
 logger = logging.getLogger(__name__)
@@ -236,73 +235,6 @@ def _draw(picture: np.ndarray, instances: Instances, class_names, palette) -> np
     )
 
 
-def read_metrics(path: str) -> List[dict]:
-    """The lines of a run's ``metrics.json``; a line that is still being written is left out."""
-    lines = []
-    with PathManager.open(path) as f:
-        for line in f:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                logger.debug(f"{path}: incomplete line left out")
-    return lines
-
-
-def plot_curves(
-    runs: Mapping[str, str], path: str, *, metric: str = "bbox/AP", title: str = ""
-) -> None:
-    """Plot the learning curves and the distillation losses of several runs, as PNG.
-
-    Args:
-        runs: label -> ``metrics.json`` of the run. One without distillation losses appears in the
-            learning curves only.
-        path: file to write.
-        metric: the evaluation metric.
-        title: a line above the plots.
-    """
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
-    panels = {
-        metric: f"{metric.split('/')[-1]} on the test set",
-        "loss_cls": "classification loss (ground truth)",
-        "loss_cls_kd": "classification loss (distillation)",
-        "loss_box_reg_kd": "box loss (distillation)",
-    }
-    for i, (label, file) in enumerate(runs.items()):
-        lines = read_metrics(file)
-        for axis, key in zip(axes, panels):
-            points = [(line["iteration"], line[key]) for line in lines if key in line]
-            if points:
-                marker = "o" if key == metric else ""
-                axis.plot(*zip(*points), marker=marker, label=label, color=f"C{i}")
-    for axis, name in zip(axes, panels.values()):
-        axis.set_title(name, fontsize=11)
-        axis.set_xlabel("iteration")
-        axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=9)
-    if title:
-        figure.suptitle(title)
-    save_figure(figure, path)
-
-
 def _bright_colors(count: int) -> List[Tuple[float, float, float]]:
     """Evenly spread hues, all light enough to read on a photo and on a label's black ground."""
     return [colorsys.hsv_to_rgb(i / count, 0.75, 1.0) for i in range(count)]
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save_figure(figure, path: str) -> None:
-    with PathManager.open(path, "wb") as f:
-        figure.savefig(f, format="png", dpi=100)
-    pyplot().close(figure)

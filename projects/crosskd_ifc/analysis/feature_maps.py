@@ -9,9 +9,9 @@ from typing import Dict, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
+from ..common.plotting import pyplot, save_figure
 from ..config import ConfigError
 from ..modeling.rcnn import CrossKDRCNN
-from .detections import pyplot, save_figure
 
 
 def attention_difference(

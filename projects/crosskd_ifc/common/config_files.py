@@ -9,7 +9,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 
 from ..config import ConfigError
-from ..data.cards import resolve_path
+from .paths import resolve_path
 
 # What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
 _MERGE_ERRORS = (

@@ -18,6 +18,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.utils.file_io import PathManager
 
+from ..common.paths import resolve_path
 from .files import read_yaml
 from .loading import load_split
 from .mapper import SampleError
@@ -34,7 +35,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_REPO_CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), *3 * [".."], "configs")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # names become parts of file names
 _NAME_RULE = "a name of letters, digits, '_', '-' and '.'"
 _KEYS = ("name", "format", "root", "splits", "classes", "evaluator", "year")
@@ -64,34 +64,6 @@ class Card:
     classes: Optional[Tuple[str, ...]]
     evaluator: str
     year: Optional[int] = None
-
-
-def resolve_path(path: str, *, what: str, key: str, extra_tried: Sequence[str] = ()) -> str:
-    """Finds a file that a user named: from the current folder, then in this repository's configs/.
-
-    Args:
-        path: as given; ``~`` is expanded. A URL is returned as it is.
-        what: what the file is, for the error, such as "dataset card".
-        key: the config key (or argument) that named it, for the error.
-        extra_tried: other places where the caller has looked, for the error.
-
-    Returns:
-        The absolute path of an existing file.
-
-    Raises:
-        FileNotFoundError: lists everything that was tried.
-    """
-    if "://" in path:
-        return path
-    local = os.path.expanduser(path)
-    tried = [os.path.abspath(local)]
-    if not os.path.isabs(local):
-        tried.append(os.path.normpath(os.path.join(_REPO_CONFIGS, local)))
-    for candidate in tried:
-        if path and PathManager.isfile(candidate):
-            return candidate
-    places = "".join(f"\n  - {place}" for place in [*tried, *extra_tried])
-    raise FileNotFoundError(f"{key}: the {what} {path!r} was not found. Tried:{places}")
 
 
 def load_card(path: str) -> Card:

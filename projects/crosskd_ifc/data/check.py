@@ -13,8 +13,9 @@ from typing import Any, Dict, List, Tuple
 
 from detectron2.utils.file_io import PathManager
 
+from ..common.paths import resolve_path
 from .annotations import Picture, check_coco, check_voc
-from .cards import Card, load_card, resolve_path
+from .cards import Card, load_card
 from .files import ImageFacts, inspect_image
 
 __all__ = ["KINDS", "Report", "check_card", "check_dataset"]

@@ -6,10 +6,8 @@ Shape shorthand: N images, R RoIs over all images, K the teacher's foreground cl
 
 import contextlib
 import logging
-import random
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -19,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.config_files import find_config, merge_from_file, merge_from_list
+from ..common.random_state import same_random_state
 from ..config import ConfigError, add_crosskd_ifc_config, check_crosskd_config
 from ..weights.reading import MisfitError, StrictReader
 from ..weights.state_dicts import is_missing
@@ -228,17 +227,3 @@ def _load_strictly(model: nn.Module, weights: str) -> None:
             f"MODEL.CROSSKD.TEACHER.WEIGHTS {weights!r} can't be read as weights: "
             f"{type(error).__name__} {reason}"
         ) from error
-
-
-@contextlib.contextmanager
-def same_random_state(device: torch.device) -> Iterator[None]:
-    """Leave the global random state as it was, so that runs with and without a teacher start from
-    the same student."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        # Only the student's device: naming none, torch reads all, and warns of it.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

@@ -1,15 +1,14 @@
 """One run's process and folder: who may write to the folder, and how the process ends."""
 
 import fcntl
-import functools
-import hashlib
-import json
 import logging
 import os
 import subprocess
 import threading
 import time
 from typing import BinaryIO, Callable, Optional, Sequence, Tuple
+
+from ..common.files import move_aside, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +66,6 @@ def claim_folder(
         log.close()
 
 
-def move_aside(folder: str) -> None:
-    """Rename a folder, if it exists, to one that is free: ``folder.old1``, ``folder.old2``, ..."""
-    if not os.path.exists(folder):
-        return
-    n = 1
-    while os.path.exists(f"{folder}.old{n}"):
-        n += 1
-    os.rename(folder, f"{folder}.old{n}")
-
-
 def supervise(
     command: Sequence[str],
     log: BinaryIO,
@@ -128,37 +117,3 @@ def _peak_memory_gb(pid: int) -> float:
     except OSError:
         return 0.0
     return int(lines[0].split()[1]) / 1024**2 if lines else 0.0
-
-
-def read_json(path: str) -> Optional[dict]:
-    """The content of a JSON file; None if there is none, or none that is complete."""
-    try:
-        with open(path) as f:
-            return json.load(f)
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-def file_sha256(path: str) -> str:
-    """Of a file's bytes; "" if there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ""
-    return _sha256(path, status.st_mtime_ns, status.st_size)
-
-
-@functools.lru_cache(maxsize=None)
-def _sha256(path: str, *changed: int) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            found.update(block)
-    return found.hexdigest()
-
-
-def write_json(path: str, content: dict) -> None:
-    """Write a JSON file; it is there complete or not at all."""
-    with open(f"{path}.partial", "w") as f:
-        json.dump(content, f, indent=1)
-    os.replace(f"{path}.partial", path)

@@ -13,9 +13,10 @@ import threading
 import time
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
+from ..common.files import move_aside
 from ..config import ConfigError
 from ..training.preflight import check_evaluation_config
-from .child_process import RunFailed, move_aside
+from .child_process import RunFailed
 from .protocol import TEACHER, Arm, Protocol
 from .results import Key, Results
 from .runs import Run, train

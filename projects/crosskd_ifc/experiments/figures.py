@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Dict, List, Set
 
 import numpy as np
 
-from ..analysis.detections import pyplot, save_figure
+from ..common.plotting import pyplot, save_figure
 from .protocol import TEACHER
 
 if TYPE_CHECKING:

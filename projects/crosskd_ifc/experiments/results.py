@@ -7,6 +7,7 @@ from typing import Dict, Tuple
 
 from iopath.common.file_io import file_lock
 
+from ..common.files import replacing
 from ..config import ConfigError
 from .protocol import TEACHER, Protocol
 from .runs import Run
@@ -139,10 +140,8 @@ class Results:
             lines = ",\n".join("  " + json.dumps(entry) for entry in content[key])
             blocks.append(f" {json.dumps(key)}: [\n{lines}\n ]")
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        partial = f"{self.path}.{os.getpid()}.partial"
-        with open(partial, "w") as f:
-            f.write("{\n" + ",\n".join(blocks) + "\n}\n")
-        os.replace(partial, self.path)
+        with replacing(self.path) as f:
+            f.write(("{\n" + ",\n".join(blocks) + "\n}\n").encode())
 
 
 def _is_flat(value) -> bool:

@@ -17,21 +17,14 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
 
-from ..analysis.detections import read_metrics
+from ..analysis.curves import read_metrics
 from ..common.config_files import find_config, merge_from_file, merge_from_list
 from ..common.environment import hardware, versions
+from ..common.files import file_sha256, read_json, write_json
+from ..common.paths import resolve_path
 from ..config import add_crosskd_ifc_config, distillation_requested
-from ..data.cards import resolve_path
 from ..distillation.teacher import load_teacher_config
-from .child_process import (
-    RunFailed,
-    RunStopped,
-    claim_folder,
-    file_sha256,
-    read_json,
-    supervise,
-    write_json,
-)
+from .child_process import RunFailed, RunStopped, claim_folder, supervise
 
 # Settings that don't belong to a run's results.
 _NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")

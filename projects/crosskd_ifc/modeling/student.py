@@ -5,6 +5,7 @@ from typing import Any, ContextManager, Dict, List, Optional
 import torch
 from detectron2.config import CfgNode
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..distillation.distiller import Distiller
 from ..distillation.teacher import Teacher
@@ -106,3 +107,8 @@ class Student(nn.Module):
             As ``forward`` in evaluation; classes are the teacher's.
         """
         raise NotImplementedError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The detector inside a DDP wrapper, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,7 +1,6 @@
 """Checkpoints that are written whole or not at all, and resumed from the last one that can be
 read."""
 
-import contextlib
 import os
 import re
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
@@ -10,6 +9,7 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..common.files import replacing
 from ..weights.reading import SafeReader, load_weights
 
 _NAMES = re.compile(r"model_(\d+|final)\.pth")  # as detectron2's hooks give them
@@ -48,7 +48,7 @@ class SafeCheckpointer(SafeReader):
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         try:
-            with _replacing(path) as f:
+            with replacing(path) as f:
                 torch.save(data, f)
             self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -64,7 +64,7 @@ class SafeCheckpointer(SafeReader):
         if "://" in self.save_dir:
             super().tag_last_checkpoint(last_filename_basename)
             return
-        with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as f:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as f:
             f.write(last_filename_basename.encode())
 
     def has_checkpoint(self) -> bool:
@@ -178,21 +178,3 @@ def _differs(file: str, iteration: Any) -> str:
     if fault:
         return fault
     return "" if found == iteration else f"there it is of iteration {found}, not {iteration}"
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[Any]:
-    """A binary file that takes the place of ``path`` when the context ends well; on disk by
-    then."""
-    folder, name = os.path.split(path)
-    partial = os.path.join(folder, f".unfinished-{name}")
-    try:
-        with open(partial, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise

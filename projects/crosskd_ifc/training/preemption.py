@@ -15,9 +15,9 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..modeling.student import unwrap
 from .checkpointer import SafeCheckpointer
 from .resume import ResumeState
-from .schedule import unwrap
 
 logger = logging.getLogger(__name__)
 

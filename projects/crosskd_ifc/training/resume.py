@@ -2,17 +2,16 @@
 
 import hashlib
 import logging
-import random
 from typing import Any, Dict, Iterator, List, Optional
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from ..common.random_state import get_random_state, set_random_state
 from ..config import ConfigError
-from .schedule import unwrap
+from ..modeling.student import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -152,26 +151,3 @@ def digest(model: nn.Module) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-def get_random_state() -> Dict[str, Any]:
-    """Of Python, numpy, torch and this process's GPU, in tensors and plain values."""
-    name, keys, *rest = np.random.get_state()
-    state: Dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: Dict[str, Any]) -> None:
-    """Go on from what :func:`get_random_state` gave."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -8,9 +8,9 @@ from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..distillation.teacher import Teacher
+from ..modeling.student import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,3 @@ class _StudentTasks(nn.Module):
                 if instances.has(field):
                     instances.remove(field)
         return outputs
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The detector inside a DDP wrapper, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -16,8 +16,8 @@ from detectron2.data import DatasetFromList, MapDataset, build_detection_train_l
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from ..common.random_state import same_random_state
 from ..data.mapper import CheckedMapper, build_mapper
-from ..distillation.teacher import same_random_state
 from .preemption import keep_workers_on_sigterm
 
 

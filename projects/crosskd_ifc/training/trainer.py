@@ -19,10 +19,12 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDete
 from detectron2.utils import comm
 from torch import nn
 
+from ..common.random_state import same_random_state
 from ..config import ConfigError, distillation_requested
 from ..data.cards import drop_degenerate_boxes
 from ..data.mapper import SampleError, build_mapper
-from ..distillation.teacher import attach_teacher, same_random_state
+from ..distillation.teacher import attach_teacher
+from ..modeling.student import unwrap
 from .checkpointer import SafeCheckpointer
 from .preemption import (
     StepWatch,
@@ -35,7 +37,7 @@ from .preemption import (
 from .preflight import check_training_config, evaluator_type
 from .preflight_data import check_classes, check_test_data
 from .resume import ResumeState
-from .schedule import DistillationSchedule, TeacherEvaluation, unwrap
+from .schedule import DistillationSchedule, TeacherEvaluation
 from .stream import TrainingStream
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ import torchvision
 from detectron2.config import CfgNode as CN
 from detectron2.utils.file_io import PathManager
 
+from ..common.files import refuse_overwriting, staging_folder
 from ..config import class_count
 from .mmdet_detectors import convert_detector
 from .mmdet_files import is_detector, load_source, read_detector
-from .state_dicts import describe_mismatch, is_state_dict, refuse_overwriting, staging_folder
+from .state_dicts import describe_mismatch, is_state_dict
 
 DEPTHS = (18, 34, 50, 101)
 # torchvision's ImageNet statistics on the scale of detectron2's images, 0 to 255; R, G, B.

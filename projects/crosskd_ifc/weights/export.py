@@ -13,16 +13,11 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..common.files import refuse_overwriting, staging_folder
+from ..common.paths import resolve_path
 from ..config import ConfigError, add_crosskd_ifc_config
-from ..data.cards import resolve_path
 from .reading import load_weights, save_safetensors
-from .state_dicts import (
-    ADAPTER_PREFIX,
-    describe_mismatch,
-    is_state_dict,
-    refuse_overwriting,
-    staging_folder,
-)
+from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
 
 # Config key -> this project's classes and the stock ones that they are in evaluation.
 STOCK_NAMES = {

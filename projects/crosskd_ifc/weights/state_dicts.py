@@ -1,9 +1,6 @@
 """Reading, comparing and writing weight files."""
 
-import contextlib
-import os
-import tempfile
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from detectron2.utils.file_io import PathManager
@@ -53,25 +50,3 @@ def describe_problems(
             more = f", ... ({len(names)} in all)" if len(names) > 3 else ""
             problems.append(f"{what}: {', '.join(names[:3])}{more}")
     return "; ".join(problems)
-
-
-def refuse_overwriting(out: str, *, sources: Sequence[str], force: bool) -> None:
-    """Refuse an ``out`` that exists, without ``force``, or that is one of the ``sources``.
-
-    Raises:
-        FileExistsError: naming the file.
-    """
-    if not os.path.lexists(out):
-        return
-    if any(os.path.exists(s) and os.path.exists(out) and os.path.samefile(s, out) for s in sources):
-        raise FileExistsError(f"{out}: this would overwrite the input; give another OUT")
-    if not force:
-        raise FileExistsError(f"{out} exists; give another OUT, or --force to replace it")
-
-
-@contextlib.contextmanager
-def staging_folder(parent: str) -> Iterator[str]:
-    """A temporary folder in ``parent``, from which complete files are moved to their place."""
-    PathManager.mkdirs(parent)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=parent) as folder:
-        yield folder

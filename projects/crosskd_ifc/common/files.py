@@ -1,0 +1,96 @@
+"""Files that are there complete or not at all; digests of files; folders that are moved aside."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from typing import Any, Iterator, Optional, Sequence
+
+from detectron2.utils.file_io import PathManager
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[Any]:
+    """A binary file that takes the place of ``path`` when the context ends well.
+
+    It is on disk by then. Otherwise ``path`` is as it was.
+    """
+    folder, name = os.path.split(path)
+    partial = os.path.join(folder, f".unfinished-{name}")
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
+
+
+def move_aside(folder: str) -> None:
+    """Rename a folder, if it exists, to one that is free: ``folder.old1``, ``folder.old2``, ..."""
+    if not os.path.exists(folder):
+        return
+    n = 1
+    while os.path.exists(f"{folder}.old{n}"):
+        n += 1
+    os.rename(folder, f"{folder}.old{n}")
+
+
+def read_json(path: str) -> Optional[dict]:
+    """The content of a JSON file; None if there is none, or none that is complete."""
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def file_sha256(path: str) -> str:
+    """Of a file's bytes; "" if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return _sha256(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=None)
+def _sha256(path: str, *changed: int) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write a JSON file; it is there complete or not at all."""
+    with replacing(path) as f:
+        f.write(json.dumps(content, indent=1).encode())
+
+
+def refuse_overwriting(out: str, *, sources: Sequence[str], force: bool) -> None:
+    """Refuse an ``out`` that exists, without ``force``, or that is one of the ``sources``.
+
+    Raises:
+        FileExistsError: naming the file.
+    """
+    if not os.path.lexists(out):
+        return
+    if any(os.path.exists(s) and os.path.exists(out) and os.path.samefile(s, out) for s in sources):
+        raise FileExistsError(f"{out}: this would overwrite the input; give another OUT")
+    if not force:
+        raise FileExistsError(f"{out} exists; give another OUT, or --force to replace it")
+
+
+@contextlib.contextmanager
+def staging_folder(parent: str) -> Iterator[str]:
+    """A temporary folder in ``parent``, from which complete files are moved to their place."""
+    PathManager.mkdirs(parent)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=parent) as folder:
+        yield folder

@@ -1,0 +1,45 @@
+"""The global random state of Python, numpy and torch: kept, restored, left as it was."""
+
+import contextlib
+import random
+from typing import Any, Dict, Iterator
+
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def same_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the global random state as it was, so that runs with and without a teacher start from
+    the same student."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        # Only the student's device: naming none, torch reads all, and warns of it.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def get_random_state() -> Dict[str, Any]:
+    """Of Python, numpy, torch and this process's GPU, in tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    state: Dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Dict[str, Any]) -> None:
+    """Go on from what :func:`get_random_state` gave."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
