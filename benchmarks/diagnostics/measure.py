@@ -57,11 +57,11 @@ def measure(name, taps, entry):
     student = build_model(cfg).train()
     teacher = build_model(load("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
     attach_teacher(student, cfg, teacher=teacher)
-    diagnose, batch = student._distiller.diagnose, images()
+    diagnose, batch = student.distiller.diagnose, images()
     seconds = {"plain": [], "diagnosed": []}
     for i in range(2 * (STEPS + 2)):
         kind = ("plain", "diagnosed")[i % 2]
-        student._distiller.diagnose = diagnose if kind == "diagnosed" else lambda losses: None
+        student.distiller.diagnose = diagnose if kind == "diagnosed" else lambda losses: None
         torch.manual_seed(i // 2)
         start = time.perf_counter()
         with EventStorage():

@@ -16,8 +16,9 @@ from .distillation.losses import (
     pkd,
     quality_focal,
 )
-from .distillation.teacher import Teacher, attach_teacher
+from .distillation.teacher import Teacher
 from .modeling import backbones  # noqa: F401  registers backbones
+from .modeling.attach import attach_teacher
 from .modeling.fcos import FCOS, CrossKDFCOS
 from .modeling.rcnn import CrossKDRCNN
 from .modeling.retinanet import CrossKDRetinaNet

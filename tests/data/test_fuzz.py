@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.common.config_files import merge_from_file, merge_from_list
-from crosskd_ifc.config import check_crosskd_config, distillation_requested
+from crosskd_ifc.config import distillation_requested
 from crosskd_ifc.data.cards import load_card, register_card
+from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 
 SETTINGS = settings(
     max_examples=200,

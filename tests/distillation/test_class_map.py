@@ -155,7 +155,7 @@ def found_map(*opts):
     student = tiny_model(cfg)
     attach_teacher(student, cfg)
     assert train_losses(student.train(), tiny_batch())[0]["loss_cls_kd"] > 0
-    return student._distiller.box.mimic._class_map.teacher_classes
+    return student.distiller.box.mimic._class_map.teacher_classes
 
 
 NAMES = (K + "TEACHER.CLASS_MAP", ("names",))

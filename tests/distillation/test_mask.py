@@ -43,7 +43,7 @@ def batch(**kwargs):
 def recorded(student, inputs):
     """The step of a training forward, as the distiller has recorded it."""
     torch.manual_seed(0)
-    with EventStorage(), student._distiller.recording(student, inputs, 1.0) as step:
+    with EventStorage(), student.distiller.recording(student, inputs, 1.0) as step:
         super(type(student), student).forward(inputs)
     return step
 

@@ -8,7 +8,7 @@ from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 
 from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.distillation import losses
-from crosskd_ifc.distillation.traces import TeacherPass
+from crosskd_ifc.distillation.teacher import TeacherPass
 
 K = "MODEL.CROSSKD."
 STUDENT_HEAD = (K + "MIMIC", "student_head")
@@ -30,7 +30,7 @@ def test_the_losses_compare_the_students_own_predictions_with_the_teachers():
     torch.manual_seed(0)
     with EventStorage(), student.roi_heads.record() as trace:
         GeneralizedRCNN.forward(student, batch)
-    t, _ = student._distiller.box.predict(TeacherPass(student.teacher, batch), trace.boxes)
+    t, _ = student.distiller.box.predict(TeacherPass(student.teacher, batch), trace.boxes)
     result, _ = train_losses(student, batch)
     kl = losses.kl_divergence(trace.logits, t.logits, temperature=3.0, normalizer=len(t.logits))
     torch.testing.assert_close(result["loss_cls_kd"], 0.5 * kl)

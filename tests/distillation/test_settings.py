@@ -9,7 +9,8 @@ from helpers import distilling, tiny_cfg
 
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import merge_from_file
-from crosskd_ifc.config import check_crosskd_config, distillation_requested
+from crosskd_ifc.config import distillation_requested
+from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 
 K = "MODEL.CROSSKD."
 CASES = {

@@ -14,8 +14,8 @@ from helpers import tiny_cfg
 from scipy import stats
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.config import check_crosskd_config
 from crosskd_ifc.data.shapes import CLASSES, generate
+from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, plan, select
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import Table, report_text, write_report

@@ -21,7 +21,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.data.shapes import generate
-from crosskd_ifc.distillation.traces import TeacherOutOfMemory
+from crosskd_ifc.distillation.teacher import TeacherOutOfMemory
 from crosskd_ifc.training.preemption import Terminated, end_with_parent
 
 

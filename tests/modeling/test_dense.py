@@ -15,7 +15,7 @@ from helpers import tiny_batch, train_losses
 
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config, attach_teacher, standardize_like
 from crosskd_ifc.distillation import losses
-from crosskd_ifc.distillation.traces import TeacherPass
+from crosskd_ifc.distillation.teacher import TeacherPass
 from crosskd_ifc.weights.export import export_student
 
 K = "MODEL.CROSSKD."
@@ -121,7 +121,7 @@ def traced(student, batch):
 @dense
 def test_the_losses_are_the_documented_functions_of_the_predictions(kind):
     student, teacher = pair(kind)
-    batch, box = tiny_batch(boxes_per_image=(9, 12)), student._distiller.box
+    batch, box = tiny_batch(boxes_per_image=(9, 12)), student.distiller.box
     trace = traced(student, batch)
     theirs, wanted = box.run_teacher(TeacherPass(student.teacher, batch))
     found = box.mimic.maps(trace.layers, theirs)
@@ -159,7 +159,7 @@ def test_the_losses_are_the_documented_functions_of_the_predictions(kind):
 def test_the_teachers_own_predictions_are_those_of_its_forward(kind):
     student, teacher = pair(kind)
     batch = tiny_batch()
-    _, wanted = student._distiller.box.run_teacher(TeacherPass(student.teacher, batch))
+    _, wanted = student.distiller.box.run_teacher(TeacherPass(student.teacher, batch))
     with torch.no_grad():
         features = teacher.backbone(teacher.preprocess_image(batch).tensor)
         expected = teacher.head([features[f] for f in teacher.head_in_features])
@@ -173,8 +173,8 @@ def test_plain_crosskd_standardizes_one_tap_and_runs_the_teachers_remaining_laye
     student, teacher = pair(kind, *fusion("none", ("conv2",)))
     batch = tiny_batch()
     trace = traced(student, batch)
-    theirs, _ = student._distiller.box.run_teacher(TeacherPass(student.teacher, batch))
-    found = student._distiller.box.mimic.maps(trace.layers, theirs)
+    theirs, _ = student.distiller.box.run_teacher(TeacherPass(student.teacher, batch))
+    found = student.distiller.box.mimic.maps(trace.layers, theirs)
     for level in range(5):
         s = trace.layers["cls"]["conv2"][level]
         x = standardize_like(s, theirs["cls"][level]).relu()

@@ -10,8 +10,8 @@ from test_dense import KEYS, K, dense, dense_cfg, fusion, gradients, pair, trace
 
 from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.distillation import losses
-from crosskd_ifc.distillation.dense_heads import by_anchor
-from crosskd_ifc.distillation.traces import TeacherPass
+from crosskd_ifc.distillation.dense import by_anchor
+from crosskd_ifc.distillation.teacher import TeacherPass
 
 STUDENT_HEAD = (K + "MIMIC", "student_head")
 OTHER_CLASSES = ("MODEL.RETINANET.NUM_CLASSES", 5, "MODEL.FCOS.NUM_CLASSES", 5)
@@ -23,7 +23,7 @@ def by_index(*teacher_classes):
 
 def teachers_own(student, batch):
     """Logits and deltas in the order of the anchors."""
-    box = student._distiller.box
+    box = student.distiller.box
     return flat(box.teacher.by_level(box.run_teacher(TeacherPass(student.teacher, batch))[1]))
 
 

@@ -13,7 +13,7 @@ from torchvision.ops import generalized_box_iou
 
 from crosskd_ifc import FEATURE_FUSION_REGISTRY, ConfigError, attach_teacher
 from crosskd_ifc.distillation import losses
-from crosskd_ifc.distillation.traces import TeacherPass
+from crosskd_ifc.distillation.teacher import TeacherPass
 
 KD_KEYS = ("loss_cls_kd", "loss_box_reg_kd")
 CONV_HEAD = ("MODEL.ROI_BOX_HEAD.NUM_CONV", 2)
@@ -95,7 +95,7 @@ def recorded(student, batch):
     torch.manual_seed(0)
     with EventStorage(), student.roi_heads.record() as trace:
         GeneralizedRCNN.forward(student, batch)
-    box = student._distiller.box
+    box = student.distiller.box
     targets, layers = box.predict(TeacherPass(student.teacher, batch), trace.boxes)
     return trace, targets, layers, box.mimic.predict(trace, layers)
 

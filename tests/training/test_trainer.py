@@ -18,10 +18,10 @@ from detectron2.structures import BoxMode
 from helpers import distilling, tiny_cfg
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, Teacher
-from crosskd_ifc.config import check_crosskd_config
 from crosskd_ifc.data.cards import register_card
-from crosskd_ifc.distillation.teacher import load_teacher_config
+from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.runs import Run
+from crosskd_ifc.modeling.attach import load_teacher_config
 from crosskd_ifc.training.preflight import check_training_config
 from crosskd_ifc.training.preflight_data import check_classes
 from crosskd_ifc.training.schedule import DistillationSchedule

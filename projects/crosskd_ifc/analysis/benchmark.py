@@ -21,8 +21,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..config import class_count
-from ..distillation.teacher import attach_teacher, load_teacher_config
-from ..distillation.traces import TeacherPass
+from ..distillation.teacher import TeacherPass
+from ..modeling.attach import attach_teacher, load_teacher_config
 
 #: What is timed: the plain student's training step, the stock float32 teacher's forward on the same
 #: images and RoIs, the cross-head pass alone (the teacher's layers that the gradient crosses,
@@ -191,14 +191,14 @@ class Bench:
     def _run_cross_head(self) -> None:
         taps = _leaves(self._trace.layers)
         trace = dataclasses.replace(self._trace, layers=taps)
-        found = self.student._distiller.box.mimic.predict(trace, self._layers)
+        found = self.student.distiller.box.mimic.predict(trace, self._layers)
         _sum([found.logits, found.deltas]).backward()
 
     def _record(self) -> Tuple[Any, Any]:
         """The trace of a step, and the teacher's layers on it; without graph."""
         with EventStorage(), torch.no_grad(), self.plain.record() as trace:
             self.plain(self.batch)
-        box, run = self.student._distiller.box, TeacherPass(self.student.teacher, self.batch)
+        box, run = self.student.distiller.box, TeacherPass(self.student.teacher, self.batch)
         if isinstance(self.student, GeneralizedRCNN):
             return trace, box.predict(run, trace.boxes)[1]
         return trace, box.run_teacher(run)[0]

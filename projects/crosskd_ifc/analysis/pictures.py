@@ -11,7 +11,8 @@ from detectron2.utils.file_io import PathManager
 from ..common.files import refuse_overwriting
 from ..config import ConfigError, class_count, distillation_requested
 from ..distillation.compatibility import two_stage as pair
-from ..distillation.teacher import Teacher, attach_teacher
+from ..distillation.teacher import Teacher
+from ..modeling.attach import attach_teacher
 from ..training.preflight import check_evaluation_config, check_weights
 from ..weights.reading import MisfitError, StrictReader
 from .detections import COLUMNS, compare_detections, spread_evenly

@@ -14,14 +14,13 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 
 from ..config import ConfigError
-from ..modeling.roi_heads import HeadTrace
 from . import losses as L
 from .compatibility.class_map import ClassMap
 from .compatibility.two_stage import build_fusion
 from .fusion import FeatureFusion
 from .head_layers import BoxHeadLayers
-from .teacher import Teacher
-from .traces import Step, TeacherPass, put_scalars
+from .teacher import Teacher, TeacherPass
+from .traces import HeadTrace, Step, put_scalars
 
 
 @dataclasses.dataclass

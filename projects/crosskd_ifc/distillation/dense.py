@@ -1,35 +1,180 @@
 """Distillation of dense detectors.
 
-Shape shorthand: N images, K the teacher's foreground classes, R anchors of an image over all
-levels.
+Shape shorthand: N images, A anchors per position, K foreground classes, C channels, (Hi, Wi) size
+of level i with Pi = Hi Wi positions, R anchors of an image over all levels.
 """
 
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import cat
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, Instances
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.structures import Boxes
 from torch import nn
 
-from ..modeling.diagnostics import GradientDiagnostics, pyramid_outputs
 from . import losses as L
 from .compatibility.class_map import ClassMap
-from .compatibility.dense import build_fusions, check_pair, check_settings, towers_of
-from .compatibility.two_stage import build_class_map
-from .dense_heads import (
-    DenseCrossHead,
-    DensePredictions,
-    DenseStudentHead,
-    DenseTeacher,
-    DenseTrace,
-    by_anchor,
-    record_towers,
-)
-from .distiller import Distiller
-from .feature import FeatureDistiller
-from .teacher import Teacher
-from .traces import Step, TeacherPass, put_scalars
+from .compatibility.dense import build_fusions
+from .head_layers import TOWERS, towers_of
+from .teacher import Teacher, TeacherPass
+from .traces import DensePredictions, DenseTrace, Step, put_scalars
+
+
+def by_anchor(levels: List[torch.Tensor]) -> torch.Tensor:
+    """For each level (N, Pi, A, ...) -> (N, R, ...), in the order of the anchors."""
+    return cat([x.flatten(1, 2) for x in levels], dim=1)
+
+
+class DenseTeacher:
+    """A teacher's head, tower by tower."""
+
+    def __init__(self, teacher: Teacher):
+        self.model = teacher.model
+        self.towers = towers_of(self.model.head)
+
+    def run(
+        self, teacher: TeacherPass, entries: Mapping[str, str]
+    ) -> Tuple[Dict[str, List[Optional[torch.Tensor]]], List[List[torch.Tensor]]]:
+        """The teacher's predictions, and what it has at the entry layers; no gradient.
+
+        Args:
+            entries: tower -> the layer to keep; "" keeps none.
+
+        Returns:
+            tower -> for each level (N, C, Hi, Wi) or None, and the predictions as in
+            :meth:`predict`.
+        """
+        features = teacher.features
+        kept: Dict[str, List[Optional[torch.Tensor]]] = {tower: [] for tower in TOWERS}
+        outputs: Dict[str, List[torch.Tensor]] = {tower: [] for tower in TOWERS}
+        with teacher.running():
+            for tower, layers in self.towers.items():
+                entry = entries[tower]
+                for name in self.model.head_in_features:
+                    # Only the entry's output stays alive.
+                    x = layers.run(features[name], layers.names[0], entry or layers.names[0])
+                    kept[tower].append(x if entry else None)
+                    outputs[tower].append(layers.run(x, entry or layers.names[0]))
+            return kept, self.predict(outputs)
+
+    def predict(self, outputs: Mapping[str, List[torch.Tensor]]) -> List[List[torch.Tensor]]:
+        """What its head gives for the outputs of its towers.
+
+        Args:
+            outputs: tower -> for each level (N, C, Hi, Wi).
+
+        Returns:
+            For each level the logits (N, A K, Hi, Wi), the deltas (N, 4 A, Hi, Wi) and, for FCOS,
+            the centerness (N, 1, Hi, Wi).
+        """
+        head = self.model.head
+        found = [
+            [head.cls_score(x) for x in outputs["cls"]],
+            [head.bbox_pred(x) for x in outputs["bbox"]],
+        ]
+        if isinstance(head, FCOSHead):
+            found.append([head.ctrness(x) for x in outputs["bbox"]])
+        return found
+
+    def by_level(self, predictions: List[List[torch.Tensor]]) -> DensePredictions:
+        """Logits and deltas of :meth:`predict` with the columns of each anchor last."""
+        columns = self.model.num_classes, 4
+        return DensePredictions(
+            *([_columns_last(x, c) for x in maps] for maps, c in zip(predictions, columns))
+        )
+
+
+def _columns_last(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """(N, A columns, Hi, Wi) -> (N, Pi, A, columns), a view."""
+    return x.unflatten(1, (-1, columns)).flatten(3).permute(0, 3, 1, 2)
+
+
+class DenseCrossHead:
+    """Cross-head predictions: for each level, the student's taps of a tower are combined,
+    standardized to the teacher's feature at the entry layer, rectified, and sent through the
+    teacher's layers after it and its predictor.
+
+    The gradient flows through the frozen layers into the taps and adapters. All predictions are in
+    the teacher's classes.
+    """
+
+    def __init__(self, teacher: DenseTeacher, fusion: nn.ModuleDict):
+        """
+        Args:
+            fusion: tower -> :class:`FeatureFusion`.
+        """
+        self.fusion = fusion
+        self.entries = {tower: f.entry for tower, f in fusion.items()}
+        self.transform = teacher.model.box2box_transform
+        self._teacher = teacher
+
+    def maps(
+        self,
+        student: Mapping[str, Mapping[str, List[torch.Tensor]]],
+        teacher: Mapping[str, List[torch.Tensor]],
+    ) -> List[List[torch.Tensor]]:
+        """Cross-head predictions level by level, as of :meth:`DenseTeacher.predict`.
+
+        Args:
+            student: tower -> layer -> its output for each level.
+            teacher: tower -> for each level the teacher's output of the entry layer.
+        """
+        outputs = {}
+        for tower, named in self._teacher.towers.items():
+            fusion = self.fusion[tower]
+            outputs[tower] = []
+            for level, theirs in enumerate(teacher[tower]):
+                taps = {tap: student[tower][tap][level] for tap in fusion.taps}
+                fused = fusion(taps, theirs, named.run)
+                outputs[tower].append(named.run(fused, after=fusion.entry))
+        return self._teacher.predict(outputs)
+
+    def predict(
+        self, trace: DenseTrace, teacher: Mapping[str, List[torch.Tensor]]
+    ) -> DensePredictions:
+        return self._teacher.by_level(self.maps(trace.layers, teacher))
+
+    def targets(self, predictions: DensePredictions) -> DensePredictions:
+        """What the predictions are compared with: the teacher's own."""
+        return predictions
+
+    def connected_zero(self, trace: DenseTrace) -> torch.Tensor:
+        """0, with a graph to every learned parameter of the fusions."""
+        zeros = [f.connected_zero() for f in self.fusion.values()]
+        zeros = [z for z in zeros if z is not None]
+        return sum(zeros) if zeros else trace.zero()
+
+
+class DenseStudentHead:
+    """The student's own predictions, compared class by class (plain prediction mimicking)."""
+
+    fusion = None
+    entries = dict.fromkeys(TOWERS, "")
+
+    def __init__(self, student: DenseDetector, class_map: ClassMap):
+        self._class_map = class_map
+        self.transform = student.box2box_transform
+
+    def predict(self, trace: DenseTrace, teacher: Mapping[str, List[None]]) -> DensePredictions:
+        """The student's predictions for the classes that have a teacher class."""
+        return _selected(self._class_map.student_channels, trace.own)
+
+    def targets(self, predictions: DensePredictions) -> DensePredictions:
+        """The teacher's predictions in these classes."""
+        return _selected(self._class_map.teacher_channels, predictions)
+
+    def connected_zero(self, trace: DenseTrace) -> torch.Tensor:
+        return trace.zero()
+
+
+def _selected(
+    channels: Callable[[torch.Tensor], torch.Tensor], predictions: DensePredictions
+) -> DensePredictions:
+    """Only some of the classes."""
+    logits = [channels(x.flatten(0, 2)).unflatten(0, x.shape[:3]) for x in predictions.logits]
+    return DensePredictions(logits, predictions.deltas)
 
 
 class DenseBoxDistiller:
@@ -177,59 +322,3 @@ def _best_class(predictions: DensePredictions) -> Tuple[torch.Tensor, torch.Tens
 
 def _mean(x: torch.Tensor, weights: torch.Tensor) -> float:
     return ((x * weights).sum() / weights.sum().clamp(min=L.EPS)).item()
-
-
-class DenseDistiller(Distiller):
-    """The distillation of a RetinaNet or FCOS."""
-
-    @configurable
-    def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: of :class:`Distiller`.
-        """
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: DenseDetector, teacher: Teacher):
-        kd = cfg.MODEL.CROSSKD
-        check_settings(cfg)
-        check_pair(student, teacher)
-        needed_by = "MODEL.CROSSKD.MIMIC 'student_head'" if kd.MIMIC == "student_head" else ""
-        class_map = build_class_map(cfg, student, teacher, needed_by)
-        box = DenseBoxDistiller(cfg, student, teacher, class_map)
-        has_features = kd.LOSS.FEATURE_WEIGHT > 0
-        predictors = student.head.cls_score, student.head.bbox_pred
-        return {
-            "teacher": teacher,
-            "box": box,
-            "others": [FeatureDistiller(cfg, student, teacher)] if has_features else [],
-            "diagnostics": GradientDiagnostics.build(
-                cfg, _shared_parameters(student, box), *predictors
-            ),
-        }
-
-    def detect(
-        self, student: DenseDetector, batched_inputs: List[Dict[str, torch.Tensor]]
-    ) -> List[Instances]:
-        """What the cross-head detects, per image, in the network's pixels; in evaluation mode."""
-        images = student.preprocess_image(batched_inputs)
-        features = student.backbone(images.tensor)
-        levels = [features[name] for name in student.head_in_features]
-        with record_towers(student.head) as layers:
-            student.head(levels)
-        theirs, _ = self.box.run_teacher(TeacherPass(self.teacher, batched_inputs))
-        found = self.box.mimic.maps(layers, theirs)
-        return self.teacher.model.forward_inference(images, levels, found)
-
-
-def _shared_parameters(student: DenseDetector, box: DenseBoxDistiller) -> List[nn.Parameter]:
-    """Of the last layer of each tower that detection and distillation both reach."""
-    if not box.is_active:
-        return pyramid_outputs(student)
-    parameters = []
-    for tower, layers in towers_of(student.head).items():
-        fusion = None if box.fusion is None else box.fusion[tower]
-        deepest = layers.last if fusion is None else max(fusion.taps, key=layers.depth)
-        parameters += layers.parameters(deepest)
-    return parameters

@@ -4,11 +4,21 @@ import contextlib
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Instances
 from torch import nn
 
-from ..modeling.diagnostics import GradientDiagnostics
-from .teacher import Teacher
-from .traces import Step, TeacherPass, is_logging_step, put_scalars
+from .box import BoxDistiller
+from .compatibility.class_map import ClassMap
+from .dense import DenseBoxDistiller
+from .feature import FeatureDistiller
+from .head_layers import record_towers
+from .mask import MaskDistiller
+from .rpn import RPNMimic
+from .teacher import Teacher, TeacherPass
+from .traces import Step, is_logging_step, put_scalars
 
 
 class Distiller:
@@ -24,18 +34,15 @@ class Distiller:
         teacher: Teacher,
         box: Any,
         others: Sequence[Any] = (),
-        diagnostics: Optional[GradientDiagnostics] = None,
     ):
         """
         Args:
             teacher: the frozen detector.
             box: the part that compares classes and boxes; also has ``fusion`` and ``zero(trace)``.
             others: more parts.
-            diagnostics: measured on all losses of a step.
         """
         self.teacher, self.box = teacher, box
         self._parts: List[Any] = [box, *others]
-        self._diagnostics = diagnostics
 
     @property
     def fusion(self) -> Optional[nn.Module]:
@@ -89,7 +96,97 @@ class Distiller:
                 put_scalars({"teacher_seconds": step.teacher.seconds})
         return losses
 
-    def diagnose(self, losses: Dict[str, torch.Tensor]) -> None:
-        """Measure what the config asks for on all losses of a step, those of detection included."""
-        if self._diagnostics is not None:
-            self._diagnostics.measure(losses)
+
+class RCNNDistiller(Distiller):
+    """The distillation of a :class:`GeneralizedRCNN` with :class:`CrossKDROIHeads`.
+
+    Its losses are without the RPN's, which the student's RPN adds itself.
+    """
+
+    @configurable
+    def __init__(self, *, rpn: Optional[RPNMimic], **kwargs):
+        """
+        Args:
+            rpn: whose loss the student's RPN adds.
+            kwargs: of :class:`Distiller`.
+        """
+        super().__init__(**kwargs)
+        self._rpn = rpn
+
+    @classmethod
+    def from_config(
+        cls,
+        cfg: CfgNode,
+        student: GeneralizedRCNN,
+        teacher: Teacher,
+        class_map: Optional[ClassMap],
+    ):
+        kd = cfg.MODEL.CROSSKD
+        others: List[Any] = []
+        if student.roi_heads.mask_on and kd.LOSS.MASK_WEIGHT > 0:
+            others.append(MaskDistiller(cfg, student, teacher, class_map))
+        if kd.LOSS.FEATURE_WEIGHT > 0:
+            others.append(FeatureDistiller(cfg, student, teacher))
+        return {
+            "teacher": teacher,
+            "box": BoxDistiller(cfg, student, teacher, class_map),
+            "others": others,
+            "rpn": RPNMimic(cfg, student, teacher) if kd.LOSS.RPN_WEIGHT > 0 else None,
+        }
+
+    @contextlib.contextmanager
+    def recording(
+        self,
+        student: GeneralizedRCNN,
+        batched_inputs: List[Dict[str, torch.Tensor]],
+        factor: float,
+    ) -> Iterator[Step]:
+        with contextlib.ExitStack() as stack:
+            step = stack.enter_context(super().recording(student, batched_inputs, factor))
+            if self._rpn is not None:
+                stack.enter_context(student.proposal_generator.mimicking(self._rpn, step))
+            yield step
+
+    def detect(
+        self, student: GeneralizedRCNN, batched_inputs: List[Dict[str, torch.Tensor]]
+    ) -> List[Instances]:
+        """What the cross-head detects, per image, in the network's pixels; in evaluation mode."""
+        with student.record() as trace:
+            student.inference(batched_inputs, do_postprocess=False)
+        return self.box.detect(TeacherPass(self.teacher, batched_inputs), trace)
+
+
+class DenseDistiller(Distiller):
+    """The distillation of a RetinaNet or FCOS."""
+
+    @configurable
+    def __init__(self, **kwargs):
+        """
+        Args:
+            kwargs: of :class:`Distiller`.
+        """
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, student: DenseDetector, teacher: Teacher, class_map: Optional[ClassMap]
+    ):
+        has_features = cfg.MODEL.CROSSKD.LOSS.FEATURE_WEIGHT > 0
+        return {
+            "teacher": teacher,
+            "box": DenseBoxDistiller(cfg, student, teacher, class_map),
+            "others": [FeatureDistiller(cfg, student, teacher)] if has_features else [],
+        }
+
+    def detect(
+        self, student: DenseDetector, batched_inputs: List[Dict[str, torch.Tensor]]
+    ) -> List[Instances]:
+        """What the cross-head detects, per image, in the network's pixels; in evaluation mode."""
+        images = student.preprocess_image(batched_inputs)
+        features = student.backbone(images.tensor)
+        levels = [features[name] for name in student.head_in_features]
+        with record_towers(student.head) as layers:
+            student.head(levels)
+        theirs, _ = self.box.run_teacher(TeacherPass(self.teacher, batched_inputs))
+        found = self.box.mimic.maps(layers, theirs)
+        return self.teacher.model.forward_inference(images, levels, found)

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, configurable
 from torch import nn
 
 from ..config import ConfigError
-from .compatibility.two_stage import check_same_padding
+from .compatibility.anchors import check_same_padding
 from .losses import at_least_float32, pkd
 from .teacher import Teacher
 from .traces import Step

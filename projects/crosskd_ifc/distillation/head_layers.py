@@ -4,10 +4,12 @@ Shape shorthand: R RoIs, C channels, (P, P) pooler resolution, D width of a full
 images, (Hi, Wi) size of level i of a pyramid.
 """
 
+import contextlib
 import re
-from typing import Dict, List, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 import torch
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from torch import nn
 
@@ -154,3 +156,40 @@ class TowerLayers(NamedLayers):
                 "convolution, a norm or none, and a ReLU"
             )
         super().__init__("input", layers, shapes)
+
+
+TOWERS = ("cls", "bbox")
+
+
+def towers_of(head: RetinaNetHead) -> Dict[str, TowerLayers]:
+    """The towers of a dense head by name, "cls" and "bbox".
+
+    Raises:
+        TypeError: if it is no such head, or its towers have unknown layers.
+    """
+    if not isinstance(head, RetinaNetHead):
+        raise TypeError(f"head {type(head).__name__} is no RetinaNetHead or FCOSHead")
+    return {name: TowerLayers(head.get_submodule(f"{name}_subnet")) for name in TOWERS}
+
+
+@contextlib.contextmanager
+def record_towers(head: RetinaNetHead) -> Iterator[Dict[str, Dict[str, List[torch.Tensor]]]]:
+    """Within this context, a forward of ``head`` fills tower -> layer -> outputs per level."""
+    layers: Dict[str, Dict[str, List[torch.Tensor]]] = {name: {} for name in TOWERS}
+    handles = []
+
+    def keep(outputs: List[torch.Tensor]):
+        def hook(module, inputs, output):
+            outputs.append(output)
+
+        return hook
+
+    for tower, named in towers_of(head).items():
+        for layer in named.names[1:]:
+            outputs = layers[tower].setdefault(layer, [])
+            handles.append(named.output_module(layer).register_forward_hook(keep(outputs)))
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -3,81 +3,17 @@
 Shape shorthand: N images.
 """
 
-import contextlib
 import dataclasses
-import functools
-import time
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 
-from .teacher import Teacher
+from .teacher import TeacherPass
 
 # Statistics are read from the device only this often, in the steps that detectron2's writers log.
 LOG_PERIOD = 20
-
-
-class TeacherOutOfMemory(RuntimeError):
-    """Memory ran out while the teacher was running."""
-
-
-class TeacherPass:
-    """The teacher on one batch; what several losses need is computed once, when it is first asked
-    for.
-
-    Attributes:
-        seconds: wall time spent in it so far; 0 unless ``timed``.
-    """
-
-    def __init__(
-        self, teacher: Teacher, batched_inputs: List[Dict[str, torch.Tensor]], *, timed=False
-    ):
-        """
-        Args:
-            teacher: the frozen detector.
-            batched_inputs: N raw images of the student.
-            timed: whether to measure, which makes a GPU wait.
-        """
-        self.teacher, self.seconds = teacher, 0.0
-        self._inputs, self._timed = batched_inputs, timed
-
-    @functools.cached_property
-    def features(self) -> Dict[str, torch.Tensor]:
-        """Backbone features by name, each (N, C, Hi, Wi), no gradient."""
-        with self.running():
-            return self.teacher.features(self._inputs)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """The context of everything that the teacher computes for itself: no gradient, its
-        precision.
-
-        Raises:
-            TeacherOutOfMemory: with advice.
-        """
-        start = self._clock()
-        try:
-            with self.teacher.autocast():
-                yield
-        except RuntimeError as error:
-            # A GPU has its own type; a CPU's allocator only says so.
-            if not isinstance(error, torch.cuda.OutOfMemoryError) and (
-                "can't allocate memory" not in str(error)
-            ):
-                raise
-            raise TeacherOutOfMemory(
-                "out of memory in the teacher's forward: lower SOLVER.IMS_PER_BATCH (per process), "
-                "INPUT.MIN_SIZE_TRAIN or MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, take a smaller "
-                "teacher, or on a GPU set MODEL.CROSSKD.TEACHER.PRECISION to 'bfloat16' "
-                f"({str(error).strip().splitlines()[0]})"
-            ) from error
-        self.seconds += self._clock() - start
-
-    def _clock(self) -> float:
-        if self._timed and self.teacher.device.type == "cuda":
-            torch.cuda.synchronize(self.teacher.device)
-        return time.perf_counter() if self._timed else 0.0
 
 
 @dataclasses.dataclass
@@ -107,3 +43,92 @@ def put_scalars(scalars: Dict[str, float]) -> None:
 
 def is_logging_step() -> bool:
     return (get_event_storage().iter + 1) % LOG_PERIOD == 0
+
+
+@dataclasses.dataclass
+class MaskTrace:
+    """What one training pass of the mask branch saw and computed; tensors carry their graph.
+
+    Attributes:
+        instances: per image its positive RoIs, P in all: ``proposal_boxes`` and ``gt_classes``.
+        pooled: (P, C, H, W) output of the mask pooler.
+        logits: (P, K or 1, 2H, 2W) of the head's predictor; None for a head without one.
+    """
+
+    instances: List[Instances] = dataclasses.field(default_factory=list)
+    pooled: Optional[torch.Tensor] = None
+    logits: Optional[torch.Tensor] = None
+
+    @property
+    def boxes(self) -> List[Boxes]:
+        """The boxes of the RoIs, per image, absolute pixels."""
+        return [x.proposal_boxes for x in self.instances]
+
+
+@dataclasses.dataclass
+class HeadTrace:
+    """What one pass of the ROI heads saw and computed; tensors carry their graph.
+
+    Attributes:
+        proposals: per image, the boxes (``proposal_boxes``, absolute pixels) from before any
+            ``TRAIN_ON_PRED_BOXES`` rewriting, and in training their ``gt_classes``.
+        layers: layer name of the box head -> its output, ``pool`` (R, C, P, P), ``convk`` (R, C, P,
+            P), ``fck`` (R, D).
+        logits: (R, K + 1) class logits of the box predictor.
+        deltas: (R, 4K) or (R, 4) box deltas of the box predictor.
+        mask: of the mask branch, where there is one.
+    """
+
+    proposals: List[Instances] = dataclasses.field(default_factory=list)
+    layers: Dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    logits: Optional[torch.Tensor] = None
+    deltas: Optional[torch.Tensor] = None
+    mask: MaskTrace = dataclasses.field(default_factory=MaskTrace)
+
+    @property
+    def boxes(self) -> List[Boxes]:
+        """The boxes of the proposals, per image."""
+        return [p.proposal_boxes for p in self.proposals]
+
+
+@dataclasses.dataclass
+class DenseTrace:
+    """What a forward of the student computed; tensors carry their graph.
+
+    Attributes:
+        layers: tower -> layer -> its output for each level, (N, C, Hi, Wi).
+        num_anchors: A.
+        predictions: of its own predictors for each level, logits (N, Hi Wi A, K) and deltas (N,
+            Hi Wi A, 4); in training only, as what follows.
+        anchors: for each level.
+        labels: (N, R): class, K for background, -1 for ignored.
+        boxes: for each image (R, 4), the matched ground truth.
+    """
+
+    layers: Dict[str, Dict[str, List[torch.Tensor]]]
+    num_anchors: int
+    predictions: Tuple[List[torch.Tensor], ...] = ()
+    anchors: List[Boxes] = dataclasses.field(default_factory=list)
+    labels: Optional[torch.Tensor] = None
+    boxes: List[torch.Tensor] = dataclasses.field(default_factory=list)
+
+    @property
+    def own(self) -> "DensePredictions":
+        """The predictions of its own predictors."""
+        shape = (-1, self.num_anchors)
+        return DensePredictions(*([x.unflatten(1, shape) for x in y] for y in self.predictions))
+
+    def zero(self) -> torch.Tensor:
+        return self.anchors[0].tensor.new_zeros(())
+
+
+@dataclasses.dataclass
+class DensePredictions:
+    """For each level class logits (N, Pi, A, K) and box deltas (N, Pi, A, 4).
+
+    They are views of what the predictors gave: the logits are by far the largest tensors of a dense
+    detector, too large to be copied into another order.
+    """
+
+    logits: List[torch.Tensor]
+    deltas: List[torch.Tensor]

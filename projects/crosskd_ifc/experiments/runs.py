@@ -23,7 +23,7 @@ from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json, write_json
 from ..common.paths import resolve_path
 from ..config import add_crosskd_ifc_config, distillation_requested
-from ..distillation.teacher import load_teacher_config
+from ..modeling.attach import load_teacher_config
 from .child_process import RunFailed, RunStopped, claim_folder, supervise
 
 # Settings that don't belong to a run's results.

@@ -12,9 +12,13 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes
 
-from ..distillation.dense import DenseDistiller
-from ..distillation.dense_heads import DenseTrace, record_towers
+from ..distillation.compatibility.dense import check_pair, check_settings
+from ..distillation.distiller import DenseDistiller
+from ..distillation.head_layers import record_towers
 from ..distillation.teacher import Teacher
+from ..distillation.traces import DenseTrace
+from .classes import build_class_map, needs_class_map
+from .diagnostics import Places, shared_in_towers
 from .student import Student
 
 
@@ -34,7 +38,14 @@ class DenseStudent(Student):
     _trace: Optional[DenseTrace] = None
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> DenseDistiller:
-        return DenseDistiller(cfg, self, teacher)
+        check_settings(cfg)
+        check_pair(self, teacher)
+        class_map = build_class_map(cfg, self, teacher, needs_class_map(cfg))
+        return DenseDistiller(cfg, self, teacher, class_map)
+
+    def diagnosed(self) -> Places:
+        predictors = [self.head.cls_score, self.head.bbox_pred]
+        return shared_in_towers(self, self.distiller.box), predictors
 
     def kd_normalizer(self, trace: DenseTrace) -> torch.Tensor:
         """The divisor of the distillation losses, a scalar of at least 1."""
@@ -75,6 +86,6 @@ class DenseStudent(Student):
             As ``forward`` in evaluation.
         """
         self._check_cross_head()
-        results = self._distiller.detect(self, batched_inputs)
+        results = self.distiller.detect(self, batched_inputs)
         sizes = [r.image_size for r in results]
         return GeneralizedRCNN._postprocess(results, batched_inputs, sizes)

@@ -1,14 +1,21 @@
 """Do distillation and detection pull the student's layers in the same direction?"""
 
-from typing import Dict, List, Mapping, Optional
+from typing import Dict, List, Mapping, Optional, Tuple
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import FPN
+from detectron2.modeling import FPN, GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from ..distillation.box import BoxDistiller
+from ..distillation.dense import DenseBoxDistiller
+from ..distillation.fusion import FeatureFusion
+from ..distillation.head_layers import towers_of
 from ..distillation.traces import put_scalars
+
+# Parameters that both kinds of losses reach, and the modules of the predictors.
+Places = Tuple[List[nn.Parameter], List[nn.Module]]
 
 
 class GradientDiagnostics:
@@ -34,22 +41,6 @@ class GradientDiagnostics:
         """
         self.period = period
         self._places = {"shared": shared, "predictor": predictor}
-
-    @classmethod
-    def build(
-        cls, cfg: CfgNode, shared: List[nn.Parameter], *predictors: nn.Module
-    ) -> Optional["GradientDiagnostics"]:
-        """What ``MODEL.CROSSKD.DIAGNOSTICS`` asks for, None if nothing.
-
-        Args:
-            shared: as of the constructor.
-            predictors: the modules whose parameters are the predictor's.
-        """
-        period = cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD
-        if period == 0:
-            return None
-        predictor = [p for module in predictors for p in module.parameters()]
-        return cls(period=period, shared=shared, predictor=predictor)
 
     def measure(self, losses: Mapping[str, torch.Tensor]) -> None:
         """Measure and log, if this iteration is due.
@@ -96,3 +87,25 @@ def pyramid_outputs(student: nn.Module) -> List[nn.Parameter]:
     backbone = student.backbone
     modules = backbone.output_convs if isinstance(backbone, FPN) else [backbone]
     return [p for m in modules for p in m.parameters()]
+
+
+def shared_in_box_head(student: GeneralizedRCNN, box: BoxDistiller) -> List[nn.Parameter]:
+    """Of the last layer that detection and distillation both reach."""
+    layers = student.roi_heads.box_head_layers()
+    fusion: Optional[FeatureFusion] = box.fusion
+    deepest = layers.last if fusion is None else max(fusion.taps, key=layers.depth)
+    if deepest != "pool" and box.is_active:
+        return layers.parameters(deepest)
+    return pyramid_outputs(student)
+
+
+def shared_in_towers(student: DenseDetector, box: DenseBoxDistiller) -> List[nn.Parameter]:
+    """Of the last layer of each tower that detection and distillation both reach."""
+    if not box.is_active:
+        return pyramid_outputs(student)
+    parameters = []
+    for tower, layers in towers_of(student.head).items():
+        fusion = None if box.fusion is None else box.fusion[tower]
+        deepest = layers.last if fusion is None else max(fusion.taps, key=layers.depth)
+        parameters += layers.parameters(deepest)
+    return parameters

@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch import fcos
 from detectron2.utils import comm
 
-from ..distillation.dense_heads import DenseTrace
+from ..distillation.traces import DenseTrace
 from .dense import DenseStudent
 
 

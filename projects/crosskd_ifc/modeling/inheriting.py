@@ -13,10 +13,10 @@ from detectron2.modeling.proposal_generator import RPN
 from torch import nn
 
 from ..config import ConfigError
+from ..distillation.compatibility.anchors import differing_key
 from ..distillation.compatibility.class_map import MASKED, ClassMap
-from ..distillation.compatibility.two_stage import build_class_map
 from ..distillation.teacher import Teacher
-from .rpn import differing_key
+from .classes import build_class_map
 
 logger = logging.getLogger(__name__)
 

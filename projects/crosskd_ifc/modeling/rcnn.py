@@ -9,9 +9,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
-from ..distillation.rcnn_distiller import RCNNDistiller
+from ..distillation.compatibility.two_stage import check_student, check_teacher
+from ..distillation.distiller import RCNNDistiller
 from ..distillation.teacher import Teacher
-from .roi_heads import HeadTrace
+from ..distillation.traces import HeadTrace
+from .classes import build_class_map, needs_class_map
+from .diagnostics import Places, shared_in_box_head
 from .student import Student
 
 
@@ -25,7 +28,14 @@ class CrossKDRCNN(Student, GeneralizedRCNN):
     """
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> RCNNDistiller:
-        return RCNNDistiller(cfg, self, teacher)
+        own_predictions = cfg.MODEL.CROSSKD.MIMIC == "student_head"
+        check_student(self, own_predictions=own_predictions)
+        check_teacher(teacher)
+        class_map = build_class_map(cfg, self, teacher, needs_class_map(cfg))
+        return RCNNDistiller(cfg, self, teacher, class_map)
+
+    def diagnosed(self) -> Places:
+        return shared_in_box_head(self, self.distiller.box), [self.roi_heads.box_predictor]
 
     def record(self) -> ContextManager[HeadTrace]:
         return self.roi_heads.record()
@@ -44,5 +54,5 @@ class CrossKDRCNN(Student, GeneralizedRCNN):
             As ``forward`` in evaluation; classes are the teacher's.
         """
         self._check_cross_head()
-        results = self._distiller.detect(self, batched_inputs)
+        results = self.distiller.detect(self, batched_inputs)
         return self._postprocess(results, batched_inputs, [r.image_size for r in results])

@@ -4,7 +4,7 @@ import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
 
-from ..distillation.dense_heads import DenseTrace
+from ..distillation.traces import DenseTrace
 from .dense import DenseStudent
 
 

@@ -5,62 +5,16 @@ connected layer, K classes.
 """
 
 import contextlib
-import dataclasses
 from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead, StandardROIHeads
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch.utils.hooks import RemovableHandle
 
 from ..distillation.head_layers import BoxHeadLayers
-
-
-@dataclasses.dataclass
-class MaskTrace:
-    """What one training pass of the mask branch saw and computed; tensors carry their graph.
-
-    Attributes:
-        instances: per image its positive RoIs, P in all: ``proposal_boxes`` and ``gt_classes``.
-        pooled: (P, C, H, W) output of the mask pooler.
-        logits: (P, K or 1, 2H, 2W) of the head's predictor; None for a head without one.
-    """
-
-    instances: List[Instances] = dataclasses.field(default_factory=list)
-    pooled: Optional[torch.Tensor] = None
-    logits: Optional[torch.Tensor] = None
-
-    @property
-    def boxes(self) -> List[Boxes]:
-        """The boxes of the RoIs, per image, absolute pixels."""
-        return [x.proposal_boxes for x in self.instances]
-
-
-@dataclasses.dataclass
-class HeadTrace:
-    """What one pass of the ROI heads saw and computed; tensors carry their graph.
-
-    Attributes:
-        proposals: per image, the boxes (``proposal_boxes``, absolute pixels) from before any
-            ``TRAIN_ON_PRED_BOXES`` rewriting, and in training their ``gt_classes``.
-        layers: layer name of the box head -> its output, ``pool`` (R, C, P, P), ``convk`` (R, C, P,
-            P), ``fck`` (R, D).
-        logits: (R, K + 1) class logits of the box predictor.
-        deltas: (R, 4K) or (R, 4) box deltas of the box predictor.
-        mask: of the mask branch, where there is one.
-    """
-
-    proposals: List[Instances] = dataclasses.field(default_factory=list)
-    layers: Dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    logits: Optional[torch.Tensor] = None
-    deltas: Optional[torch.Tensor] = None
-    mask: MaskTrace = dataclasses.field(default_factory=MaskTrace)
-
-    @property
-    def boxes(self) -> List[Boxes]:
-        """The boxes of the proposals, per image."""
-        return [p.proposal_boxes for p in self.proposals]
+from ..distillation.traces import HeadTrace, MaskTrace
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..distillation.distiller import Distiller
 from ..distillation.teacher import Teacher
+from .diagnostics import GradientDiagnostics, Places
 from .inheriting import Inheritance, plan_inheritance
 
 
@@ -20,13 +21,15 @@ class Student(nn.Module):
 
     Attributes:
         teacher: the attached teacher, or None.
+        distiller: computes the distillation losses, or None.
         kd_factor: multiplies the distillation losses; 0 doesn't run the teacher. A schedule sets
             it, 1 without one.
     """
 
     teacher: Optional[Teacher] = None
     kd_factor: float = 1.0
-    _distiller: Optional[Distiller] = None
+    distiller: Optional[Distiller] = None
+    _diagnostics: Optional[GradientDiagnostics] = None
     _inheritance: Optional[Inheritance] = None
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> Distiller:
@@ -44,14 +47,15 @@ class Student(nn.Module):
     def forward(self, batched_inputs: List[Dict[str, torch.Tensor]]):
         """As the parent's; in training with a teacher the dict also holds the distillation losses,
         whose names end in ``_kd``."""
-        if not self.training or self._distiller is None:
+        if not self.training or self.distiller is None:
             return super().forward(batched_inputs)
         # Once for both networks.
         batched_inputs = [{**x, "image": x["image"].to(self.device)} for x in batched_inputs]
-        with self._distiller.recording(self, batched_inputs, self.kd_factor) as step:
+        with self.distiller.recording(self, batched_inputs, self.kd_factor) as step:
             losses = super().forward(batched_inputs)
-        losses.update(self._distiller.losses(step))
-        self._distiller.diagnose(losses)
+        losses.update(self.distiller.losses(step))
+        if self._diagnostics is not None:
+            self._diagnostics.measure(losses)
         return losses
 
     def set_teacher(self, teacher: Teacher, cfg: CfgNode) -> None:
@@ -66,15 +70,29 @@ class Student(nn.Module):
             distiller = self.build_distiller(cfg, teacher)
             inheritance = plan_inheritance(cfg, self, teacher)
         # All at once: a student that was refused a teacher stays as it was.
-        self.teacher, self._distiller, self._inheritance = teacher, distiller, inheritance
+        self.teacher, self.distiller, self._inheritance = teacher, distiller, inheritance
+        self._diagnostics = self._build_diagnostics(cfg)
         self._modules.pop("fusion", None)  # of an earlier teacher
         if self.has_cross_head:
             self.fusion = distiller.fusion.to(self.device)
 
+    def diagnosed(self) -> Places:
+        """Where gradients are compared: parameters that detection and distillation share, and the
+        modules of the predictors."""
+        raise NotImplementedError
+
+    def _build_diagnostics(self, cfg: CfgNode) -> Optional[GradientDiagnostics]:
+        period = cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD
+        if self.distiller is None or period == 0:
+            return None
+        shared, predictors = self.diagnosed()
+        parameters = [p for module in predictors for p in module.parameters()]
+        return GradientDiagnostics(period=period, shared=shared, predictor=parameters)
+
     @property
     def has_cross_head(self) -> bool:
         """Whether a teacher is attached whose head reads this student (``MIMIC`` "cross_head")."""
-        return self._distiller is not None and self._distiller.fusion is not None
+        return self.distiller is not None and self.distiller.fusion is not None
 
     def inherit_weights(self) -> None:
         """Start from the teacher's weights, as ``MODEL.CROSSKD.INHERIT`` says.

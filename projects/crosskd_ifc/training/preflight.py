@@ -7,15 +7,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from ..config import (
-    META_ARCHITECTURES,
-    ConfigError,
-    check_crosskd_config,
-    class_count,
-    distillation_requested,
-)
+from ..config import META_ARCHITECTURES, ConfigError, class_count, distillation_requested
 from ..data.cards import register_cards
-from ..distillation.teacher import check_teacher_weights
+from ..distillation.compatibility.settings import check_crosskd_config
+from ..modeling.attach import check_teacher_weights
 from ..weights.state_dicts import is_missing
 
 

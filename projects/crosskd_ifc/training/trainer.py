@@ -23,7 +23,7 @@ from ..common.random_state import same_random_state
 from ..config import ConfigError, distillation_requested
 from ..data.cards import drop_degenerate_boxes
 from ..data.mapper import SampleError, build_mapper
-from ..distillation.teacher import attach_teacher
+from ..modeling.attach import attach_teacher
 from ..modeling.student import unwrap
 from .checkpointer import SafeCheckpointer
 from .preemption import (

@@ -4,26 +4,14 @@ from typing import Dict, List, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 
-from ...config import ConfigError, check_unused
+from ...config import ConfigError
 from ..fusion import FeatureFusion
-from ..head_layers import TowerLayers
+from ..head_layers import TOWERS, towers_of
 from ..teacher import Teacher
-from .two_stage import check_same_padding, differing_anchors, make_fusion, refuse
-
-TOWERS = ("cls", "bbox")
-
-
-def towers_of(head: RetinaNetHead) -> Dict[str, TowerLayers]:
-    """The towers of a dense head by name, "cls" and "bbox".
-
-    Raises:
-        TypeError: if it is no such head, or its towers have unknown layers.
-    """
-    if not isinstance(head, RetinaNetHead):
-        raise TypeError(f"head {type(head).__name__} is no RetinaNetHead or FCOSHead")
-    return {name: TowerLayers(head.get_submodule(f"{name}_subnet")) for name in TOWERS}
+from .anchors import check_same_padding, differing_anchors
+from .settings import check_unused
+from .two_stage import make_fusion, refuse
 
 
 def check_settings(cfg: CfgNode) -> None:

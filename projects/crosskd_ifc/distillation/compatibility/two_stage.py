@@ -1,12 +1,10 @@
 """Whether a two-stage student and teacher fit each other, and how their classes correspond."""
 
 import logging
-from typing import Optional, Sequence, Tuple
+from typing import Tuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import (
     CascadeROIHeads,
@@ -16,14 +14,10 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import nn
 
-from ...config import ConfigError, class_count
-from ...data.cards import register_cards
-from ...modeling.roi_heads import CrossKDROIHeads
+from ...config import ConfigError
 from ..fusion import FeatureFusion
 from ..head_layers import BoxHeadLayers, NamedLayers
 from ..teacher import Teacher
-from . import class_map
-from .class_map import ClassMap
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +45,7 @@ def check_student(student: nn.Module, *, own_predictions: bool) -> None:
         ConfigError: with the reason.
     """
     heads = student.roi_heads
-    if not isinstance(heads, CrossKDROIHeads):
+    if not hasattr(heads, "box_head_layers"):
         raise ConfigError(
             f"MODEL.ROI_HEADS.NAME: the student's ROI heads are {type(heads).__name__}, which "
             "don't hand out their layers; use CrossKDROIHeads"
@@ -106,89 +100,6 @@ def _predictor_problem(predictor: nn.Module) -> str:
         kind = type(predictor.box2box_transform).__name__
         return f"encodes boxes by {kind}; Box2BoxTransform (axis-aligned deltas) is needed"
     return ""
-
-
-def build_class_map(
-    cfg: CfgNode, student: nn.Module, teacher: Teacher, needed_by: str = ""
-) -> Optional[ClassMap]:
-    """The map that ``TEACHER.CLASS_MAP`` means; None for a teacher of other classes.
-
-    Args:
-        cfg: the student's config.
-        needed_by: what compares predictions class by class, "" if nothing does.
-
-    Raises:
-        ConfigError: if no map can be made of it.
-    """
-    ours, theirs = num_classes(student), num_classes(teacher.model)
-    kd = cfg.MODEL.CROSSKD.TEACHER
-    is_index = class_map.parse(kd.CLASS_MAP)[0] == "index"
-    if kd.EVAL_AT_START and is_index:
-        needed_by = needed_by or "MODEL.CROSSKD.TEACHER.EVAL_AT_START"
-    wants_names = bool(needed_by) or class_map.reads_names(kd.CLASS_MAP)
-    names = tuple(class_names(c, load=wants_names) for c in (cfg, teacher.cfg))
-    try:
-        found = class_map.resolve(
-            kd.CLASS_MAP, num_classes=(ours, theirs), names=names, needed_by=needed_by
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.CLASS_MAP: {error} (student: {class_count(cfg)[0]} "
-            f"{ours}; teacher: {teacher.description})"
-        ) from None
-    if is_index and needed_by and None in names:
-        whose = " and ".join(w for w, n in zip(("the student's", "the teacher's"), names) if not n)
-        logger.warning(
-            f"MODEL.CROSSKD.TEACHER.CLASS_MAP (): the names of {whose} classes aren't known, so "
-            f"they couldn't be compared; {needed_by} takes both to have the same order"
-        )
-    if kd.EVAL_AT_START and (found is None or not found.is_identity):
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a teacher of the student's {ours} "
-            f"classes in the same order, this one ({teacher.description}) has {theirs} of its own; "
-            "set it to False"
-        )
-    return found
-
-
-def num_classes(model: nn.Module) -> int:
-    """Foreground classes of a two-stage or dense detector."""
-    return getattr(model, "roi_heads", model).num_classes
-
-
-def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Sequence[str]]:
-    """The names of a model's classes, None where they aren't known.
-
-    They are those of the first data set in DATASETS.TRAIN, then TEST, that is registered with a
-    name for each of the model's classes.
-
-    Args:
-        cfg: the model's config, None if it has none.
-        load: also register the config's dataset cards, and load a data set whose names are known
-            only then (``register_coco_instances``). What is not on this machine stays unknown.
-    """
-    if cfg is None:
-        return None
-    if load:
-        try:
-            register_cards(cfg.DATASETS.CARDS)
-        except (FileNotFoundError, ValueError) as error:
-            logger.warning(f"DATASETS.CARDS: {error}")
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        names = _names_of(name, load) if name in DatasetCatalog else None
-        if names and len(names) == class_count(cfg)[1]:
-            return names
-    return None
-
-
-def _names_of(dataset: str, load: bool) -> Optional[Sequence[str]]:
-    metadata = MetadataCatalog.get(dataset)
-    if load and not metadata.get("thing_classes", None) and metadata.get("json_file", None):
-        try:
-            DatasetCatalog.get(dataset)
-        except Exception as error:  # a data set's loader is anyone's code
-            logger.warning(f"{dataset}: {type(error).__name__} {error}")
-    return metadata.get("thing_classes", None)
 
 
 def build_fusion(kd: CfgNode, student: nn.Module, teacher: Teacher) -> FeatureFusion:
@@ -261,47 +172,3 @@ def _check_layers(key: str, names: Tuple[str, ...], layers: BoxHeadLayers, whose
                 f"MODEL.CROSSKD.FUSION.{key}: the {whose} box head has no layer {name!r}; it has "
                 f"{', '.join(layers.names)}"
             )
-
-
-def check_same_padding(
-    key: str, student: nn.Module, teacher: Teacher, advice: str = "set it to 0.0"
-) -> None:
-    """Refuse backbones that pad images to different sizes, so that their maps differ in size.
-
-    Args:
-        key: what needs it, below MODEL.CROSSKD.
-        advice: the end of the message.
-
-    Raises:
-        ConfigError: naming ``key``.
-    """
-    ours, theirs = (
-        (b.size_divisibility, dict(b.padding_constraints))
-        for b in (student.backbone, teacher.model.backbone)
-    )
-    if ours != theirs:
-        raise ConfigError(
-            f"MODEL.CROSSKD.{key} compares feature maps, but the student pads images to {ours} and "
-            f"the teacher ({teacher.description}) to {theirs}; {advice}"
-        )
-
-
-def differing_anchors(ours: nn.Module, theirs: nn.Module, strides: str) -> str:
-    """The config key by which two anchor generators differ, or "".
-
-    Args:
-        ours, theirs: the generators.
-        strides: what to name where the strides differ.
-    """
-    if any(type(g) is not DefaultAnchorGenerator for g in (ours, theirs)):
-        return "MODEL.ANCHOR_GENERATOR.NAME"
-    if ours.strides != theirs.strides:
-        return strides
-    cells = [list(g.cell_anchors) for g in (ours, theirs)]
-    if len(cells[0]) != len(cells[1]) or not all(
-        x.shape == y.shape and x.equal(y) for x, y in zip(*cells)
-    ):
-        return "MODEL.ANCHOR_GENERATOR.SIZES or ASPECT_RATIOS"
-    if ours.offset != theirs.offset:
-        return "MODEL.ANCHOR_GENERATOR.OFFSET"
-    return ""

@@ -1,0 +1,148 @@
+"""Settings of ``MODEL.CROSSKD`` that can be judged without the models."""
+
+import functools
+import math
+import operator
+from typing import Any, Sequence
+
+from detectron2.config import CfgNode as CN
+
+from ...config import ConfigError, add_crosskd_ifc_config
+from ..fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
+from . import class_map
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+BOX_LOSSES = ("l1", "giou", "iou")
+
+
+MIMICS = ("cross_head", "student_head")
+
+
+MASK_REDUCTIONS = ("mean", "published")
+
+
+MASK_CHANNELS = ("all", "ground_truth")
+
+
+def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a value that isn't one of ``choices``.
+
+    Raises:
+        ConfigError: naming ``key``, the value and the choices.
+    """
+    if value not in choices:
+        raise ConfigError(
+            f"MODEL.CROSSKD.{key} is {value!r}; possible values: {', '.join(map(repr, choices))}"
+        )
+
+
+def check_crosskd_config(cfg: CN) -> None:
+    """Check all settings of ``MODEL.CROSSKD`` that can be judged without the models.
+
+    Raises:
+        ConfigError: for the first setting that can't work.
+    """
+    _check_types(cfg)
+    kd = cfg.MODEL.CROSSKD
+    check_choice("MIMIC", kd.MIMIC, MIMICS)
+    check_choice("FUSION.NAME", kd.FUSION.NAME, FEATURE_FUSION_REGISTRY.names())
+    check_choice("FUSION.ROUTE", kd.FUSION.ROUTE, ROUTES)
+    check_choice("FUSION.ALIGN", kd.FUSION.ALIGN, ("", *ALIGNMENTS))
+    check_choice("LOSS.BOX_TYPE", kd.LOSS.BOX_TYPE, ("", *BOX_LOSSES))
+    check_choice("LOSS.MASK_REDUCTION", kd.LOSS.MASK_REDUCTION, MASK_REDUCTIONS)
+    check_choice("LOSS.MASK_CHANNELS", kd.LOSS.MASK_CHANNELS, MASK_CHANNELS)
+    check_choice("TEACHER.PRECISION", kd.TEACHER.PRECISION, PRECISIONS)
+    try:
+        class_map.parse(kd.TEACHER.CLASS_MAP)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.CROSSKD.TEACHER.CLASS_MAP is {error}") from None
+    _check_names("FUSION.IN_FEATURES", kd.FUSION.IN_FEATURES, "layer names, such as ('fc1', 'fc2')")
+    _check_names("INHERIT", kd.INHERIT, "module names, such as ('backbone', 'proposal_generator')")
+    for key in ("CLS_WEIGHT", "BOX_WEIGHT", "MASK_WEIGHT", "FEATURE_WEIGHT", "RPN_WEIGHT"):
+        _check_number(f"LOSS.{key}", kd.LOSS[key])
+    _check_number("FUSION.WEIGHT_DECAY", kd.FUSION.WEIGHT_DECAY)
+    if not (math.isfinite(kd.LOSS.TEMPERATURE) and kd.LOSS.TEMPERATURE > 0):
+        raise ConfigError(
+            f"MODEL.CROSSKD.LOSS.TEMPERATURE is {kd.LOSS.TEMPERATURE}; it must be a number > 0"
+        )
+    for key in ("SCHEDULE.START_ITER", "SCHEDULE.WARMUP_ITERS", "DIAGNOSTICS.GRAD_PERIOD"):
+        node, leaf = key.split(".")
+        _check_number(key, kd[node][leaf])
+    start, stop = kd.SCHEDULE.START_ITER, kd.SCHEDULE.STOP_ITER
+    if stop != -1 and stop <= start:
+        raise ConfigError(
+            f"MODEL.CROSSKD.SCHEDULE.STOP_ITER is {stop}; it must be -1 (never) or greater than "
+            f"START_ITER, {start}"
+        )
+    if kd.MIMIC == "student_head":
+        check_unused(cfg, ("FUSION",), "MIMIC 'student_head' compares predictions, not features")
+    if not cfg.MODEL.MASK_ON:
+        keys = ("LOSS.MASK_WEIGHT", "LOSS.MASK_REDUCTION", "LOSS.MASK_CHANNELS")
+        check_unused(cfg, keys, "the student has no mask head (MODEL.MASK_ON False)")
+
+
+def _check_number(key: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"MODEL.CROSSKD.{key} is {value}; it must be a number >= 0")
+
+
+def _check_names(key: str, names: Sequence, what: str) -> None:
+    names = tuple(names)
+    if not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"MODEL.CROSSKD.{key} is {names}; it must be a list of {what}")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"MODEL.CROSSKD.{key} names something twice: {names}")
+
+
+def check_unused(cfg: CN, keys: Sequence[str], reason: str) -> None:
+    """Refuse settings that would have no effect.
+
+    Args:
+        keys: below MODEL.CROSSKD: leaves, or nodes with all leaves below.
+        reason: why they have none.
+
+    Raises:
+        ConfigError: naming the first key that isn't at its default.
+    """
+    default = _defaults()
+    for key in keys:
+        theirs, ours = (
+            functools.reduce(operator.getitem, key.split("."), c.MODEL.CROSSKD)
+            for c in (default, cfg)
+        )
+        pairs = {key: (theirs, ours)}
+        if isinstance(theirs, CN):
+            pairs = {f"{key}.{leaf}": (theirs[leaf], ours[leaf]) for leaf in theirs}
+        for name, (expected, found) in pairs.items():
+            if found != expected and tuple(_listed(found)) != tuple(_listed(expected)):
+                raise ConfigError(
+                    f"MODEL.CROSSKD.{name} is {found!r}, but {reason}; set it to its default, "
+                    f"{expected!r}"
+                )
+
+
+def _defaults() -> CN:
+    default = CN({"DATASETS": CN(), "MODEL": CN()})
+    add_crosskd_ifc_config(default)
+    return default
+
+
+def _check_types(cfg: CN) -> None:
+    # yacs lets a null through for every key, also for a whole section.
+    nodes = [("MODEL.CROSSKD", _defaults().MODEL.CROSSKD, cfg.MODEL.CROSSKD)]
+    for name, theirs, ours in nodes:
+        if isinstance(theirs, CN) and isinstance(ours, CN):
+            nodes += [(f"{name}.{key}", theirs[key], ours.get(key)) for key in theirs]
+        elif not isinstance(ours, type(theirs)):
+            same = ((tuple, list), (float, int), (list, tuple))
+            if isinstance(ours, bool) or (type(theirs), type(ours)) not in same:
+                raise ConfigError(
+                    f"{name} is {ours!r}; it must be of the type of its default, "
+                    f"{'a section' if isinstance(theirs, CN) else repr(theirs)}"
+                )
+
+
+def _listed(value: Any) -> Sequence:
+    return value if isinstance(value, (list, tuple)) else (value,)
