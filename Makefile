@@ -1,6 +1,6 @@
 # make demo     train the teacher and three students on generated data, compare them
 # make test     the quick tests          make test-slow   all tests
-# make lint     black, isort, flake8     make format      apply black and isort
+# make lint     black, isort, flake8, import-linter (rooms of the package)     make format      apply black and isort
 # make setup    build .venv (every target does this first when it is missing or out of date)
 # make lock     write requirements.lock anew from setup.py (UPGRADE=1: with the newest releases)
 # make clean    remove .venv and caches, keep output/ and datasets/
@@ -37,6 +37,7 @@ lint: setup
 	$(PY) -m black --check -l 100 $(LINTED)
 	$(PY) -m isort --check $(LINTED)
 	$(PY) -m flake8 $(LINTED)
+	$(VENV)/bin/lint-imports --no-cache setup.cfg
 
 format: setup
 	$(PY) -m isort --quiet $(LINTED)

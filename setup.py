@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent
 
 def read_version():
     """Return `__version__` of the package without importing it."""
-    text = (ROOT / "projects" / "crosskd_ifc" / "__init__.py").read_text(encoding="utf-8")
+    text = (ROOT / "projects" / "crosskd_ifc" / "version.py").read_text(encoding="utf-8")
     return re.search(r"^__version__ = [\"']([^\"']+)[\"']", text, re.MULTILINE).group(1)
 
 
@@ -44,6 +44,7 @@ setup(
         "packaging",
         "Pillow>=9.1",
         "pycocotools>=2.0.6",
+        "pydantic>=2.5",
         "PyYAML>=5.4",
         "safetensors>=0.4",
         "scipy>=1.9",
@@ -56,5 +57,5 @@ setup(
         "tqdm>4.29.0",
         "yacs>=0.1.8",
     ],
-    extras_require={"dev": ["black", "flake8", "hypothesis", "isort", "pytest"]},
+    extras_require={"dev": ["black", "flake8", "hypothesis", "import-linter", "isort", "pytest"]},
 )

@@ -261,7 +261,7 @@ def copy_package(folder):
     (folder / "projects/crosskd_ifc").mkdir(parents=True)
     (folder / "projects/other").mkdir()
     (folder / "projects/other/__init__.py").write_text("")
-    for name in ("setup.py", "projects/crosskd_ifc/__init__.py"):
+    for name in ("setup.py", "projects/crosskd_ifc/__init__.py", "projects/crosskd_ifc/version.py"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
     return folder
 
@@ -293,7 +293,7 @@ def build(folder, hook):
 def test_setup_builds_the_package_without_torch_and_detectron2(tmp_path):
     wheel = build(copy_package(tmp_path), "build_wheel")
     modules = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    assert modules == ["crosskd_ifc/__init__.py"]
+    assert modules == ["crosskd_ifc/__init__.py", "crosskd_ifc/version.py"]
     (name,) = [name for name in wheel.namelist() if name.endswith("/METADATA")]
     metadata = wheel.read(name).decode()
     assert "\nName: crosskd-ifc\n" in metadata

@@ -9,13 +9,14 @@ import statistics
 import pytest
 
 from crosskd_ifc.experiments.protocol import load_protocol
-from crosskd_ifc.experiments.report import Table, report_text
+from crosskd_ifc.experiments.report import report_text
 from crosskd_ifc.experiments.statistics import (
+    describe_sample,
     paired_difference,
     pooled_deviation,
     seeds_needed,
-    summarize,
 )
+from crosskd_ifc.experiments.tables import Table
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
 TITLES = {
@@ -74,7 +75,7 @@ def rows_of_the_comparison():
         cells = []
         for table in tables:
             values = list(table.scores(arm).values())
-            summary = summarize(values) if len(values) > 1 else None
+            summary = describe_sample(values) if len(values) > 1 else None
             cells.append("{1:.1f} ± {2:.1f}, {0} seeds".format(*summary) if summary else "-")
         yield f"| {title} | {' | '.join(cells)} |"
     for other, title in (("student", "the plain student"), ("crosskd", "plain CrossKD")):

@@ -20,7 +20,7 @@ import torch
 from tabulate import tabulate
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.analysis.benchmark import Bench, Case, summarize
+from crosskd_ifc.analysis.benchmark import Case, StepBenchmark, summarize_times
 from crosskd_ifc.analysis.benchmark_sweep import draw_sweep, sweep
 from crosskd_ifc.analysis.benchmark_trace import gpu_use
 from crosskd_ifc.common.environment import hardware, versions
@@ -67,7 +67,7 @@ def main(args):
         settings = ["MODEL.DEVICE", args.device, "MODEL.CROSSKD.TEACHER.PRECISION", args.precision]
         settings += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(args.rois)]
         cfg = Run("KEY VALUE", args.config_file, "", [*settings, *opts, *args.opts]).cfg()
-        return Bench(cfg, case)
+        return StepBenchmark(cfg, case)
 
     if args.sweep:
         found = {"sweep": sweep(build, case, args.rounds)}
@@ -100,7 +100,7 @@ def main(args):
 
 def measure(bench, rounds):
     """Times, memory and breakdown, printed; returns them."""
-    found = summarize(bench.measure(rounds))
+    found = summarize_times(bench.measure(rounds))
     found["peak_bytes"] = memory = bench.peak_memory()
     found["teacher_bytes"] = bench.teacher_bytes()
     found["breakdown"] = bench.breakdown(max(rounds // 3, 3))

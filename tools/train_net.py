@@ -30,7 +30,7 @@ from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_
 from crosskd_ifc.data.mapper import SampleError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
 from crosskd_ifc.training.launching import PassOnSigterm
-from crosskd_ifc.training.preemption import Terminated, end_with_parent, own_message
+from crosskd_ifc.training.preemption import Terminated, end_with_parent, message_in_traceback
 from crosskd_ifc.training.preflight import (
     check_evaluation_config,
     check_training_config,
@@ -115,7 +115,7 @@ def invoke_main() -> None:
     except (ConfigError, CheckpointError, WeightsError) as error:
         sys.exit(f"error: {error}")
     except SampleError as error:
-        sys.exit(f"error: {own_message(str(error), SampleError) or error}")
+        sys.exit(f"error: {message_in_traceback(str(error), SampleError) or error}")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -125,7 +125,9 @@ def invoke_main() -> None:
             raise
         sys.exit(error.exit_code)
     except ProcessRaisedException as error:
-        message = own_message(str(error), ConfigError, CheckpointError, WeightsError, SampleError)
+        message = message_in_traceback(
+            str(error), ConfigError, CheckpointError, WeightsError, SampleError
+        )
         if not message and f"[Errno {errno.ENOSPC}]" in str(error).strip().splitlines()[-1]:
             message = _full(str(error).strip().splitlines()[-1])
         sys.exit(f"error: {message}" if message else str(error))

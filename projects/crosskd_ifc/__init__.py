@@ -25,13 +25,13 @@ from .modeling.retinanet import CrossKDRetinaNet
 from .modeling.roi_heads import CrossKDROIHeads
 from .modeling.rpn import CrossKDRPN
 from .training.trainer import CrossKDTrainer
-
-__version__ = "0.1.0"
+from .version import __version__
 
 register_shapes()
 register_coarse_shapes()
 
 __all__ = [
+    "__version__",
     "FCOS",
     "FEATURE_FUSION_REGISTRY",
     "ConfigError",

@@ -12,7 +12,14 @@ from helpers import tiny_cfg, tiny_model
 from test_dense import dense_cfg
 
 from crosskd_ifc import attach_teacher
-from crosskd_ifc.analysis.benchmark import PARTS, Bench, Case, _peak_on_cpu, make_batch, summarize
+from crosskd_ifc.analysis.benchmark import (
+    PARTS,
+    Case,
+    StepBenchmark,
+    _peak_on_cpu,
+    make_batch,
+    summarize_times,
+)
 from crosskd_ifc.analysis.benchmark_sweep import draw_sweep, sweep
 from crosskd_ifc.analysis.benchmark_trace import gpu_use
 
@@ -34,7 +41,7 @@ def student_cfg(folder, kind, *opts):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_part_runs_in_every_round_and_changes_no_weight(kind, tmp_path):
-    bench = Bench(student_cfg(tmp_path, kind), SMALL)
+    bench = StepBenchmark(student_cfg(tmp_path, kind), SMALL)
     before = {k: v.clone() for k, v in bench.student.state_dict().items()}
     seconds = bench.measure(2, warmup=0)
     assert tuple(seconds) == PARTS and all(len(v) == 2 and min(v) > 0 for v in seconds.values())
@@ -50,7 +57,7 @@ def test_every_part_runs_in_every_round_and_changes_no_weight(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_weights_give_activations_of_ordinary_size(kind, tmp_path):
-    bench = Bench(student_cfg(tmp_path, kind), SMALL)
+    bench = StepBenchmark(student_cfg(tmp_path, kind), SMALL)
     for model in (bench.plain, bench.student, bench.stock_teacher, bench.student.teacher.model):
         with torch.no_grad():
             features = model.backbone.bottom_up(model.preprocess_image(bench.batch).tensor)
@@ -59,7 +66,7 @@ def test_random_weights_give_activations_of_ordinary_size(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_distillation_step_holds_no_less_memory_than_a_plain_one(kind, tmp_path):
-    memory = Bench(student_cfg(tmp_path, kind), Case(96, 128)).peak_memory()
+    memory = StepBenchmark(student_cfg(tmp_path, kind), Case(96, 128)).peak_memory()
     assert set(memory) == set(PARTS) and min(memory.values()) > 0
     assert memory["distillation"] >= memory["student"]
 
@@ -91,7 +98,7 @@ K = "MODEL.CROSSKD."
     ids=["default", "student_head", "giou_and_features", "attention_and_standardize"],
 )
 def test_a_step_makes_the_host_wait_only_where_detectron2s_own_code_does(kind, opts, tmp_path):
-    parts = Bench(student_cfg(tmp_path, kind, *opts), SMALL).parts
+    parts = StepBenchmark(student_cfg(tmp_path, kind, *opts), SMALL).parts
     plain, teacher, both = (waits(parts[name]) for name in ("student", "teacher", "distillation"))
     assert plain and both == plain + teacher
 
@@ -122,13 +129,15 @@ def test_attaching_a_teacher_copies_no_tensor_twice(tmp_path):
 
 
 def test_a_students_own_head_needs_no_cross_head_pass(tmp_path):
-    bench = Bench(student_cfg(tmp_path, "RCNN", "MODEL.CROSSKD.MIMIC", "student_head"), SMALL)
+    bench = StepBenchmark(
+        student_cfg(tmp_path, "RCNN", "MODEL.CROSSKD.MIMIC", "student_head"), SMALL
+    )
     assert "cross_head" not in bench.measure(1, warmup=0)
 
 
 def test_ratios_are_taken_within_each_round():
     seconds = {"student": [1.0, 2.0], "teacher": [1.0, 2.0], "cross_head": [0.5, 1.0]}
-    found = summarize({**seconds, "distillation": [3.0, 5.0]})
+    found = summarize_times({**seconds, "distillation": [3.0, 5.0]})
     assert found["ratios"]["c/a"]["median"] == 2.75
     assert found["ratios"]["c/(a+b)"]["median"] == 1.375
     assert found["ratios"]["c/floor"]["median"] == 1.1
@@ -193,7 +202,7 @@ def test_a_sweep_varies_one_size_at_a_time_and_is_drawn(tmp_path):
 
     def build(case, *opts):
         cases.append((case, opts))
-        return Bench(student_cfg(tmp_path, "RetinaNet", *opts), case)
+        return StepBenchmark(student_cfg(tmp_path, "RetinaNet", *opts), case)
 
     results = sweep(build, SMALL, rounds=2)
     assert [r["what"] for r in results] == ["image height"] * 3 + ["images"] * 3 + ["taps"] * 3

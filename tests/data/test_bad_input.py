@@ -16,7 +16,7 @@ from test_cards import XML_DECLARATION, Coco, Voc, _image, _write, _xml
 from crosskd_ifc import ConfigError, CrossKDTrainer
 from crosskd_ifc.data.cards import register_card
 from crosskd_ifc.data.mapper import CheckedMapper, SampleError, build_mapper
-from crosskd_ifc.training.preemption import own_message
+from crosskd_ifc.training.preemption import message_in_traceback
 from crosskd_ifc.training.preflight_data import check_test_data
 
 GOOD = ("rod", 1, 1, 30, 20)
@@ -437,7 +437,7 @@ def test_a_worker_of_the_data_loader_names_the_image_too(tmp_path):
     with pytest.raises(SampleError) as error:
         for _, _batch in zip(range(4), loader):
             pass
-    message = own_message(str(error.value), SampleError)
+    message = message_in_traceback(str(error.value), SampleError)
     assert message.startswith(f"{voc.root}/JPEGImages/b.jpg: not an image") and "\n" not in message
 
 

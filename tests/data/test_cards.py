@@ -20,7 +20,8 @@ from PIL import Image
 from crosskd_ifc.common.paths import resolve_path
 from crosskd_ifc.data import files as data_files
 from crosskd_ifc.data.cards import drop_degenerate_boxes, load_card, register_card, register_cards
-from crosskd_ifc.data.check import KINDS, check_card
+from crosskd_ifc.data.check import check_card
+from crosskd_ifc.data.findings import KINDS
 
 REPO = Path(__file__).resolve().parents[2]
 BCCD = Path(os.environ.get("CROSSKD_IFC_BCCD") or REPO / "../shared/data/bccd")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -40,8 +41,8 @@ def digests(root):
 
 def start_generating(root, hash_seed):
     """Starts another Python process that generates the tiny set."""
-    code = f"from crosskd_ifc import shapes; shapes.generate({str(root)!r}, **{TINY!r})"
-    paths = [os.path.dirname(os.path.dirname(shapes.__file__)), os.environ.get("PYTHONPATH", "")]
+    code = f"from crosskd_ifc.data import shapes; shapes.generate({str(root)!r}, **{TINY!r})"
+    paths = [str(Path(shapes.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     env = dict(os.environ, PYTHONHASHSEED=hash_seed, PYTHONPATH=os.pathsep.join(paths))
     return subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE)
 

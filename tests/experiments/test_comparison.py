@@ -18,18 +18,19 @@ from crosskd_ifc.data.shapes import CLASSES, generate
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, plan, select
 from crosskd_ifc.experiments.protocol import load_protocol
-from crosskd_ifc.experiments.report import Table, report_text, write_report
+from crosskd_ifc.experiments.report import report_text, write_report
 from crosskd_ifc.experiments.results import Results
 from crosskd_ifc.experiments.runs import train
 from crosskd_ifc.experiments.statistics import (
     Difference,
+    describe_sample,
     detectable_difference,
     paired_difference,
     pooled_deviation,
     power,
     seeds_needed,
-    summarize,
 )
+from crosskd_ifc.experiments.tables import Table
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
 PLAIN, DISTILLED = "quick/faster_rcnn_R_18_shapes.yaml", "quick/crosskd_ifc_R_18_shapes.yaml"
@@ -431,8 +432,8 @@ def test_what_can_not_run_here_is_refused_before_anything_runs(tmp_path):
 
 
 def test_a_summary_is_mean_and_sample_deviation():
-    assert summarize([1.0, 2.0, 3.0]) == (3, 2.0, 1.0)
-    assert summarize([4.0]) == (1, 4.0, None)
+    assert describe_sample([1.0, 2.0, 3.0]) == (3, 2.0, 1.0)
+    assert describe_sample([4.0]) == (1, 4.0, None)
 
 
 def test_a_paired_difference_has_students_interval_and_p():

@@ -62,7 +62,7 @@ def make_batch(case: Case, num_classes: int, has_masks: bool = False) -> List[Di
     return batch
 
 
-class Bench:
+class StepBenchmark:
     """A student, its twin without a teacher, a stock teacher, and a batch for all of them."""
 
     def __init__(self, cfg: CfgNode, case: Case, *, seed: int = 0):
@@ -295,11 +295,11 @@ def _sum(x: Any) -> Any:
     return x.sum() if isinstance(x, torch.Tensor) else sum(map(_sum, x))
 
 
-def summarize(seconds: Mapping[str, Sequence[float]]) -> Dict[str, Any]:
+def summarize_times(seconds: Mapping[str, Sequence[float]]) -> Dict[str, Any]:
     """Medians, quartiles and ratios, the ratios taken within each round.
 
     Args:
-        seconds: from :meth:`Bench.measure`.
+        seconds: from :meth:`StepBenchmark.measure`.
 
     Returns:
         "seconds" and "ratios", name -> {"median", "quartiles"}: "c/a" is the distillation step over

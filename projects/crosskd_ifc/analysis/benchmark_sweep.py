@@ -5,14 +5,14 @@ import logging
 from typing import Any, Callable, Dict, List, Sequence
 
 from ..common.plotting import pyplot, save_figure
-from .benchmark import Bench, Case, summarize
+from .benchmark import Case, StepBenchmark, summarize_times
 
 logger = logging.getLogger(__name__)
 _FUSION = "MODEL.CROSSKD.FUSION."
 _TAPS = ("pool", "fc1", "fc2"), ("conv1", "conv2", "conv3")
 
 
-def sweep(build: Callable[..., Bench], case: Case, rounds: int) -> List[Dict[str, Any]]:
+def sweep(build: Callable[..., StepBenchmark], case: Case, rounds: int) -> List[Dict[str, Any]]:
     """Vary image size, batch, RoIs (two-stage) and the number of taps, one at a time.
 
     Args:
@@ -21,13 +21,13 @@ def sweep(build: Callable[..., Bench], case: Case, rounds: int) -> List[Dict[str
         rounds: of each measurement.
 
     Returns:
-        "what" was varied, its "value", and what :func:`summarize` gives.
+        "what" was varied, its "value", and what :func:`summarize_times` gives.
     """
     results = []
 
-    def add(what: str, value: Any, bench: Bench) -> None:
+    def add(what: str, value: Any, bench: StepBenchmark) -> None:
         logger.warning(f"{what} {value}")
-        results.append({"what": what, "value": value, **summarize(bench.measure(rounds, 1))})
+        results.append({"what": what, "value": value, **summarize_times(bench.measure(rounds, 1))})
 
     for scale in (0.5, 1.0, 1.5):
         size = {k: int(getattr(case, k) * scale) for k in ("height", "width")}

@@ -10,8 +10,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..common.files import refuse_overwriting
 from ..config import ConfigError, class_count, distillation_requested
-from ..distillation.compatibility import two_stage as pair
 from ..distillation.teacher import Teacher
+from ..modeling import classes
 from ..modeling.attach import attach_teacher
 from ..training.preflight import check_evaluation_config, check_weights
 from ..weights.reading import MisfitError, StrictReader
@@ -101,18 +101,18 @@ def load_inputs(cfg: CfgNode, records: Sequence[dict], source: str) -> List[dict
 def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
     """The names of the classes in each column of the picture of detections.
 
-    Numbers where :func:`two_stage.class_names` knows none. A teacher whose names aren't
+    Numbers where :func:`.classes.class_names` knows none. A teacher whose names aren't
     known has the student's, unless ``TEACHER.CLASS_MAP`` says that its classes are others.
 
     Args:
         cfg: the student's config.
         teacher: the attached teacher.
     """
-    ours, theirs = pair.class_names(cfg), pair.class_names(teacher.cfg)
+    ours, theirs = classes.class_names(cfg), classes.class_names(teacher.cfg)
     if theirs is None and not cfg.MODEL.CROSSKD.TEACHER.CLASS_MAP:
         theirs = ours
     ours = ours or [str(i) for i in range(class_count(cfg)[1])]
-    theirs = theirs or [str(i) for i in range(pair.num_classes(teacher.model))]
+    theirs = theirs or [str(i) for i in range(classes.num_classes(teacher.model))]
     return {column: theirs if column in ("teacher", "cross-head") else ours for column in COLUMNS}
 
 

@@ -10,13 +10,14 @@ from typing import Any, Dict
 
 import torch
 
+from ..version import __version__
+
 _QUIET: Dict[str, Any] = {"stderr": subprocess.DEVNULL, "text": True}
 
 
 def versions() -> Dict[str, str]:
     """Versions of Python, torch, torchvision, detectron2 and this project, the last two with their
     commits where known."""
-    from .. import __version__  # the package may still be importing this module
 
     found = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "detectron2"):

@@ -1,4 +1,4 @@
-"""The checks of annotations: VOC files and COCO json. A part of `data_check`.
+"""The checks of annotations: VOC files and COCO json. A part of `check`.
 
 Box shorthand: boxes are compared as they stand in the files, in pixels. In VOC files pixels count
 from 1 and the last one is inside the box, so that 1 <= xmin < xmax <= width; in COCO files a box is
@@ -10,17 +10,15 @@ import math
 import os
 from collections import Counter
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from detectron2.utils.file_io import PathManager
 
 from .files import read_coco_json, read_voc_annotation, read_voc_lines, read_voc_split
-
-if TYPE_CHECKING:
-    from .check import Report
+from .findings import Findings
 
 __all__ = [
-    "Picture",
+    "ListedImage",
     "check_coco",
     "check_voc",
     "coco_evaluator_fault",
@@ -34,14 +32,14 @@ _COCO_SLACK = 0.05  # COCO files round x and width on their own
 Size = Optional[Tuple[int, int]]
 
 
-class Picture(NamedTuple):
+class ListedImage(NamedTuple):
     """An image that a split lists; ``size`` is the (width, height) of the annotation."""
 
     path: str
     size: Size
 
 
-def check_voc(report: "Report", split: str) -> List[Picture]:
+def check_voc(report: Findings, split: str) -> List[ListedImage]:
     """Reads a VOC split's list and annotations; adds findings and counts to ``report``.
 
     Returns:
@@ -74,7 +72,7 @@ def check_voc(report: "Report", split: str) -> List[Picture]:
                 report.add("unreadable annotation", str(error))
             else:
                 report.add("missing annotation", path)
-        pictures.append(Picture(image, size))
+        pictures.append(ListedImage(image, size))
         for number, (name, box, element) in enumerate(objects, 1):
             where = f"{path} object {number}, {name} {_numbers(box)}"
             counts["boxes"] += 1
@@ -189,7 +187,7 @@ _ANNOTATION = {
 }
 
 
-def check_coco(report: "Report", split: str) -> List[Picture]:
+def check_coco(report: Findings, split: str) -> List[ListedImage]:
     """Does for a COCO json file what `check_voc` does for a VOC split."""
     files, counts = report.card.splits[split], report.counts[split]
     try:
@@ -271,14 +269,14 @@ def check_coco(report: "Report", split: str) -> List[Picture]:
     pictures = []
     for image_id, record in images.items():
         path = os.path.join(files["images"], record["file_name"])
-        pictures.append(Picture(path, (record["width"], record["height"])))
+        pictures.append(ListedImage(path, (record["width"], record["height"])))
         if "annotations" in content and not boxes[image_id]:
             report.add("image without boxes", path)
     return pictures
 
 
 def _check_box(
-    report: "Report", where: str, box: Sequence[float], size: Size, first: float
+    report: Findings, where: str, box: Sequence[float], size: Size, first: float
 ) -> None:
     """Judges one box (x0, y0, x1, y1); ``first`` is the smallest valid coordinate."""
     slack = 0 if first else _COCO_SLACK

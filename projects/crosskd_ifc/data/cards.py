@@ -11,14 +11,14 @@ import logging
 import math
 import os
 import re
-from dataclasses import dataclass
 from functools import partial
 from reprlib import repr as short  # a hostile card's values may be huge
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from detectron2.utils.file_io import PathManager
 
 from ..common.paths import resolve_path
+from .card import Card
 from .files import read_yaml
 from .loading import load_split
 from .mapper import SampleError
@@ -39,31 +39,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # names become parts of file 
 _NAME_RULE = "a name of letters, digits, '_', '-' and '.'"
 _KEYS = ("name", "format", "root", "splits", "classes", "evaluator", "year")
 _registered: Dict[str, "Card"] = {}  # data set name -> the card that it came from
-
-
-@dataclass(frozen=True)
-class Card:
-    """A checked dataset card. Paths are absolute; nothing but the card itself has been read.
-
-    Attributes:
-        path: the card file, or "" for a data set that is registered without one.
-        name: data set names are ``<name>_<split>``.
-        format: "voc" or "coco".
-        root: the data set's folder.
-        splits: split -> name of ImageSets/Main/<x>.txt (voc), or {"json": path, "images": path}.
-        classes: class names in the order of their ids; None: as in the json (coco only).
-        evaluator: "coco" or "pascal_voc".
-        year: 2007 (11-point AP) or 2012; None where no VOC evaluator needs it.
-    """
-
-    path: str
-    name: str
-    format: str
-    root: str
-    splits: Mapping[str, Any]
-    classes: Optional[Tuple[str, ...]]
-    evaluator: str
-    year: Optional[int] = None
 
 
 def load_card(path: str) -> Card:

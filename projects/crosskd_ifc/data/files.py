@@ -171,7 +171,7 @@ class ImageFacts(NamedTuple):
         size: (width, height) after the EXIF orientation, as detectron2 sees it; None if unknown.
         stored_size: the same before turning.
         digest: equal for files of equal content; None if the file can't be opened.
-        faults: pairs of a kind from `data_check.KINDS` and a detail, which may be "".
+        faults: pairs of a kind from `findings.KINDS` and a detail, which may be "".
     """
 
     size: Optional[Tuple[int, int]]

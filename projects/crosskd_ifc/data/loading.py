@@ -8,19 +8,17 @@ Box shorthand:
 
 import os
 from collections import Counter
-from typing import TYPE_CHECKING, List, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 from .annotations import is_outline
+from .card import Card
 from .files import read_coco_json, read_voc_annotation, read_voc_split
 from .mapper import SampleError
-
-if TYPE_CHECKING:
-    from .cards import Card
 
 __all__ = ["load_split"]
 
 
-def load_split(card: "Card", split: str, name: str) -> List[dict]:
+def load_split(card: Card, split: str, name: str) -> List[dict]:
     """Reads one split.
 
     Args:

@@ -20,7 +20,7 @@ from .compatibility.two_stage import build_fusion
 from .fusion import FeatureFusion
 from .head_layers import BoxHeadLayers
 from .teacher import Teacher, TeacherPass
-from .traces import HeadTrace, Step, put_scalars
+from .traces import HeadTrace, StepTrace, put_scalars
 
 
 @dataclasses.dataclass
@@ -159,7 +159,7 @@ class BoxDistiller:
         """Whether a loss has a weight."""
         return self.cls_weight > 0 or self.box_weight > 0
 
-    def losses(self, step: Step) -> Dict[str, torch.Tensor]:
+    def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted losses of one step, scalars; with both weights 0 nothing is computed."""
         trace = step.heads
         if not self.is_active:

@@ -19,7 +19,7 @@ from .compatibility.class_map import ClassMap
 from .compatibility.dense import build_fusions
 from .head_layers import TOWERS, towers_of
 from .teacher import Teacher, TeacherPass
-from .traces import DensePredictions, DenseTrace, Step, put_scalars
+from .traces import DensePredictions, DenseTrace, StepTrace, put_scalars
 
 
 def by_anchor(levels: List[torch.Tensor]) -> torch.Tensor:
@@ -240,7 +240,7 @@ class DenseBoxDistiller:
         """Whether a loss has a weight."""
         return self.cls_weight > 0 or self.box_weight > 0
 
-    def losses(self, step: Step) -> Dict[str, torch.Tensor]:
+    def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted losses of one step, scalars; with both weights 0 nothing is computed."""
         trace = step.heads
         if not self.is_active:

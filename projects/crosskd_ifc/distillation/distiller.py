@@ -18,7 +18,7 @@ from .head_layers import record_towers
 from .mask import MaskDistiller
 from .rpn import RPNMimic
 from .teacher import Teacher, TeacherPass
-from .traces import Step, is_logging_step, put_scalars
+from .traces import StepTrace, is_logging_step, put_scalars
 
 
 class Distiller:
@@ -55,7 +55,7 @@ class Distiller:
         student: nn.Module,
         batched_inputs: List[Dict[str, torch.Tensor]],
         factor: float,
-    ) -> Iterator[Step]:
+    ) -> Iterator[StepTrace]:
         """Within this context, the student's next training forward fills the step that it yields.
 
         Args:
@@ -64,7 +64,7 @@ class Distiller:
             factor: of the schedule.
         """
         log = is_logging_step()
-        step = Step(TeacherPass(self.teacher, batched_inputs, timed=log), factor, log)
+        step = StepTrace(TeacherPass(self.teacher, batched_inputs, timed=log), factor, log)
 
         def keep_features(module, inputs, output: Dict[str, torch.Tensor]):
             step.features = output
@@ -76,7 +76,7 @@ class Distiller:
         finally:
             handle.remove()
 
-    def losses(self, step: Step) -> Dict[str, torch.Tensor]:
+    def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted distillation losses of a step, scalars.
 
         With a factor of 0 the teacher isn't run, and all are zeros with a graph to every learned
@@ -140,7 +140,7 @@ class RCNNDistiller(Distiller):
         student: GeneralizedRCNN,
         batched_inputs: List[Dict[str, torch.Tensor]],
         factor: float,
-    ) -> Iterator[Step]:
+    ) -> Iterator[StepTrace]:
         with contextlib.ExitStack() as stack:
             step = stack.enter_context(super().recording(student, batched_inputs, factor))
             if self._rpn is not None:

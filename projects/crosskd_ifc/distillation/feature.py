@@ -14,7 +14,7 @@ from ..config import ConfigError
 from .compatibility.anchors import check_same_padding
 from .losses import at_least_float32, pkd
 from .teacher import Teacher
-from .traces import Step
+from .traces import StepTrace
 
 
 class FeatureDistiller:
@@ -53,7 +53,7 @@ class FeatureDistiller:
             "weight": kd.FEATURE_WEIGHT,
         }
 
-    def losses(self, step: Step) -> Dict[str, torch.Tensor]:
+    def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted loss of one step, a scalar."""
         wanted = step.teacher.features
         total = sum(

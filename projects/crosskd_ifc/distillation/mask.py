@@ -17,7 +17,7 @@ from ..config import ConfigError
 from . import losses as L
 from .compatibility.class_map import ClassMap
 from .teacher import Teacher
-from .traces import Step
+from .traces import StepTrace
 
 # How an ROIPooler assigns boxes to levels; its RoIAlign layers show the rest in their repr.
 _POOLER_SETTINGS = (
@@ -92,7 +92,7 @@ class MaskDistiller:
             "channels": kd.LOSS.MASK_CHANNELS,
         }
 
-    def losses(self, step: Step) -> Dict[str, torch.Tensor]:
+    def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted loss of one step, a scalar; without positive RoIs a connected 0."""
         trace = step.heads.mask
         if not sum(len(x) for x in trace.instances):
@@ -119,7 +119,7 @@ class MaskDistiller:
         )
         return {"loss_mask_kd": loss * self.weight}
 
-    def _teacher_logits(self, step: Step) -> torch.Tensor:
+    def _teacher_logits(self, step: StepTrace) -> torch.Tensor:
         heads, features = self.teacher.model.roi_heads, step.teacher.features
         with step.teacher.running():
             pooled = heads.mask_pooler(
@@ -127,7 +127,7 @@ class MaskDistiller:
             )
             return heads.mask_head.layers(pooled)  # PxKxHxW
 
-    def _cross_logits(self, step: Step) -> torch.Tensor:
+    def _cross_logits(self, step: StepTrace) -> torch.Tensor:
         heads, trace = self.teacher.model.roi_heads, step.heads.mask
         pooled = trace.pooled
         if not self._same_pooler:
@@ -136,7 +136,7 @@ class MaskDistiller:
         return heads.mask_head.layers(pooled)  # PxKxHxW
 
     def _truth_channels(
-        self, step: Step, found: torch.Tensor, wanted: torch.Tensor
+        self, step: StepTrace, found: torch.Tensor, wanted: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Each RoI's channel of both, (P, 1, H, W), and a weight of 0 for classes without one."""
         ours = cat([x.gt_classes for x in step.heads.mask.instances])  # P

@@ -15,9 +15,9 @@ from detectron2.modeling.proposal_generator import RPN
 from ..config import ConfigError
 from . import losses as L
 from .compatibility.anchors import check_same_padding, differing_key
-from .compatibility.two_stage import refuse
+from .compatibility.two_stage import refuse_teacher
 from .teacher import Teacher
-from .traces import Step
+from .traces import StepTrace
 
 
 class RPNMimic:
@@ -44,7 +44,7 @@ class RPNMimic:
 
     def loss(
         self,
-        step: Step,
+        step: StepTrace,
         logits: List[torch.Tensor],
         deltas: List[torch.Tensor],
         labels: List[torch.Tensor],
@@ -77,7 +77,7 @@ class RPNMimic:
         distance = (distance.sum(dim=2).flatten() * confidence).sum() / normalizer
         return (loss + distance) * (self.weight * step.factor)
 
-    def _teacher(self, step: Step) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _teacher(self, step: StepTrace) -> Tuple[torch.Tensor, torch.Tensor]:
         """The teacher's objectness logits (N, B) and deltas (N, B, 4), in the student's order."""
         features = step.teacher.features
         with step.teacher.running():
@@ -95,7 +95,7 @@ def _check_rpn(student: GeneralizedRCNN, teacher: Teacher) -> None:
             f"student has {'none' if ours is None else type(ours).__name__}"
         )
     if type(theirs) is not RPN and not hasattr(theirs, "mimicking"):
-        refuse(
+        refuse_teacher(
             teacher,
             f"proposes with {type(theirs).__name__}; MODEL.CROSSKD.LOSS.RPN_WEIGHT needs an RPN",
         )

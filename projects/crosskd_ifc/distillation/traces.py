@@ -17,7 +17,7 @@ LOG_PERIOD = 20
 
 
 @dataclasses.dataclass
-class Step:
+class StepTrace:
     """What is known of one step; the student's parts fill in while its forward runs.
 
     Attributes:

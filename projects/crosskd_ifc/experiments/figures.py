@@ -1,19 +1,18 @@
 """Figures of a comparison: learning curves with their spread, and paired differences."""
 
-from typing import TYPE_CHECKING, Dict, List, Set
+from typing import Dict, List, Set
 
 import numpy as np
 
 from ..common.plotting import pyplot, save_figure
 from .protocol import TEACHER
-
-if TYPE_CHECKING:
-    from .report import Difference, Section, Table
+from .statistics import Difference
+from .tables import Section, Table
 
 _COLUMNS = 3  # of panels
 
 
-def draw_curves(table: "Table", path: str) -> None:
+def draw_curves(table: Table, path: str) -> None:
     """Plot AP over iterations, as PNG: a panel for the main arms and one for each group of
     ablations, lines the mean over seeds, bands from the lowest to the highest seed."""
     plt = pyplot()
@@ -35,13 +34,13 @@ def draw_curves(table: "Table", path: str) -> None:
     save_figure(figure, path)
 
 
-def draw_differences(table: "Table", path: str) -> bool:
+def draw_differences(table: Table, path: str) -> bool:
     """Plot all paired differences as PNG: a row of panels for each section, a panel for each arm
     that differences are taken to. Returns whether there are any."""
     plt = pyplot()
     rows = []
     for section in table.sections():
-        found: Dict[str, Dict[str, "Difference"]] = {}
+        found: Dict[str, Dict[str, Difference]] = {}
         for arm, other, difference in table.differences(section):
             found.setdefault(other, {})[arm] = difference
         names = [arm for arm in section.arms if any(arm in by_arm for by_arm in found.values())]
@@ -94,7 +93,7 @@ def draw_differences(table: "Table", path: str) -> bool:
     return True
 
 
-def _curves(axis, table: "Table", section: "Section") -> None:
+def _curves(axis, table: Table, section: Section) -> None:
     others = [name for name in section.references if name not in section.arms]
     grey = {name: str(0.25 + 0.5 * i / max(len(others), 1)) for i, name in enumerate(others)}
     seeds = {seed for name in section.arms for seed in table.runs[name]}
@@ -119,7 +118,7 @@ def _curves(axis, table: "Table", section: "Section") -> None:
     axis.legend(fontsize=8)
 
 
-def _common_points(table: "Table", name: str, seeds: Set[int]) -> Dict[str, List]:
+def _common_points(table: Table, name: str, seeds: Set[int]) -> Dict[str, List]:
     """{"iterations", "AP" (one list for each of ``seeds``)} at the iterations that all have."""
     runs = [run for seed, run in table.current(name).items() if seed in seeds]
     curves = [dict(map(tuple, run["curve"])) for run in runs]
@@ -129,7 +128,7 @@ def _common_points(table: "Table", name: str, seeds: Set[int]) -> Dict[str, List
     return {"iterations": common, "AP": [[curve[i] for i in common] for curve in curves]}
 
 
-def _forest(axis, names: List[str], by_arm: Dict[str, "Difference"]) -> None:
+def _forest(axis, names: List[str], by_arm: Dict[str, Difference]) -> None:
     axis.axvline(0, color="0.5", linewidth=1)
     shown = [0.0]
     for y, name in enumerate(names):

@@ -5,7 +5,7 @@ the difference of two arms is taken seed by seed.
 """
 
 import os
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 from tabulate import tabulate
@@ -14,12 +14,12 @@ from .figures import draw_curves, draw_differences
 from .protocol import TEACHER
 from .statistics import (
     Difference,
+    describe_sample,
     detectable_difference,
-    paired_difference,
     pooled_deviation,
     seeds_needed,
-    summarize,
 )
+from .tables import Section, Table
 
 # What says most of how the student is read by the teacher's head.
 _STATISTICS = (
@@ -27,59 +27,6 @@ _STATISTICS = (
     *("grad_cosine_shared", "grad_ratio_shared"),
 )
 _LOGGED = "Logged in the last quarter of the training, means over the seeds (docs/options.md):"
-
-
-class Section(NamedTuple):
-    """The arms of one table: group ("" for the main arms), their names, and the arms that their
-    differences are taken to."""
-
-    group: str
-    arms: List[str]
-    references: List[str]
-
-
-class Table:
-    """What ``results.json`` holds, by arm."""
-
-    def __init__(self, content: dict):
-        self.content = content
-        self.arms = {arm["arm"]: arm for arm in content["arms"]}
-        self.runs: Dict[str, Dict[int, dict]] = {name: {} for name in self.arms}
-        for run in content["runs"]:
-            if run["arm"] in self.runs:
-                self.runs[run["arm"]][run["seed"]] = run
-
-    def current(self, arm: str) -> Dict[int, dict]:
-        """seed -> run of an arm, without those of earlier settings."""
-        return {seed: run for seed, run in self.runs[arm].items() if not run.get("outdated")}
-
-    def scores(self, arm: str, key: str = "AP") -> Dict[int, float]:
-        """seed -> ``key`` of an arm, without runs of earlier settings."""
-        return {seed: run[key] for seed, run in self.current(arm).items() if key in run}
-
-    def logged(self, arm: str, key: str) -> Dict[int, float]:
-        """seed -> what an arm's run has logged, the mean of the last quarter of its training."""
-        runs = {seed: run.get("statistics", {}) for seed, run in self.current(arm).items()}
-        return {seed: found[key] for seed, found in runs.items() if key in found}
-
-    def sections(self) -> List[Section]:
-        """The main arms, then each group of ablations; arms without a run are left out."""
-        sections = []
-        for group in dict.fromkeys(arm["group"] for arm in self.arms.values()):
-            names = [n for n, arm in self.arms.items() if arm["group"] == group and self.runs[n]]
-            wanted = [other for name in names for other in self.arms[name]["versus"]]
-            references = [n for n in dict.fromkeys(wanted) if self.runs.get(n)]
-            if names:
-                sections.append(Section(group, names, references))
-        return sections
-
-    def differences(self, section: Section, key: str = "AP"):
-        """(arm, reference, difference) of a section, in order, where there are common seeds."""
-        for arm in section.arms:
-            for other in self.arms[arm]["versus"]:
-                found = paired_difference(self.scores(arm, key), self.scores(other, key))
-                if found is not None:
-                    yield arm, other, found
 
 
 def write_report(content: dict, folder: str) -> str:
@@ -208,7 +155,7 @@ def _mean(runs: Mapping[int, dict], key: str) -> str:
     values = [run[key] for run in runs.values() if key in run]
     if not values:
         return ""
-    summary = summarize(values)
+    summary = describe_sample(values)
     spread = "" if summary.deviation is None else f" ± {summary.deviation:.1f}"
     return f"{summary.mean:.1f}{spread}"
 

@@ -31,7 +31,7 @@ class Difference(NamedTuple):
     p: Optional[float]
 
 
-def summarize(values: Sequence[float]) -> Summary:
+def describe_sample(values: Sequence[float]) -> Summary:
     """Mean and standard deviation of at least one value."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Summary(len(values), float(np.mean(values)), deviation)

@@ -45,7 +45,7 @@ _PER_CLASS = {
 _RPN_PREDICTORS = ("objectness_logits", "anchor_deltas")
 
 
-class Inheritance:
+class WeightInheritance:
     """What ``MODEL.CROSSKD.INHERIT`` means for a student and a teacher; :meth:`apply` does it."""
 
     def __init__(self, cfg: CfgNode, student: nn.Module, teacher: Teacher):
@@ -222,7 +222,9 @@ def _rows(rows: _Rows, class_map: ClassMap, count: int) -> Optional[List[int]]:
     ]
 
 
-def plan_inheritance(cfg: CfgNode, student: nn.Module, teacher: Teacher) -> Optional[Inheritance]:
-    """The :class:`Inheritance` that the config asks for, or None."""
+def plan_inheritance(
+    cfg: CfgNode, student: nn.Module, teacher: Teacher
+) -> Optional[WeightInheritance]:
+    """The :class:`WeightInheritance` that the config asks for, or None."""
     prefixes: Sequence[str] = cfg.MODEL.CROSSKD.INHERIT
-    return Inheritance(cfg, student, teacher) if prefixes else None
+    return WeightInheritance(cfg, student, teacher) if prefixes else None

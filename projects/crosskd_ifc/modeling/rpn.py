@@ -12,7 +12,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes
 
 from ..distillation.rpn import RPNMimic
-from ..distillation.traces import Step
+from ..distillation.traces import StepTrace
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -20,10 +20,10 @@ class CrossKDRPN(RPN):
     """:class:`RPN` whose losses can include mimicking; without that it is its parent, bit for
     bit."""
 
-    _mimic: Optional[Tuple[RPNMimic, Step]] = None
+    _mimic: Optional[Tuple[RPNMimic, StepTrace]] = None
 
     @contextlib.contextmanager
-    def mimicking(self, mimic: RPNMimic, step: Step) -> Iterator[None]:
+    def mimicking(self, mimic: RPNMimic, step: StepTrace) -> Iterator[None]:
         """Within this context :meth:`losses` adds ``loss_rpn_kd``."""
         self._mimic = (mimic, step)
         try:

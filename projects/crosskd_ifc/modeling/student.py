@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..distillation.distiller import Distiller
 from ..distillation.teacher import Teacher
 from .diagnostics import GradientDiagnostics, Places
-from .inheriting import Inheritance, plan_inheritance
+from .inheriting import WeightInheritance, plan_inheritance
 
 
 class Student(nn.Module):
@@ -30,7 +30,7 @@ class Student(nn.Module):
     kd_factor: float = 1.0
     distiller: Optional[Distiller] = None
     _diagnostics: Optional[GradientDiagnostics] = None
-    _inheritance: Optional[Inheritance] = None
+    _inheritance: Optional[WeightInheritance] = None
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> Distiller:
         """The distiller that ``cfg`` asks for.

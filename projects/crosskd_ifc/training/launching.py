@@ -7,7 +7,7 @@ from typing import Any, List
 
 from torch.multiprocessing import ProcessExitedException
 
-from .preemption import Terminated, die_of
+from .preemption import Terminated, die_by_signal
 
 _AGAIN = 0.1  # seconds
 
@@ -48,7 +48,7 @@ class PassOnSigterm:
 
     def _handle(self, number: int, _: Any) -> None:
         if os.getpid() != self._pid:  # forked with this handler
-            die_of(number)
+            die_by_signal(number)
             return
         self._asked = True
         if not self._launching:

@@ -1,4 +1,4 @@
-"""How a run ends before its time: asked to stop (SIGTERM), or by a loss that isn't finite."""
+"""How a run ends when it is asked to stop (SIGTERM)."""
 
 import functools
 import logging
@@ -7,15 +7,12 @@ import os
 import signal
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Optional
 
-import torch
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
-from torch import nn
 from torch.utils.data import DataLoader
 
-from ..modeling.student import unwrap
 from .checkpointer import SafeCheckpointer
 from .resume import ResumeState
 
@@ -133,7 +130,7 @@ class Termination(HookBase):
 
     def _handle(self, *_) -> None:
         if os.getpid() != self._pid:  # forked with this handler
-            die_of(signal.SIGTERM)
+            die_by_signal(signal.SIGTERM)
             return
         again, self.asked = self.asked, True
         if self._at_once:
@@ -163,7 +160,7 @@ class _Evaluated(HookBase):
         self._termination.after_evaluation()
 
 
-def die_of(number: int) -> None:
+def die_by_signal(number: int) -> None:
     """Let a signal do to this process what it does without a handler."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -238,65 +235,10 @@ def save_iteration(trainer: DefaultTrainer, checkpointer: SafeCheckpointer, iter
         checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
 
 
-def own_message(text: str, *kinds: type) -> str:
+def message_in_traceback(text: str, *kinds: type) -> str:
     """The message of the last error of one of these kinds in a traceback, or ""."""
     for kind in kinds:
         _, found, message = text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")
         if found:
             return message.strip()
     return ""
-
-
-class StepWatch:
-    """Remembers the images and the losses of a model's last training step."""
-
-    def __init__(self, model: nn.Module):
-        """
-        Args:
-            model: a detectron2 detector, or a DDP wrapper around it.
-        """
-        self._batch: List[Dict[str, Any]] = []
-        self._losses: Dict[str, torch.Tensor] = {}
-        model.register_forward_pre_hook(self._keep_batch)
-        model.register_forward_hook(self._keep_losses)
-
-    def explain(self, model: nn.Module, iteration: int, error: Exception) -> str:
-        """Which loss isn't finite, on which images, and whether the teacher's features are.
-
-        Args:
-            model: whose teacher, if it has one, is asked.
-            iteration: for the message.
-            error: detectron2's.
-        """
-        terms = [k for k, v in self._losses.items() if not torch.isfinite(v).all()]
-        images = ", ".join(str(x.get("file_name", x.get("image_id", "?"))) for x in self._batch)
-        if terms:
-            what = f"not finite at iteration {iteration}: {', '.join(terms)}"
-        elif self._losses:
-            what = (
-                f"a loss of another process is not finite at iteration {iteration} (see its log); "
-                "those of this process are"
-            )
-        else:  # detectron2's RPN looks at its proposals
-            what = f"at iteration {iteration}: {str(error).strip()}"
-            what = what.rstrip(".")
-        about = "" if self._losses and not terms else self._about_teacher(model)
-        return f"{what}. Images: {images or 'none'}.{about}"
-
-    def _about_teacher(self, model: nn.Module) -> str:
-        teacher = getattr(unwrap(model), "teacher", None)
-        if teacher is None or not self._batch:
-            return ""
-        features = teacher.features(self._batch)
-        bad = [k for k, v in features.items() if not torch.isfinite(v).all()]
-        if bad:
-            return f" The teacher's own features of them are not finite: {', '.join(bad)}."
-        return " The teacher's own features of them are finite."
-
-    def _keep_batch(self, module: nn.Module, inputs: Any) -> None:
-        if module.training:
-            self._batch, self._losses = inputs[0], {}
-
-    def _keep_losses(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if module.training:
-            self._losses = {k: v.detach() for k, v in output.items()}

@@ -12,7 +12,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError, class_count
 from ..data.annotations import coco_evaluator_fault, voc_evaluator_fault, voc_list_fault
-from ..data.cards import Card, card_of
+from ..data.card import Card
+from ..data.cards import card_of
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
 from .preflight import check_class_count
 

@@ -72,7 +72,7 @@ class SampleStream(Sampler):
             yield from itertools.islice(numbered, self.num_batches * self.batch_size, None)
         else:
             waiting = self._skip_grouped(numbered)
-            yield from self._dealt(itertools.chain(waiting, numbered))
+            yield from self._in_worker_order(itertools.chain(waiting, numbered))
 
     def _skip_grouped(self, numbered: Iterator[StreamIndex]) -> List[StreamIndex]:
         """Leave out ``num_batches`` as :class:`AspectRatioGroupedDataset` fills them; returns what
@@ -88,7 +88,7 @@ class SampleStream(Sampler):
                 filled += 1
         return sorted(itertools.chain(*buckets), key=lambda x: x.position)
 
-    def _dealt(self, samples: Iterator[StreamIndex]) -> Iterator[StreamIndex]:
+    def _in_worker_order(self, samples: Iterator[StreamIndex]) -> Iterator[StreamIndex]:
         """Samples in the order in which grouping workers have to get them.
 
         :class:`ToIterableDataset` gives B in a row to each of W workers, and the loader takes one

@@ -26,12 +26,12 @@ from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
 from ..modeling.student import unwrap
 from .checkpointer import SafeCheckpointer
+from .non_finite import LastStepRecorder
 from .preemption import (
-    StepWatch,
     Terminated,
     Termination,
     keep_workers_on_sigterm,
-    own_message,
+    message_in_traceback,
     save_iteration,
 )
 from .preflight import check_training_config, evaluator_type
@@ -64,7 +64,7 @@ class CrossKDTrainer(DefaultTrainer):
         with _ddp_without_device_ids(enabled=cfg.MODEL.DEVICE == "cpu"):
             super().__init__(scale_schedule(cfg, comm.get_world_size()))
         check_classes(cfg)  # some data sets know their classes only now
-        self._watch = StepWatch(self.model)
+        self._watch = LastStepRecorder(self.model)
 
     def run_step(self) -> None:
         """As the parent's.
@@ -87,7 +87,7 @@ class CrossKDTrainer(DefaultTrainer):
                 raise
             self._resume_state.set_back(self.iter - 1, before)
             # A data loader's worker sends its traceback along.
-            what = own_message(str(error), SampleError) or str(error)
+            what = message_in_traceback(str(error), SampleError) or str(error)
             raise SampleError(f"{what}. {self._save_before_step()}") from error
 
     def after_step(self) -> None:

@@ -11,7 +11,7 @@ from ..head_layers import TOWERS, towers_of
 from ..teacher import Teacher
 from .anchors import check_same_padding, differing_anchors
 from .settings import check_unused
-from .two_stage import make_fusion, refuse
+from .two_stage import make_fusion, refuse_teacher
 
 
 def check_settings(cfg: CfgNode) -> None:
@@ -34,13 +34,15 @@ def check_settings(cfg: CfgNode) -> None:
 def check_pair(student: DenseDetector, teacher: Teacher) -> None:
     model, stock = teacher.model, student.stock_class
     if not isinstance(model, stock):
-        refuse(teacher, f"is a {type(model).__name__}; this student needs a {stock.__name__}")
+        refuse_teacher(
+            teacher, f"is a {type(model).__name__}; this student needs a {stock.__name__}"
+        )
     check_same_padding("TEACHER.CONFIG_FILE", student, teacher, "they must be the same")
     differs = differing_anchors(
         student.anchor_generator, model.anchor_generator, "the strides of IN_FEATURES"
     )
     if differs:
-        refuse(teacher, f"has other anchors than the student: {differs} differ")
+        refuse_teacher(teacher, f"has other anchors than the student: {differs} differ")
 
 
 def build_fusions(
@@ -58,7 +60,7 @@ def build_fusions(
     try:
         theirs = towers_of(teacher.model.head)
     except TypeError as error:
-        refuse(teacher, f"can't be entered: {error}")
+        refuse_teacher(teacher, f"can't be entered: {error}")
     fusions = {}
     for tower in TOWERS:
         names = ours[tower].names[1:], theirs[tower].names[1:]

@@ -68,23 +68,27 @@ def check_teacher(teacher: Teacher) -> None:
     """
     model = teacher.model
     if not isinstance(model, GeneralizedRCNN):
-        refuse(teacher, f"is a {type(model).__name__}; a two-stage student needs a GeneralizedRCNN")
+        refuse_teacher(
+            teacher, f"is a {type(model).__name__}; a two-stage student needs a GeneralizedRCNN"
+        )
     heads = model.roi_heads
     for kind, reason in _NO_ONE_HEAD.items():
         if isinstance(heads, kind):
-            refuse(teacher, f"has {type(heads).__name__}: {reason}")
+            refuse_teacher(teacher, f"has {type(heads).__name__}: {reason}")
     if not isinstance(heads, StandardROIHeads):
-        refuse(teacher, f"has {type(heads).__name__}; its ROI heads must be StandardROIHeads")
+        refuse_teacher(
+            teacher, f"has {type(heads).__name__}; its ROI heads must be StandardROIHeads"
+        )
     problem = _predictor_problem(heads.box_predictor)
     if problem:
-        refuse(teacher, problem)
+        refuse_teacher(teacher, problem)
     try:
         BoxHeadLayers(heads.box_head, heads.box_pooler.output_size)
     except TypeError as error:
-        refuse(teacher, f"can't be entered: {error}")
+        refuse_teacher(teacher, f"can't be entered: {error}")
 
 
-def refuse(teacher: Teacher, reason: str) -> None:
+def refuse_teacher(teacher: Teacher, reason: str) -> None:
     """Raises: ConfigError: that the teacher doesn't fit, for this reason."""
     raise ConfigError(
         f"MODEL.CROSSKD.TEACHER.CONFIG_FILE: the teacher ({teacher.description}) {reason}"

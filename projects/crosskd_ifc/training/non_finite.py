@@ -1,0 +1,63 @@
+"""What is said of a loss that is not finite: which one, on which images, and the teacher's part."""
+
+from typing import Any, Dict, List
+
+import torch
+from torch import nn
+
+from ..modeling.student import unwrap
+
+
+class LastStepRecorder:
+    """Remembers the images and the losses of a model's last training step."""
+
+    def __init__(self, model: nn.Module):
+        """
+        Args:
+            model: a detectron2 detector, or a DDP wrapper around it.
+        """
+        self._batch: List[Dict[str, Any]] = []
+        self._losses: Dict[str, torch.Tensor] = {}
+        model.register_forward_pre_hook(self._keep_batch)
+        model.register_forward_hook(self._keep_losses)
+
+    def explain(self, model: nn.Module, iteration: int, error: Exception) -> str:
+        """Which loss isn't finite, on which images, and whether the teacher's features are.
+
+        Args:
+            model: whose teacher, if it has one, is asked.
+            iteration: for the message.
+            error: detectron2's.
+        """
+        terms = [k for k, v in self._losses.items() if not torch.isfinite(v).all()]
+        images = ", ".join(str(x.get("file_name", x.get("image_id", "?"))) for x in self._batch)
+        if terms:
+            what = f"not finite at iteration {iteration}: {', '.join(terms)}"
+        elif self._losses:
+            what = (
+                f"a loss of another process is not finite at iteration {iteration} (see its log); "
+                "those of this process are"
+            )
+        else:  # detectron2's RPN looks at its proposals
+            what = f"at iteration {iteration}: {str(error).strip()}"
+            what = what.rstrip(".")
+        about = "" if self._losses and not terms else self._about_teacher(model)
+        return f"{what}. Images: {images or 'none'}.{about}"
+
+    def _about_teacher(self, model: nn.Module) -> str:
+        teacher = getattr(unwrap(model), "teacher", None)
+        if teacher is None or not self._batch:
+            return ""
+        features = teacher.features(self._batch)
+        bad = [k for k, v in features.items() if not torch.isfinite(v).all()]
+        if bad:
+            return f" The teacher's own features of them are not finite: {', '.join(bad)}."
+        return " The teacher's own features of them are finite."
+
+    def _keep_batch(self, module: nn.Module, inputs: Any) -> None:
+        if module.training:
+            self._batch, self._losses = inputs[0], {}
+
+    def _keep_losses(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if module.training:
+            self._losses = {k: v.detach() for k, v in output.items()}
