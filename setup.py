@@ -7,6 +7,16 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
+# What only some users need.
+EXTRAS = {
+    "cluster": ["submitit>=1.5"],  # comparisons as SLURM jobs
+    "data": ["imagehash>=4.3"],  # near-duplicates in a data set
+    "deploy": ["onnx>=1.16", "onnxruntime>=1.18"],  # students outside of detectron2
+    "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+    "timm": ["timm>=1.0"],  # timm backbones, and detectron2's own ViT, MViT and Swin
+    "tune": ["optuna>=4.0"],  # search of settings
+}
+
 
 def read_version():
     """Return `__version__` of the package without importing it."""
@@ -57,5 +67,16 @@ setup(
         "tqdm>4.29.0",
         "yacs>=0.1.8",
     ],
-    extras_require={"dev": ["black", "flake8", "hypothesis", "import-linter", "isort", "pytest"]},
+    extras_require={
+        **EXTRAS,
+        # what the tests need: the tools, and the extras that they try
+        "dev": [
+            *("black", "flake8", "hypothesis", "import-linter", "isort", "pytest"),
+            *(
+                package
+                for name in ("cluster", "data", "deploy", "timm", "tune")
+                for package in EXTRAS[name]
+            ),
+        ],
+    },
 )
