@@ -25,7 +25,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # False trains the student alone: stock detectron2, bit for bit.
     _C.ENABLED = True
     # Whose predictions learn to mimic the teacher's: "cross_head", the teacher's head on the
-    # student's features, or "student_head", the student's own (the classic baseline).
+    # student's features, "student_head", the student's own (prediction mimicking, the classic
+    # baseline), or "both".
     _C.MIMIC = "cross_head"
     # Prefixes of the student's tensors that start from the teacher's weights where names and shapes
     # agree, such as ("backbone.fpn", "proposal_generator").
@@ -52,7 +53,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
 
     _C.FUSION = CN()
     # How the tapped features are combined: a key of FEATURE_FUSION_REGISTRY, such as "none",
-    # "sum", "mean", "weighted", "attention", "concat".
+    # "sum", "mean", "weighted", "attention", "concat", "dropout", "residual".
     _C.FUSION.NAME = "mean"
     # The student's layers to tap: pool, conv1, ..., fc1, ... Empty: ("fc1", "fc2"), RetinaNet conv1
     # to conv3, FCOS conv1 and conv2.
@@ -63,13 +64,20 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # "direct": each tap jumps to ENTRY; "through": it runs the teacher's layers from its own depth
     # to ENTRY.
     _C.FUSION.ROUTE = "direct"
-    # "none", or "standardize" to the channel statistics of the teacher's feature at ENTRY. Empty:
-    # "none", dense detectors "standardize".
+    # "none", or to the channel statistics of the teacher's feature at ENTRY: "standardize" the
+    # combined feature, or "standardize_taps", each before they are combined. Empty: "none", dense
+    # detectors "standardize".
     _C.FUSION.ALIGN = ""
+    # Taps that enter the combined feature without gradient.
+    _C.FUSION.DETACH = ()
     # Weight decay of all learned adapters and fusion weights, in place of SOLVER.WEIGHT_DECAY.
     _C.FUSION.WEIGHT_DECAY = 0.0
 
     _C.LOSS = CN()
+    # The losses of classes and boxes are FUSED_WEIGHT * L(combined feature) + the sum over the taps
+    # of TAP_WEIGHTS[i] * L(tap i alone), in the order of FUSION.IN_FEATURES; (): no such terms.
+    _C.LOSS.FUSED_WEIGHT = 1.0
+    _C.LOSS.TAP_WEIGHTS = ()
     # Weight and temperature of the classification loss (KL divergence; quality focal, which has no
     # temperature, for dense detectors, whose weights CrossKD sets to 1.0 and, for FCOS, 0.4).
     _C.LOSS.CLS_WEIGHT = 0.5

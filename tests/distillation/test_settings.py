@@ -16,7 +16,7 @@ K = "MODEL.CROSSKD."
 CASES = {
     "unknown fusion": (
         (K + "FUSION.NAME", "blend"),
-        "FUSION.NAME.*'blend'.*'concat', .*'none', 'sum'",
+        "FUSION.NAME.*'blend'.*'concat', .*'none', .*'sum'",
     ),
     "unknown route": (
         (K + "FUSION.ROUTE", "around"),
@@ -24,7 +24,47 @@ CASES = {
     ),
     "unknown align": ((K + "FUSION.ALIGN", "whiten"), "FUSION.ALIGN.*'whiten'.*'standardize'"),
     "unknown box loss": ((K + "LOSS.BOX_TYPE", "l2"), "LOSS.BOX_TYPE.*'l2'.*'l1', 'giou'"),
-    "unknown mimic": ((K + "MIMIC", "both"), "MIMIC.*'both'.*'cross_head', 'student_head'"),
+    "unknown mimic": ((K + "MIMIC", "all"), "MIMIC.*'all'.*'cross_head', 'student_head', 'both'"),
+    "a combined feature that student_head doesn't have": (
+        (K + "MIMIC", "student_head", K + "LOSS.FUSED_WEIGHT", 0.5),
+        "FUSED_WEIGHT is 0.5, but MIMIC 'student_head'.*default, 1.0",
+    ),
+    "taps that student_head doesn't have": (
+        (K + "MIMIC", "student_head", K + "LOSS.TAP_WEIGHTS", (1.0,)),
+        "TAP_WEIGHTS.*but MIMIC 'student_head'",
+    ),
+    "nothing to compare": (
+        (K + "LOSS.FUSED_WEIGHT", 0.0, K + "LOSS.TAP_WEIGHTS", (0.0, 0.0)),
+        "FUSED_WEIGHT is 0.*TAP_WEIGHTS.*one of them above 0",
+    ),
+    "fewer weights than taps": (
+        (K + "LOSS.TAP_WEIGHTS", (1.0,)),
+        r"TAP_WEIGHTS is \(1.0,\).*has 2 taps.*fc1.*one weight for each",
+    ),
+    "a negative tap weight": (
+        (K + "LOSS.TAP_WEIGHTS", (1.0, -1.0)),
+        r"TAP_WEIGHTS\[1\] is -1.0.*>= 0",
+    ),
+    "a tap weight that is no number": (
+        (K + "LOSS.TAP_WEIGHTS", ("a", 1.0)),
+        "TAP_WEIGHTS.*list of numbers",
+    ),
+    "a detached layer that is no tap": (
+        (K + "FUSION.DETACH", ("pool",)),
+        "FUSION.DETACH.*pool.*some, not all",
+    ),
+    "all taps detached": ((K + "FUSION.DETACH", ("fc1", "fc2")), "FUSION.DETACH.*some, not all"),
+    "a detached tap without a combined feature": (
+        (
+            *(K + "FUSION.DETACH", ("fc1",), K + "LOSS.FUSED_WEIGHT", 0.0),
+            *(K + "LOSS.TAP_WEIGHTS", (1.0, 1.0)),
+        ),
+        "FUSION.DETACH.*FUSED_WEIGHT 0.*set it to",
+    ),
+    "residual with one tap": (
+        (K + "FUSION.NAME", "residual", K + "FUSION.IN_FEATURES", ("fc2",)),
+        "'residual' needs two taps",
+    ),
     "unknown mask reduction": ((K + "LOSS.MASK_REDUCTION", "sum"), "MASK_REDUCTION.*'published'"),
     "unknown mask channels": ((K + "LOSS.MASK_CHANNELS", "one"), "MASK_CHANNELS.*'ground_truth'"),
     "a fusion that student_head doesn't use": (

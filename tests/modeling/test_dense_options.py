@@ -177,26 +177,21 @@ def test_boxes_of_another_encoding_are_compared_decoded():
     assert abs(result["loss_box_reg_kd"]) < 1e-5
 
 
-PLACES = ("shared", "predictor")
+PLACES = ("pyramid", "predictor")
 
 
 @dense
 @pytest.mark.parametrize("mimic", ["cross_head", "student_head"])
-def test_gradients_are_measured_where_both_reach_and_at_the_predictors(kind, mimic):
+def test_gradients_are_measured_at_the_pyramid_and_at_the_predictors(kind, mimic):
     period = (K + "DIAGNOSTICS.GRAD_PERIOD", 1)
     student, _ = pair(kind, *period, K + "MIMIC", mimic, "MODEL.FCOS.NORM", "")
     result, storage = train_losses(student, tiny_batch())
     found = {k[8:]: v for k, (v, _) in storage.latest().items() if k.startswith("crosskd/grad")}
     assert set(found) == {f"grad_{x}_{place}" for x in ("cosine", "ratio") for place in PLACES}
-    assert found["grad_ratio_shared"] > 0
+    assert found["grad_ratio_pyramid"] > 0
     assert (found["grad_ratio_predictor"] == 0) == (mimic == "cross_head")
-    # By hand, at the deepest layer that both reach.
-    depth = student.kd_depth if mimic == "cross_head" else 4
-    places = [
-        [m for m in student.head.get_submodule(f"{t}_subnet") if isinstance(m, torch.nn.Conv2d)]
-        for t in ("cls", "bbox")
-    ]
-    parameters = [p for convs in places for p in convs[depth - 1].parameters()]
+    # By hand.
+    parameters = [p for c in student.backbone.output_convs for p in c.parameters()]
     a, b = (
         torch.cat(
             [
@@ -210,10 +205,10 @@ def test_gradients_are_measured_where_both_reach_and_at_the_predictors(kind, mim
         )
         for is_kd in (True, False)
     )
-    assert found["grad_cosine_shared"] == pytest.approx(
+    assert found["grad_cosine_pyramid"] == pytest.approx(
         float(a @ b / a.norm() / b.norm()), abs=1e-4
     )
-    assert found["grad_ratio_shared"] == pytest.approx(float(a.norm() / b.norm()), rel=1e-4)
+    assert found["grad_ratio_pyramid"] == pytest.approx(float(a.norm() / b.norm()), rel=1e-4)
 
 
 @dense

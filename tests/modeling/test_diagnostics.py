@@ -8,7 +8,7 @@ K = "MODEL.CROSSKD."
 ON = (K + "DIAGNOSTICS.GRAD_PERIOD", 5)
 STUDENT_HEAD = (K + "MIMIC", "student_head")
 NAMES = {
-    f"grad_{what}_{place}" for what in ("cosine", "ratio") for place in ("shared", "predictor")
+    f"grad_{what}_{place}" for what in ("cosine", "ratio") for place in ("pyramid", "predictor")
 }
 
 
@@ -35,39 +35,28 @@ def expected(losses, parameters):
 
 
 FUSION = K + "FUSION."
+POOL = (FUSION + "IN_FEATURES", ("pool",), FUSION + "NAME", "none", FUSION + "ENTRY", "pool")
 CASES = {
-    "fc2": (
-        (FUSION + "IN_FEATURES", ("fc1", "fc2")),
-        lambda m: list(m.roi_heads.box_head.fc2.parameters()),
-    ),
-    "fc1": (
-        (FUSION + "IN_FEATURES", ("fc1",), FUSION + "NAME", "none"),
-        lambda m: list(m.roi_heads.box_head.fc1.parameters()),
-    ),
-    "pool": (
-        (FUSION + "IN_FEATURES", ("pool",), FUSION + "NAME", "none", FUSION + "ENTRY", "pool"),
-        lambda m: [p for c in m.backbone.output_convs for p in c.parameters()],
-    ),
+    "fc2": (FUSION + "IN_FEATURES", ("fc1", "fc2")),
+    "pool": POOL,
     "features only": (
-        (
-            *(K + "LOSS.CLS_WEIGHT", 0.0, K + "LOSS.BOX_WEIGHT", 0.0),
-            *(K + "LOSS.FEATURE_WEIGHT", 1.0),
-        ),
-        lambda m: [p for c in m.backbone.output_convs for p in c.parameters()],
+        *(K + "LOSS.CLS_WEIGHT", 0.0, K + "LOSS.BOX_WEIGHT", 0.0),
+        *(K + "LOSS.FEATURE_WEIGHT", 1.0),
     ),
-    "student_head": (STUDENT_HEAD, lambda m: list(m.roi_heads.box_head.fc2.parameters())),
+    "student_head": STUDENT_HEAD,
+    "both": (K + "MIMIC", "both"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cosine_and_ratio_are_those_of_two_backward_passes(case):
-    opts, shared = CASES[case]
-    student, _ = distilling(*ON, *opts)
+def test_cosine_and_ratio_at_the_pyramid_are_those_of_two_backward_passes(case):
+    student, _ = distilling(*ON, *CASES[case])
     losses, found = logged(student, 10)
     assert set(found) == NAMES
-    cosine, ratio = expected(losses, shared(student))
-    assert found["grad_cosine_shared"] == pytest.approx(cosine, rel=1e-3)
-    assert found["grad_ratio_shared"] == pytest.approx(ratio, rel=1e-3) and ratio > 0
+    pyramid = [p for c in student.backbone.output_convs for p in c.parameters()]
+    cosine, ratio = expected(losses, pyramid)
+    assert found["grad_cosine_pyramid"] == pytest.approx(cosine, rel=1e-3)
+    assert found["grad_ratio_pyramid"] == pytest.approx(ratio, rel=1e-3) and ratio > 0
     predictor = list(student.roi_heads.box_predictor.parameters())
     cosine, ratio = expected(losses, predictor)
     assert found["grad_cosine_predictor"] == pytest.approx(cosine, rel=1e-3)
@@ -132,8 +121,8 @@ def test_frozen_layers_have_no_gradient_to_compare():
     student, _ = distilling(*ON)
     student.roi_heads.box_predictor.requires_grad_(False)
     _, found = logged(student, 0)
-    assert found["grad_ratio_predictor"] == 0 and found["grad_ratio_shared"] > 0
-    student.roi_heads.requires_grad_(False)
+    assert found["grad_ratio_predictor"] == 0 and found["grad_ratio_pyramid"] > 0
+    student.backbone.requires_grad_(False)
     _, found = logged(student, 0)
     assert found == dict.fromkeys(NAMES, 0.0)
 

@@ -25,17 +25,30 @@ from .traces import HeadTrace, StepTrace, put_scalars
 
 @dataclasses.dataclass
 class BoxPredictions:
-    """Class logits (R, K + 1) and box deltas (R, 4K) or (R, 4); of a cross-head also the combined
-    feature that they come from, shaped as the teacher's at the entry layer."""
+    """Class logits (R, K + 1) and box deltas (R, 4K) or (R, 4)."""
 
     logits: torch.Tensor
     deltas: torch.Tensor
-    fused: Optional[torch.Tensor] = None
+
+
+@dataclasses.dataclass
+class Term(BoxPredictions):
+    """Predictions that are compared with the teacher's; of a cross-head also the feature that they
+    come from, shaped as the teacher's at the entry layer.
+
+    Attributes:
+        name: "combined" or a tap; "" for the student's own.
+        weight: of its losses.
+    """
+
+    name: str = ""
+    weight: float = 1.0
+    feature: Optional[torch.Tensor] = None
 
 
 class CrossHead:
-    """Cross-head predictions: the student's fused taps through the teacher's remaining layers and
-    predictor.
+    """Cross-head predictions: the student's combined taps, or taps by themselves, through the
+    teacher's remaining layers and predictor.
 
     The gradient flows through the frozen layers into the taps and adapters. All predictions are in
     the teacher's classes.
@@ -49,14 +62,30 @@ class CrossHead:
         self.transform = heads.box_predictor.box2box_transform
 
     def predict(self, trace: HeadTrace, teacher: Mapping[str, torch.Tensor]) -> BoxPredictions:
-        """
+        """From the combined feature.
+
         Args:
             trace: of the student's heads.
             teacher: layer name -> output of the teacher's box head on the same RoIs.
         """
         entry = self.fusion.entry
         fused = self.fusion(trace.layers, teacher[entry], self._layers.run)
-        return BoxPredictions(*self._predictor(self._layers.run(fused, after=entry)), fused)
+        return BoxPredictions(*self._predictor(self._layers.run(fused, after=entry)))
+
+    def terms(self, trace: HeadTrace, teacher: Mapping[str, torch.Tensor]) -> List[Term]:
+        """What is compared with the teacher; arguments as of :meth:`predict`.
+
+        All go through the teacher's remaining layers as one batch of rows.
+        """
+        entry, weights = self.fusion.entry, self.fusion.terms
+        features = self.fusion.features(trace.layers, teacher[entry], self._layers.run)
+        rows = torch.cat(features) if len(features) > 1 else features[0]
+        predictions = self._predictor(self._layers.run(rows, after=entry))
+        parts = (x.split(len(features[0])) if len(features) > 1 else [x] for x in predictions)
+        return [
+            Term(logits, deltas, name, weights[name], feature)
+            for name, feature, logits, deltas in zip(weights, features, *parts)
+        ]
 
     def targets(self, predictions: BoxPredictions) -> BoxPredictions:
         """What the predictions are compared with: the teacher's own."""
@@ -64,7 +93,7 @@ class CrossHead:
 
 
 class StudentHead:
-    """The student's own predictions, compared class by class (plain prediction mimicking)."""
+    """The student's own predictions, compared class by class (prediction mimicking)."""
 
     fusion = None
 
@@ -72,10 +101,10 @@ class StudentHead:
         self._class_map = class_map
         self.transform = student.roi_heads.box_predictor.box2box_transform
 
-    def predict(self, trace: HeadTrace, teacher: Mapping[str, torch.Tensor]) -> BoxPredictions:
+    def terms(self, trace: HeadTrace, teacher: Mapping[str, torch.Tensor]) -> List[Term]:
         """The student's predictions for the classes that have a teacher class."""
         m = self._class_map
-        return BoxPredictions(m.student_logits(trace.logits), m.student_deltas(trace.deltas))
+        return [Term(m.student_logits(trace.logits), m.student_deltas(trace.deltas))]
 
     def targets(self, predictions: BoxPredictions) -> BoxPredictions:
         """The teacher's predictions in these classes."""
@@ -129,6 +158,8 @@ class BoxDistiller:
         student: GeneralizedRCNN,
         teacher: Teacher,
         class_map: Optional[ClassMap],
+        *,
+        own_predictions: bool,
     ):
         kd = cfg.MODEL.CROSSKD
         box_type = kd.LOSS.BOX_TYPE or "l1"
@@ -137,12 +168,12 @@ class BoxDistiller:
                 "MODEL.CROSSKD.LOSS.BOX_TYPE 'iou' is for dense detectors; possible values here: "
                 "'l1', 'giou'"
             )
-        if kd.MIMIC == "student_head":
+        if own_predictions:
             if box_type == "l1" and kd.LOSS.BOX_WEIGHT > 0:
                 _check_same_deltas(student, teacher)
             mimic = StudentHead(student, class_map)
         else:
-            mimic = CrossHead(teacher, build_fusion(kd.FUSION, student, teacher))
+            mimic = CrossHead(teacher, build_fusion(kd, student, teacher))
         return {
             "teacher": teacher,
             "mimic": mimic,
@@ -164,17 +195,14 @@ class BoxDistiller:
         trace = step.heads
         if not self.is_active:
             return {key: self.zero(trace) for key in self.keys}
-        targets, layers = self.predict(step.teacher, trace.boxes)
-        found, wanted = self.mimic.predict(trace, layers), self.mimic.targets(targets)
-        loss_cls = L.kl_divergence(
-            found.logits,
-            wanted.logits,
-            temperature=self.temperature,
-            normalizer=max(len(wanted.logits), 1),
-        )
-        loss_box = self._box_loss(found, wanted, trace.boxes)
+        targets, layers = step.teacher.once("box", lambda: self.predict(step.teacher, trace.boxes))
+        terms, wanted = self.mimic.terms(trace, layers), self.mimic.targets(targets)
+        loss_cls = sum(x.weight * self._cls_loss(x, wanted) for x in terms)
+        loss_box = sum(x.weight * self._box_loss(x, wanted, trace.boxes) for x in terms)
+        if self.fusion is not None and not self.fusion.reaches_all:
+            loss_cls = loss_cls + self.zero(trace)
         if step.log:
-            self._log(found, targets, trace, layers)
+            self._log(terms, targets, trace, layers)
         return {
             "loss_cls_kd": loss_cls * self.cls_weight,
             "loss_box_reg_kd": loss_box * self.box_weight,
@@ -207,6 +235,14 @@ class BoxDistiller:
         predictor = self.teacher.model.roi_heads.box_predictor
         return predictor.inference((found.logits, found.deltas), trace.proposals)[0]
 
+    def _cls_loss(self, found: BoxPredictions, wanted: BoxPredictions) -> torch.Tensor:
+        return L.kl_divergence(
+            found.logits,
+            wanted.logits,
+            temperature=self.temperature,
+            normalizer=max(len(wanted.logits), 1),
+        )
+
     def _box_l1(self, found: BoxPredictions, wanted: BoxPredictions, boxes: List[Boxes]):
         return L.confident_l1(found.deltas, wanted.deltas, wanted.logits)
 
@@ -223,7 +259,7 @@ class BoxDistiller:
     @torch.no_grad()
     def _log(
         self,
-        found: BoxPredictions,
+        terms: List[Term],
         targets: BoxPredictions,
         trace: HeadTrace,
         teacher: Mapping[str, torch.Tensor],
@@ -233,10 +269,13 @@ class BoxDistiller:
         if len(targets.logits):
             answer = targets.logits.argmax(dim=1)
             scalars["teacher_confidence"] = L.teacher_confidence(targets.logits)[0].mean().item()
-            if self.fusion is not None:
-                best = found.logits.argmax(dim=1)
-                scalars["agreement_cross_head"] = _share(best, answer)
-                scalars.update(_compare(found.fused, teacher[self.fusion.entry]))
+            for term in terms if self.fusion is not None else ():
+                agreement = _share(term.logits.argmax(dim=1), answer)
+                if term.name == "combined":
+                    scalars["agreement_cross_head"] = agreement
+                    scalars.update(_compare(term.feature, teacher[self.fusion.entry]))
+                else:
+                    scalars[f"agreement_{term.name}"] = agreement
             if self._class_map is not None:
                 answer = self._class_map.to_student(answer)
                 if self._student_has_softmax:

@@ -4,7 +4,8 @@ Shape shorthand: N images, A anchors per position, K foreground classes, C chann
 of level i with Pi = Hi Wi positions, R anchors of an image over all levels.
 """
 
-from typing import Callable, Dict, List, Mapping, Optional, Tuple
+import dataclasses
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -17,9 +18,23 @@ from torch import nn
 from . import losses as L
 from .compatibility.class_map import ClassMap
 from .compatibility.dense import build_fusions
+from .fusion import FeatureFusion
 from .head_layers import TOWERS, towers_of
 from .teacher import Teacher, TeacherPass
 from .traces import DensePredictions, DenseTrace, StepTrace, put_scalars
+
+
+@dataclasses.dataclass
+class DenseTerm(DensePredictions):
+    """Predictions that are compared with the teacher's.
+
+    Attributes:
+        name: "combined" or a tap; "" for the student's own.
+        weight: of its losses.
+    """
+
+    name: str = ""
+    weight: float = 1.0
 
 
 def by_anchor(levels: List[torch.Tensor]) -> torch.Tensor:
@@ -92,9 +107,9 @@ def _columns_last(x: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 class DenseCrossHead:
-    """Cross-head predictions: for each level, the student's taps of a tower are combined,
-    standardized to the teacher's feature at the entry layer, rectified, and sent through the
-    teacher's layers after it and its predictor.
+    """Cross-head predictions: for each level, the student's taps of a tower are combined (or taken
+    by themselves), standardized to the teacher's feature at the entry layer, rectified, and sent
+    through the teacher's layers after it and its predictor.
 
     The gradient flows through the frozen layers into the taps and adapters. All predictions are in
     the teacher's classes.
@@ -115,26 +130,53 @@ class DenseCrossHead:
         student: Mapping[str, Mapping[str, List[torch.Tensor]]],
         teacher: Mapping[str, List[torch.Tensor]],
     ) -> List[List[torch.Tensor]]:
-        """Cross-head predictions level by level, as of :meth:`DenseTeacher.predict`.
+        """Predictions from the combined features, as of :meth:`DenseTeacher.predict`.
 
         Args:
             student: tower -> layer -> its output for each level.
             teacher: tower -> for each level the teacher's output of the entry layer.
         """
+        return self._run(student, teacher, lambda fusion, *inputs: fusion(*inputs))
+
+    def terms(
+        self, trace: DenseTrace, teacher: Mapping[str, List[torch.Tensor]]
+    ) -> List[DenseTerm]:
+        """What is compared with the teacher; all terms go through its remaining layers as one
+        batch of images."""
+        weights = self.fusion["cls"].terms
+
+        def images(fusion: FeatureFusion, *inputs) -> torch.Tensor:
+            features = fusion.features(*inputs)
+            return torch.cat(features) if len(features) > 1 else features[0]
+
+        maps = self._run(trace.layers, teacher, images)
+        found = self._teacher.by_level(maps)
+        if len(weights) == 1:
+            parts = [(found.logits, found.deltas)]
+        else:
+            parts = zip(
+                *(zip(*(x.chunk(len(weights)) for x in y)) for y in (found.logits, found.deltas))
+            )
+        return [
+            DenseTerm(list(logits), list(deltas), name, weights[name])
+            for name, (logits, deltas) in zip(weights, parts)
+        ]
+
+    def _run(self, student, teacher, feature_of: Callable[..., torch.Tensor]):
+        """The teacher's remaining layers and predictors on a feature of each tower and level."""
         outputs = {}
         for tower, named in self._teacher.towers.items():
             fusion = self.fusion[tower]
             outputs[tower] = []
             for level, theirs in enumerate(teacher[tower]):
                 taps = {tap: student[tower][tap][level] for tap in fusion.taps}
-                fused = fusion(taps, theirs, named.run)
-                outputs[tower].append(named.run(fused, after=fusion.entry))
+                feature = feature_of(fusion, taps, theirs, named.run)
+                outputs[tower].append(named.run(feature, after=fusion.entry))
         return self._teacher.predict(outputs)
 
-    def predict(
-        self, trace: DenseTrace, teacher: Mapping[str, List[torch.Tensor]]
-    ) -> DensePredictions:
-        return self._teacher.by_level(self.maps(trace.layers, teacher))
+    @property
+    def reaches_all(self) -> bool:
+        return all(fusion.reaches_all for fusion in self.fusion.values())
 
     def targets(self, predictions: DensePredictions) -> DensePredictions:
         """What the predictions are compared with: the teacher's own."""
@@ -148,18 +190,20 @@ class DenseCrossHead:
 
 
 class DenseStudentHead:
-    """The student's own predictions, compared class by class (plain prediction mimicking)."""
+    """The student's own predictions, compared class by class (prediction mimicking)."""
 
     fusion = None
     entries = dict.fromkeys(TOWERS, "")
+    reaches_all = True
 
     def __init__(self, student: DenseDetector, class_map: ClassMap):
         self._class_map = class_map
         self.transform = student.box2box_transform
 
-    def predict(self, trace: DenseTrace, teacher: Mapping[str, List[None]]) -> DensePredictions:
+    def terms(self, trace: DenseTrace, teacher: Mapping[str, List[Any]]) -> List[DenseTerm]:
         """The student's predictions for the classes that have a teacher class."""
-        return _selected(self._class_map.student_channels, trace.own)
+        found = _selected(self._class_map.student_channels, trace.own)
+        return [DenseTerm(found.logits, found.deltas)]
 
     def targets(self, predictions: DensePredictions) -> DensePredictions:
         """The teacher's predictions in these classes."""
@@ -217,13 +261,15 @@ class DenseBoxDistiller:
         student: DenseDetector,
         teacher: Teacher,
         class_map: Optional[ClassMap],
+        *,
+        own_predictions: bool,
     ):
         kd = cfg.MODEL.CROSSKD
         theirs = DenseTeacher(teacher)
-        if kd.MIMIC == "student_head":
+        if own_predictions:
             mimic = DenseStudentHead(student, class_map)
         else:
-            fusions = build_fusions(kd.FUSION, student, teacher)
+            fusions = build_fusions(kd, student, teacher)
             mimic = DenseCrossHead(theirs, nn.ModuleDict(fusions))
         return {
             "teacher": theirs,
@@ -245,34 +291,52 @@ class DenseBoxDistiller:
         trace = step.heads
         if not self.is_active:
             return {key: self.zero(trace) for key in self.keys}
-        entries, predictions = self.run_teacher(step.teacher)
+        entries, predictions = step.teacher.once("dense", lambda: self.run_teacher(step.teacher))
         targets = self.teacher.by_level(predictions)
-        found, wanted = self.mimic.predict(trace, entries), self.mimic.targets(targets)
+        terms, wanted = self.mimic.terms(trace, entries), self.mimic.targets(targets)
         valid = (trace.labels >= 0).to(torch.float32)  # NxR
-        normalizer = self._normalizer(trace)
-        sizes = [x.shape[1:3] for x in wanted.logits]
-        weights = valid.split([a * b for a, b in sizes], dim=1)
-        loss_cls = sum(
-            L.quality_focal(z, t, beta=1.0, weights=w.unflatten(1, size), normalizer=normalizer)
-            for z, t, w, size in zip(found.logits, wanted.logits, weights, sizes)
-        )
-        best = by_anchor([x.amax(dim=3) for x in wanted.logits])  # NxR
-        confidence = L.at_least_float32(best).sigmoid() * valid
-        anchors = Boxes.cat(trace.anchors).tensor.repeat(len(valid), 1)  # NRx4
-        theirs = self.teacher.model.box2box_transform
-        found_boxes, wanted_boxes = (
-            transform.apply_deltas(L.at_least_float32(by_anchor(x.deltas)).flatten(0, 1), anchors)
-            for x, transform in ((found, self.mimic.transform), (wanted, theirs))
-        )
-        # FCOS can answer with an empty box, which has no overlap to learn from.
-        confidence = confidence.flatten() * (Boxes(wanted_boxes).area() > 0)
-        loss_box = self._box_loss(found_boxes, wanted_boxes, confidence, normalizer=normalizer)
+        loss_cls, loss_box = self._compare(terms, wanted, trace, valid)
+        if not self.mimic.reaches_all:
+            loss_cls = loss_cls + self.zero(trace)
         if step.log:
-            self._log(found, targets, trace, valid)
+            self._log(terms, targets, trace, valid)
         return {
             "loss_cls_kd": loss_cls * self.cls_weight,
             "loss_box_reg_kd": loss_box * self.box_weight,
         }
+
+    def _compare(
+        self,
+        terms: List[DenseTerm],
+        wanted: DensePredictions,
+        trace: DenseTrace,
+        valid: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Both losses, the weighted sums over the terms."""
+        normalizer = self._normalizer(trace)
+        sizes = [x.shape[1:3] for x in wanted.logits]
+        weights = valid.split([a * b for a, b in sizes], dim=1)
+        best = by_anchor([x.amax(dim=3) for x in wanted.logits])  # NxR
+        confidence = L.at_least_float32(best).sigmoid() * valid
+        anchors = Boxes.cat(trace.anchors).tensor.repeat(len(valid), 1)  # NRx4
+
+        def decode(x: DensePredictions, transform) -> torch.Tensor:
+            deltas = L.at_least_float32(by_anchor(x.deltas)).flatten(0, 1)
+            return transform.apply_deltas(deltas, anchors)
+
+        wanted_boxes = decode(wanted, self.teacher.model.box2box_transform)
+        # FCOS can answer with an empty box, which has no overlap to learn from.
+        confidence = confidence.flatten() * (Boxes(wanted_boxes).area() > 0)
+        loss_cls = loss_box = 0.0
+        for found in terms:
+            loss_cls = loss_cls + found.weight * sum(
+                L.quality_focal(z, t, beta=1.0, weights=w.unflatten(1, size), normalizer=normalizer)
+                for z, t, w, size in zip(found.logits, wanted.logits, weights, sizes)
+            )
+            boxes = decode(found, self.mimic.transform)
+            loss = self._box_loss(boxes, wanted_boxes, confidence, normalizer=normalizer)
+            loss_box = loss_box + found.weight * loss
+        return loss_cls, loss_box
 
     def run_teacher(
         self, teacher: TeacherPass
@@ -287,7 +351,7 @@ class DenseBoxDistiller:
     @torch.no_grad()
     def _log(
         self,
-        found: DensePredictions,
+        terms: List[DenseTerm],
         targets: DensePredictions,
         trace: DenseTrace,
         valid: torch.Tensor,
@@ -299,10 +363,14 @@ class DenseBoxDistiller:
         confidence, answer = _best_class(targets)
         weight = confidence * valid
         scalars = {"teacher_confidence": _mean(confidence, valid)}
-        if self.fusion is not None:
-            p, best = _best_class(found)
-            scalars["cross_head_confidence"] = _mean(p, valid)
-            scalars["agreement_cross_head"] = _mean((best == answer).float(), weight)
+        for term in terms if self.fusion is not None else ():
+            p, best = _best_class(term)
+            agreement = _mean((best == answer).float(), weight)
+            if term.name == "combined":
+                scalars["cross_head_confidence"] = _mean(p, valid)
+                scalars["agreement_cross_head"] = agreement
+            else:
+                scalars[f"agreement_{term.name}"] = agreement
         if self._class_map is not None:
             ours = self._class_map.to_student(answer)
             same = (ours == _best_class(trace.own)[1]).float()

@@ -20,12 +20,16 @@ from .rpn import RPNMimic
 from .teacher import Teacher, TeacherPass
 from .traces import StepTrace, is_logging_step, put_scalars
 
+# MODEL.CROSSKD.MIMIC -> for each part that compares predictions whether they are the student's own,
+# not the cross-head's.
+OWN_PREDICTIONS = {"cross_head": (False,), "student_head": (True,), "both": (False, True)}
+
 
 class Distiller:
     """The distillation losses that a config asks for, of any student.
 
     A part has ``keys``, the names of its losses, and ``losses(step)``, which gives them weighted,
-    without the schedule's factor.
+    without the schedule's factor. Losses of equal names are added.
     """
 
     def __init__(
@@ -89,7 +93,8 @@ class Distiller:
             losses = {}
             for part in self._parts:
                 for key, value in part.losses(step).items():
-                    losses[key] = value * step.factor
+                    value = value * step.factor
+                    losses[key] = losses[key] + value if key in losses else value
         if step.log:
             put_scalars({"factor": step.factor})
             if step.factor > 0:
@@ -121,15 +126,16 @@ class RCNNDistiller(Distiller):
         teacher: Teacher,
         class_map: Optional[ClassMap],
     ):
-        kd = cfg.MODEL.CROSSKD
-        others: List[Any] = []
+        kd, pair = cfg.MODEL.CROSSKD, (cfg, student, teacher)
+        own = OWN_PREDICTIONS[kd.MIMIC]
+        box, *others = [BoxDistiller(*pair, class_map, own_predictions=x) for x in own]
         if student.roi_heads.mask_on and kd.LOSS.MASK_WEIGHT > 0:
-            others.append(MaskDistiller(cfg, student, teacher, class_map))
+            others += [MaskDistiller(*pair, class_map, own_predictions=x) for x in own]
         if kd.LOSS.FEATURE_WEIGHT > 0:
-            others.append(FeatureDistiller(cfg, student, teacher))
+            others.append(FeatureDistiller(*pair))
         return {
             "teacher": teacher,
-            "box": BoxDistiller(cfg, student, teacher, class_map),
+            "box": box,
             "others": others,
             "rpn": RPNMimic(cfg, student, teacher) if kd.LOSS.RPN_WEIGHT > 0 else None,
         }
@@ -171,12 +177,12 @@ class DenseDistiller(Distiller):
     def from_config(
         cls, cfg: CfgNode, student: DenseDetector, teacher: Teacher, class_map: Optional[ClassMap]
     ):
-        has_features = cfg.MODEL.CROSSKD.LOSS.FEATURE_WEIGHT > 0
-        return {
-            "teacher": teacher,
-            "box": DenseBoxDistiller(cfg, student, teacher, class_map),
-            "others": [FeatureDistiller(cfg, student, teacher)] if has_features else [],
-        }
+        kd, pair = cfg.MODEL.CROSSKD, (cfg, student, teacher)
+        own = OWN_PREDICTIONS[kd.MIMIC]
+        box, *others = [DenseBoxDistiller(*pair, class_map, own_predictions=x) for x in own]
+        if kd.LOSS.FEATURE_WEIGHT > 0:
+            others.append(FeatureDistiller(*pair))
+        return {"teacher": teacher, "box": box, "others": others}
 
     def detect(
         self, student: DenseDetector, batched_inputs: List[Dict[str, torch.Tensor]]

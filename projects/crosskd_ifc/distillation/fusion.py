@@ -9,7 +9,10 @@ import functools
 import operator
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from fvcore.common.registry import Registry
 from torch import nn
 
@@ -19,7 +22,7 @@ __all__ = ["FEATURE_FUSION_REGISTRY", "FeatureFusion", "build_adapter", "standar
 
 Shape = Tuple[int, ...]
 ROUTES = ("direct", "through")
-ALIGNMENTS = ("none", "standardize")
+ALIGNMENTS = ("none", "standardize", "standardize_taps")
 
 
 class _FusionRegistry(Registry):
@@ -132,6 +135,60 @@ class ConcatFusion(nn.Module):
         return self.project(torch.cat(features, dim=1))
 
 
+@FEATURE_FUSION_REGISTRY.register(name="dropout")
+class DropoutFusion(nn.Module):
+    """The mean of a random subset of the taps, never an empty one, drawn for each RoI (or image):
+    no tap can count on another. In evaluation the mean of all.
+
+    The subsets depend on iteration, process and place alone, so that a resumed run draws the same.
+    """
+
+    def __init__(self, taps: Sequence[str], shape: Shape):
+        super().__init__()
+        self._drawn = (-1, 0)  # iteration, subsets drawn in it
+
+    def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
+        if not self.training:
+            return functools.reduce(operator.add, features) / len(features)
+        x = features[0]
+        keep = self._subsets(len(x), len(features)).to(x.device, x.dtype)  # R x taps
+        weights = (keep / keep.sum(dim=1, keepdim=True)).unbind(dim=1)
+        shape = (-1,) + (1,) * (x.dim() - 1)
+        return functools.reduce(
+            operator.add, (w.view(shape) * f for w, f in zip(weights, features))
+        )
+
+    def _subsets(self, rows: int, taps: int) -> torch.Tensor:
+        """(rows, taps) of 0 and 1, each of the 2^taps - 1 subsets as likely as the others."""
+        iteration = get_event_storage().iter
+        number = self._drawn[1] + 1 if self._drawn[0] == iteration else 0
+        self._drawn = (iteration, number)
+        key = np.random.SeedSequence((iteration, comm.get_rank(), number)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(key[0]))
+        subsets = torch.randint(1, 2**taps, (rows, 1), generator=generator)
+        return (subsets >> torch.arange(taps)) & 1
+
+
+@FEATURE_FUSION_REGISTRY.register(name="residual")
+class ResidualFusion(nn.Module):
+    """``x_1 + sum over i > 1 of tanh(g_i) * (x_i - x_1)``, one g_i for each channel, from 0: starts
+    as the first tap alone."""
+
+    def __init__(self, taps: Sequence[str], shape: Shape):
+        super().__init__()
+        if len(taps) < 2:
+            raise ValueError(f"'residual' needs two taps or more: {tuple(taps)}")
+        self.gates = nn.Parameter(torch.zeros(len(taps) - 1, shape[0]))
+
+    def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
+        anchor, *others = features
+        shape = (1, -1) + (1,) * (anchor.dim() - 2)
+        gates = (g.tanh().view(shape) for g in self.gates)
+        return functools.reduce(
+            operator.add, (g * (x - anchor) for g, x in zip(gates, others)), anchor
+        )
+
+
 class SpatialMean(nn.Module):
     """(R, C, H, W) -> (R, C)."""
 
@@ -205,6 +262,9 @@ class FeatureFusion(nn.Module):
         align: str,
         student_shapes: Mapping[str, Shape],
         teacher_shapes: Mapping[str, Shape],
+        fused_weight: float = 1.0,
+        tap_weights: Sequence[float] = (),
+        detach: Sequence[str] = (),
     ):
         """
         Args:
@@ -214,17 +274,23 @@ class FeatureFusion(nn.Module):
             route: "direct" maps each tap to the teacher's shape at ``entry``; "through" maps it to
                 the teacher's shape at the tap itself and runs the teacher's layers up to ``entry``
                 on it.
-            align: "none", or "standardize" against the teacher's own feature at ``entry``, followed
-                by ReLU unless the entry is ``pool`` (whose features are not rectified).
+            align: "none", or "standardize" the combined feature against the teacher's own feature
+                at ``entry``, followed by ReLU unless the entry is ``pool`` (whose features are not
+                rectified); "standardize_taps" does so with each tap before they are combined.
             student_shapes, teacher_shapes: layer name -> (C, H, W) or (D,).
+            fused_weight: of the loss on the combined feature.
+            tap_weights: of the losses on each tap by itself, in the order of ``taps``; none for ().
+            detach: taps that enter the combined feature without gradient.
 
         Raises:
             ValueError: if a tap's shape can't be mapped, or the fusion refuses the taps.
         """
         super().__init__()
         self.taps, self.entry, self.route = tuple(taps), entry, route
-        self.standardize = align == "standardize"
-        self.rectify = self.standardize and entry != "pool"
+        self.align, self.detach = align, frozenset(detach)
+        self.rectify = align != "none" and entry != "pool"
+        self._fused_weight = fused_weight
+        self._tap_weights = {t: w for t, w in zip(self.taps, tap_weights) if w > 0}
         self.adapters = nn.ModuleDict()
         for tap in self.taps:
             target = entry if route == "direct" else tap
@@ -237,6 +303,18 @@ class FeatureFusion(nn.Module):
                 ) from None
             self.adapters[tap] = adapter
         self.combine = FEATURE_FUSION_REGISTRY.get(name)(self.taps, teacher_shapes[entry])
+
+    @property
+    def terms(self) -> Dict[str, float]:
+        """What the losses are computed on -> its weight, above 0: "combined" (the feature of
+        :meth:`forward`), then taps by themselves."""
+        combined = {"combined": self._fused_weight} if self._fused_weight > 0 else {}
+        return {**combined, **self._tap_weights}
+
+    @property
+    def reaches_all(self) -> bool:
+        """Whether each learned parameter gets a gradient from the terms."""
+        return self._fused_weight > 0 and not self.detach
 
     def forward(
         self,
@@ -254,16 +332,40 @@ class FeatureFusion(nn.Module):
         Returns:
             The combined feature, shaped as the teacher's at the entry layer.
         """
-        features = []
-        for tap in self.taps:
-            x = self.adapters[tap](student[tap])
-            if self.route == "through":
-                x = run_teacher(x, tap, self.entry)
-            features.append(x)
+        return self._combined(self._at_entry(student, run_teacher), teacher)
+
+    def features(
+        self,
+        student: Mapping[str, torch.Tensor],
+        teacher: torch.Tensor,
+        run_teacher: Callable[[torch.Tensor, str, str], torch.Tensor],
+    ) -> List[torch.Tensor]:
+        """The feature of each of the :attr:`terms`; arguments and shapes as of :meth:`forward`."""
+        taps = self._at_entry(student, run_teacher)
+        return [
+            self._combined(taps, teacher) if name == "combined" else self._aligned(x, teacher)
+            for name in self.terms
+            for x in [taps.get(name)]
+        ]
+
+    def _at_entry(self, student, run_teacher) -> Dict[str, torch.Tensor]:
+        """Each tap, adapted and routed to the entry."""
+        found = {tap: self.adapters[tap](student[tap]) for tap in self.taps}
+        if self.route == "through":
+            found = {tap: run_teacher(x, tap, self.entry) for tap, x in found.items()}
+        return found
+
+    def _combined(self, taps: Dict[str, torch.Tensor], teacher: torch.Tensor) -> torch.Tensor:
+        features = [x.detach() if tap in self.detach else x for tap, x in taps.items()]
+        if self.align == "standardize_taps":
+            return self.combine([self._aligned(x, teacher) for x in features])
         fused = self.combine(features)
-        if self.standardize:
-            fused = standardize_like(fused, teacher)
-        return fused.relu() if self.rectify else fused
+        return self._aligned(fused, teacher)
+
+    def _aligned(self, x: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        if self.align != "none":
+            x = standardize_like(x, teacher)
+        return x.relu() if self.rectify else x
 
     def connected_zero(self) -> Optional[torch.Tensor]:
         """0 with a graph to every learned parameter, None if there is none (DDP wants a gradient

@@ -73,9 +73,10 @@ class MaskDistiller:
         student: GeneralizedRCNN,
         teacher: Teacher,
         class_map: Optional[ClassMap],
+        *,
+        own_predictions: bool,
     ):
-        kd = cfg.MODEL.CROSSKD
-        own = kd.MIMIC == "student_head"
+        kd, own = cfg.MODEL.CROSSKD, own_predictions
         _check_heads(student, teacher)
         if own:
             _check_same_masks(student, teacher, kd.LOSS.MASK_CHANNELS)
@@ -98,7 +99,7 @@ class MaskDistiller:
         if not sum(len(x) for x in trace.instances):
             zero = sum(x.sum() for x in step.features.values()) * 0
             return {"loss_mask_kd": zero}
-        wanted = self._teacher_logits(step)
+        wanted = step.teacher.once("mask", lambda: self._teacher_logits(step))
         found = trace.logits if self._own else self._cross_logits(step)
         weights = None
         if self._truth_only:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import logging
 import time
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -125,12 +125,19 @@ class TeacherPass:
         """
         self.teacher, self.seconds = teacher, 0.0
         self._inputs, self._timed = batched_inputs, timed
+        self._found: Dict[str, Any] = {}
 
     @functools.cached_property
     def features(self) -> Dict[str, torch.Tensor]:
         """Backbone features by name, each (N, C, Hi, Wi), no gradient."""
         with self.running():
             return self.teacher.features(self._inputs)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives; a second call of this ``name`` gives the same."""
+        if name not in self._found:
+            self._found[name] = compute()
+        return self._found[name]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

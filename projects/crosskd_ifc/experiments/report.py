@@ -24,7 +24,8 @@ from .tables import Section, Table
 # What says most of how the student is read by the teacher's head.
 _STATISTICS = (
     *("agreement_cross_head", "agreement_student", "fused_length", "fused_cosine"),
-    *("grad_cosine_shared", "grad_ratio_shared"),
+    *("grad_cosine_pyramid", "grad_ratio_pyramid"),
+    *("grad_cosine_shared", "grad_ratio_shared"),  # of records before there was one place for all
 )
 _LOGGED = "Logged in the last quarter of the training, means over the seeds (docs/options.md):"
 

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 def needs_class_map(cfg: CfgNode) -> str:
     """What compares predictions class by class under this config, "" if nothing does."""
     kd = cfg.MODEL.CROSSKD
-    if kd.MIMIC == "student_head":
-        return "MODEL.CROSSKD.MIMIC 'student_head'"
+    if kd.MIMIC != "cross_head":
+        return f"MODEL.CROSSKD.MIMIC {kd.MIMIC!r}"
     has_masks = cfg.MODEL.MASK_ON and kd.LOSS.MASK_WEIGHT > 0
     if has_masks and kd.LOSS.MASK_CHANNELS == "ground_truth":
         return "MODEL.CROSSKD.LOSS.MASK_CHANNELS 'ground_truth'"

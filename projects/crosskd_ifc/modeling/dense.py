@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes
+from torch import nn
 
 from ..distillation.compatibility.dense import check_pair, check_settings
 from ..distillation.distiller import DenseDistiller
@@ -18,7 +19,6 @@ from ..distillation.head_layers import record_towers
 from ..distillation.teacher import Teacher
 from ..distillation.traces import DenseTrace
 from .classes import build_class_map, needs_class_map
-from .diagnostics import Places, shared_in_towers
 from .student import Student
 
 
@@ -43,9 +43,8 @@ class DenseStudent(Student):
         class_map = build_class_map(cfg, self, teacher, needs_class_map(cfg))
         return DenseDistiller(cfg, self, teacher, class_map)
 
-    def diagnosed(self) -> Places:
-        predictors = [self.head.cls_score, self.head.bbox_pred]
-        return shared_in_towers(self, self.distiller.box), predictors
+    def predictors(self) -> List[nn.Module]:
+        return [self.head.cls_score, self.head.bbox_pred]
 
     def kd_normalizer(self, trace: DenseTrace) -> torch.Tensor:
         """The divisor of the distillation losses, a scalar of at least 1."""

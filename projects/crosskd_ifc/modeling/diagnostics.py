@@ -1,46 +1,40 @@
 """Do distillation and detection pull the student's layers in the same direction?"""
 
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, Iterable, List, Mapping
 
 import torch
-from detectron2.modeling import FPN, GeneralizedRCNN
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling import FPN
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..distillation.box import BoxDistiller
-from ..distillation.dense import DenseBoxDistiller
-from ..distillation.fusion import FeatureFusion
-from ..distillation.head_layers import towers_of
 from ..distillation.traces import put_scalars
-
-# Parameters that both kinds of losses reach, and the modules of the predictors.
-Places = Tuple[List[nn.Parameter], List[nn.Module]]
 
 
 class GradientDiagnostics:
     """Cosine and ratio of the gradients of both kinds of losses, every so many iterations.
 
-    Measured at the last layer that both reach (the deepest tapped layer of the student's box head,
-    or of both towers of a dense head; for student-head mimicking its last layer; for ``pool``, or
-    without losses of classes and boxes, the output convolutions of the FPN, or all of another
-    backbone) and at the predictors of classes and boxes, which cross-head distillation doesn't
-    reach. All losses of a kind are added, with their weights,
+    Measured at the outputs of the student's pyramid (the parameters of the FPN's output
+    convolutions, or all of another backbone), which every kind of distillation reaches, so that
+    numbers of different settings can be compared; and at the predictors of classes and boxes, which
+    cross-head distillation doesn't reach. All losses of a kind are added, with their weights,
     before the gradient is taken.
 
-    Logged as ``crosskd/grad_cosine_shared``, ``grad_cosine_predictor`` (-1 to 1; 0 where one of the
-    gradients is 0), ``grad_ratio_shared`` and ``grad_ratio_predictor`` (length of the distillation
-    gradient over that of detection). In a distributed run they are the first process's.
+    Logged as ``crosskd/grad_cosine_pyramid``, ``grad_cosine_predictor`` (-1 to 1; 0 where one of
+    the gradients is 0), ``grad_ratio_pyramid`` and ``grad_ratio_predictor`` (norm of the
+    distillation gradient over that of detection). In a distributed run they are the first
+    process's.
     """
 
-    def __init__(self, *, period: int, shared: List[nn.Parameter], predictor: List[nn.Parameter]):
+    def __init__(self, student: nn.Module, predictors: Iterable[nn.Module], *, period: int):
         """
         Args:
+            student: a detector.
+            predictors: its modules that predict classes and boxes.
             period: iterations between measurements.
-            shared, predictor: parameters of the two places.
         """
         self.period = period
-        self._places = {"shared": shared, "predictor": predictor}
+        predictor = [p for module in predictors for p in module.parameters()]
+        self._places = {"pyramid": pyramid_outputs(student), "predictor": predictor}
 
     def measure(self, losses: Mapping[str, torch.Tensor]) -> None:
         """Measure and log, if this iteration is due.
@@ -75,9 +69,9 @@ class GradientDiagnostics:
             (torch.zeros_like(p) if g is None else g).float().flatten()
             for p, g in zip(parameters, found)
         ]
-        count, none = len(places["shared"]), [total.new_zeros(1)]
+        count, none = len(places["pyramid"]), [total.new_zeros(1)]
         return {
-            "shared": torch.cat(vectors[:count] or none),
+            "pyramid": torch.cat(vectors[:count] or none),
             "predictor": torch.cat(vectors[count:] or none),
         }
 
@@ -87,25 +81,3 @@ def pyramid_outputs(student: nn.Module) -> List[nn.Parameter]:
     backbone = student.backbone
     modules = backbone.output_convs if isinstance(backbone, FPN) else [backbone]
     return [p for m in modules for p in m.parameters()]
-
-
-def shared_in_box_head(student: GeneralizedRCNN, box: BoxDistiller) -> List[nn.Parameter]:
-    """Of the last layer that detection and distillation both reach."""
-    layers = student.roi_heads.box_head_layers()
-    fusion: Optional[FeatureFusion] = box.fusion
-    deepest = layers.last if fusion is None else max(fusion.taps, key=layers.depth)
-    if deepest != "pool" and box.is_active:
-        return layers.parameters(deepest)
-    return pyramid_outputs(student)
-
-
-def shared_in_towers(student: DenseDetector, box: DenseBoxDistiller) -> List[nn.Parameter]:
-    """Of the last layer of each tower that detection and distillation both reach."""
-    if not box.is_active:
-        return pyramid_outputs(student)
-    parameters = []
-    for tower, layers in towers_of(student.head).items():
-        fusion = None if box.fusion is None else box.fusion[tower]
-        deepest = layers.last if fusion is None else max(fusion.taps, key=layers.depth)
-        parameters += layers.parameters(deepest)
-    return parameters

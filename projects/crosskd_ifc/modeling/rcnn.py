@@ -8,13 +8,13 @@ from typing import ContextManager, Dict, List
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from torch import nn
 
 from ..distillation.compatibility.two_stage import check_student, check_teacher
 from ..distillation.distiller import RCNNDistiller
 from ..distillation.teacher import Teacher
 from ..distillation.traces import HeadTrace
 from .classes import build_class_map, needs_class_map
-from .diagnostics import Places, shared_in_box_head
 from .student import Student
 
 
@@ -28,14 +28,14 @@ class CrossKDRCNN(Student, GeneralizedRCNN):
     """
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> RCNNDistiller:
-        own_predictions = cfg.MODEL.CROSSKD.MIMIC == "student_head"
+        own_predictions = cfg.MODEL.CROSSKD.MIMIC != "cross_head"
         check_student(self, own_predictions=own_predictions)
         check_teacher(teacher)
         class_map = build_class_map(cfg, self, teacher, needs_class_map(cfg))
         return RCNNDistiller(cfg, self, teacher, class_map)
 
-    def diagnosed(self) -> Places:
-        return shared_in_box_head(self, self.distiller.box), [self.roi_heads.box_predictor]
+    def predictors(self) -> List[nn.Module]:
+        return [self.roi_heads.box_predictor]
 
     def record(self) -> ContextManager[HeadTrace]:
         return self.roi_heads.record()

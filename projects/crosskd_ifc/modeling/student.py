@@ -9,15 +9,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..distillation.distiller import Distiller
 from ..distillation.teacher import Teacher
-from .diagnostics import GradientDiagnostics, Places
+from .diagnostics import GradientDiagnostics
 from .inheriting import WeightInheritance, plan_inheritance
 
 
 class Student(nn.Module):
     """Mixin for a detector that distils once a teacher is attached.
 
-    Put it before the detector's class, and give :meth:`build_distiller`, :meth:`record` and
-    :meth:`cross_head_inference`.
+    Put it before the detector's class, and give :meth:`build_distiller`, :meth:`record`,
+    :meth:`predictors` and :meth:`cross_head_inference`.
 
     Attributes:
         teacher: the attached teacher, or None.
@@ -76,18 +76,15 @@ class Student(nn.Module):
         if self.has_cross_head:
             self.fusion = distiller.fusion.to(self.device)
 
-    def diagnosed(self) -> Places:
-        """Where gradients are compared: parameters that detection and distillation share, and the
-        modules of the predictors."""
+    def predictors(self) -> List[nn.Module]:
+        """The modules that predict classes and boxes."""
         raise NotImplementedError
 
     def _build_diagnostics(self, cfg: CfgNode) -> Optional[GradientDiagnostics]:
         period = cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD
         if self.distiller is None or period == 0:
             return None
-        shared, predictors = self.diagnosed()
-        parameters = [p for module in predictors for p in module.parameters()]
-        return GradientDiagnostics(period=period, shared=shared, predictor=parameters)
+        return GradientDiagnostics(self, self.predictors(), period=period)
 
     @property
     def has_cross_head(self) -> bool:

@@ -31,7 +31,7 @@ def check_training_config(cfg: CfgNode) -> None:
     kd = cfg.MODEL.CROSSKD
     if distils and kd.TEACHER.WEIGHTS:
         check_teacher_weights(kd.TEACHER.WEIGHTS)
-    unused = () if cfg.MODEL.MASK_ON else ("MASK_WEIGHT",)
+    unused = ("FUSED_WEIGHT",) if cfg.MODEL.MASK_ON else ("FUSED_WEIGHT", "MASK_WEIGHT")
     weights = [v for k, v in kd.LOSS.items() if k.endswith("_WEIGHT") and k not in unused]
     if distils and not any(weights) and not kd.INHERIT:
         raise ConfigError(

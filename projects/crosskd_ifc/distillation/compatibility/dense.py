@@ -19,10 +19,10 @@ def check_settings(cfg: CfgNode) -> None:
     kd = cfg.MODEL.CROSSKD
     reason = f"{cfg.MODEL.META_ARCHITECTURE} is a dense detector"
     check_unused(cfg, ("FUSION.ROUTE", "LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT"), reason)
-    if kd.FUSION.ALIGN not in ("", "standardize"):
+    if kd.FUSION.ALIGN not in ("", "standardize", "standardize_taps"):
         raise ConfigError(
             f"MODEL.CROSSKD.FUSION.ALIGN is {kd.FUSION.ALIGN!r}, but {reason}, whose features are "
-            "always standardized; leave it at its default, ''"
+            "always standardized; possible values: '', 'standardize', 'standardize_taps'"
         )
     if kd.LOSS.BOX_TYPE not in ("", "giou", "iou"):
         raise ConfigError(
@@ -46,13 +46,14 @@ def check_pair(student: DenseDetector, teacher: Teacher) -> None:
 
 
 def build_fusions(
-    kd: CfgNode, student: DenseDetector, teacher: Teacher
+    crosskd: CfgNode, student: DenseDetector, teacher: Teacher
 ) -> Dict[str, FeatureFusion]:
     """One fusion for each tower.
 
     Args:
-        kd: the node MODEL.CROSSKD.FUSION.
+        crosskd: the node MODEL.CROSSKD.
     """
+    kd = crosskd.FUSION
     try:
         ours = towers_of(student.head)
     except TypeError as error:
@@ -61,7 +62,7 @@ def build_fusions(
         theirs = towers_of(teacher.model.head)
     except TypeError as error:
         refuse_teacher(teacher, f"can't be entered: {error}")
-    fusions = {}
+    fusions, align = {}, kd.ALIGN or "standardize"
     for tower in TOWERS:
         names = ours[tower].names[1:], theirs[tower].names[1:]
         taps = tuple(kd.IN_FEATURES) or tuple(f"conv{i + 1}" for i in range(student.kd_depth))
@@ -69,7 +70,7 @@ def build_fusions(
         entry = kd.ENTRY or max(taps, key=ours[tower].depth)
         _check_layers("ENTRY", (entry,), names[1], "teacher")
         fusions[tower] = make_fusion(
-            kd, taps, entry, "direct", "standardize", ours[tower], theirs[tower]
+            crosskd, taps, entry, "direct", align, ours[tower], theirs[tower]
         )
     return fusions
 

@@ -17,7 +17,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 BOX_LOSSES = ("l1", "giou", "iou")
 
 
-MIMICS = ("cross_head", "student_head")
+MIMICS = ("cross_head", "student_head", "both")
 
 
 MASK_REDUCTIONS = ("mean", "published")
@@ -60,8 +60,10 @@ def check_crosskd_config(cfg: CN) -> None:
         raise ConfigError(f"MODEL.CROSSKD.TEACHER.CLASS_MAP is {error}") from None
     _check_names("FUSION.IN_FEATURES", kd.FUSION.IN_FEATURES, "layer names, such as ('fc1', 'fc2')")
     _check_names("INHERIT", kd.INHERIT, "module names, such as ('backbone', 'proposal_generator')")
-    for key in ("CLS_WEIGHT", "BOX_WEIGHT", "MASK_WEIGHT", "FEATURE_WEIGHT", "RPN_WEIGHT"):
-        _check_number(f"LOSS.{key}", kd.LOSS[key])
+    for key in kd.LOSS:
+        if key.endswith("_WEIGHT"):
+            _check_number(f"LOSS.{key}", kd.LOSS[key])
+    _check_terms(kd)
     _check_number("FUSION.WEIGHT_DECAY", kd.FUSION.WEIGHT_DECAY)
     if not (math.isfinite(kd.LOSS.TEMPERATURE) and kd.LOSS.TEMPERATURE > 0):
         raise ConfigError(
@@ -77,10 +79,33 @@ def check_crosskd_config(cfg: CN) -> None:
             f"START_ITER, {start}"
         )
     if kd.MIMIC == "student_head":
-        check_unused(cfg, ("FUSION",), "MIMIC 'student_head' compares predictions, not features")
+        reason = "MIMIC 'student_head' compares predictions, not features"
+        check_unused(cfg, ("FUSION", "LOSS.FUSED_WEIGHT", "LOSS.TAP_WEIGHTS"), reason)
     if not cfg.MODEL.MASK_ON:
         keys = ("LOSS.MASK_WEIGHT", "LOSS.MASK_REDUCTION", "LOSS.MASK_CHANNELS")
         check_unused(cfg, keys, "the student has no mask head (MODEL.MASK_ON False)")
+
+
+def _check_terms(kd: CN) -> None:
+    """The combined feature and the taps by themselves, as terms of the losses."""
+    weights = kd.LOSS.TAP_WEIGHTS
+    for i, weight in enumerate(weights):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise ConfigError(
+                f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(weights)}; it must be a list of numbers"
+            )
+        _check_number(f"LOSS.TAP_WEIGHTS[{i}]", weight)
+    if kd.LOSS.FUSED_WEIGHT == 0 and not any(weights):
+        raise ConfigError(
+            f"MODEL.CROSSKD.LOSS.FUSED_WEIGHT is 0 and LOSS.TAP_WEIGHTS {tuple(weights)}: neither "
+            "the combined feature nor a tap would be compared; set one of them above 0"
+        )
+    _check_names("FUSION.DETACH", kd.FUSION.DETACH, "taps, such as ('pool',)")
+    if kd.FUSION.DETACH and kd.LOSS.FUSED_WEIGHT == 0:
+        raise ConfigError(
+            f"MODEL.CROSSKD.FUSION.DETACH is {tuple(kd.FUSION.DETACH)}, but with LOSS.FUSED_WEIGHT "
+            "0 the combined feature isn't compared; set it to ()"
+        )
 
 
 def _check_number(key: str, value: float) -> None:

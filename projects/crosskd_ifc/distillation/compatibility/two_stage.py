@@ -106,16 +106,16 @@ def _predictor_problem(predictor: nn.Module) -> str:
     return ""
 
 
-def build_fusion(kd: CfgNode, student: nn.Module, teacher: Teacher) -> FeatureFusion:
+def build_fusion(crosskd: CfgNode, student: nn.Module, teacher: Teacher) -> FeatureFusion:
     """Check taps, entry and route against both box heads and build the fusion.
 
     Args:
-        kd: the node MODEL.CROSSKD.FUSION.
+        crosskd: the node MODEL.CROSSKD.
 
     Raises:
         ConfigError: naming the key.
     """
-    heads = teacher.model.roi_heads
+    kd, heads = crosskd.FUSION, teacher.model.roi_heads
     ours = student.roi_heads.box_head_layers()
     theirs = BoxHeadLayers(heads.box_head, heads.box_pooler.output_size)
     taps = tuple(kd.IN_FEATURES) or ("fc1", "fc2")
@@ -131,11 +131,11 @@ def build_fusion(kd: CfgNode, student: nn.Module, teacher: Teacher) -> FeatureFu
                 "route 'through' has no teacher layers to run; take taps from "
                 f"{theirs.names[: theirs.depth(entry) + 1]}, or ROUTE direct"
             )
-    return make_fusion(kd, taps, entry, kd.ROUTE, kd.ALIGN or "none", ours, theirs)
+    return make_fusion(crosskd, taps, entry, kd.ROUTE, kd.ALIGN or "none", ours, theirs)
 
 
 def make_fusion(
-    kd: CfgNode,
+    crosskd: CfgNode,
     taps: Tuple[str, ...],
     entry: str,
     route: str,
@@ -146,15 +146,30 @@ def make_fusion(
     """A fusion from layers of the student to one of the teacher.
 
     Args:
-        kd: the node MODEL.CROSSKD.FUSION.
+        crosskd: the node MODEL.CROSSKD.
         taps, entry, route, align: as of :class:`FeatureFusion`.
         ours, theirs: the layers of student and teacher.
 
     Raises:
-        ConfigError: if the shapes can't be bridged or the fusion refuses the taps.
+        ConfigError: if the shapes can't be bridged, the fusion refuses the taps, or weights or
+            detached taps don't fit them.
     """
+    kd, loss = crosskd.FUSION, crosskd.LOSS
+    if loss.TAP_WEIGHTS and len(loss.TAP_WEIGHTS) != len(taps):
+        raise ConfigError(
+            f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(loss.TAP_WEIGHTS)}, but FUSION.IN_FEATURES "
+            f"has {len(taps)} taps, {taps}; give one weight for each, or ()"
+        )
+    if not set(kd.DETACH) <= set(taps) or set(kd.DETACH) == set(taps):
+        raise ConfigError(
+            f"MODEL.CROSSKD.FUSION.DETACH is {tuple(kd.DETACH)}; it must name some, not all, of "
+            f"the taps {taps}"
+        )
     try:
         return FeatureFusion(
+            fused_weight=loss.FUSED_WEIGHT,
+            tap_weights=loss.TAP_WEIGHTS,
+            detach=kd.DETACH,
             name=kd.NAME,
             taps=taps,
             entry=entry,

@@ -1,0 +1,229 @@
+"""The general loss: terms for the combined feature and for taps by themselves, in all heads."""
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from helpers import distilling, tiny_batch, train_losses
+from test_dense import DENSE, pair
+
+from crosskd_ifc.fusion import FEATURE_FUSION_REGISTRY
+
+K = "MODEL.CROSSKD."
+KEYS = ("loss_cls_kd", "loss_box_reg_kd")
+KINDS = ("RCNN", *DENSE)
+TAPS = {"RCNN": ("pool", "fc1", "fc2"), **dict.fromkeys(DENSE, ("conv1", "conv2", "conv3"))}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def student_of(
+    kind, *, name="mean", taps=None, entry="", align="", weights=(), fused=1.0, detach=(), opts=()
+):
+    """A student in training mode; two-stage taps go through the teacher's layers."""
+    settings = {
+        "FUSION.NAME": name,
+        "FUSION.IN_FEATURES": taps or TAPS[kind],
+        "FUSION.ENTRY": entry or ("conv3" if kind in DENSE else ""),
+        "FUSION.ALIGN": align,
+        "FUSION.DETACH": detach,
+        "LOSS.TAP_WEIGHTS": weights,
+        "LOSS.FUSED_WEIGHT": fused,
+    }
+    if kind == "RCNN":
+        settings["FUSION.ROUTE"] = "through"
+    opts = [x for k, v in settings.items() for x in (K + k, v)] + list(opts)
+    return (distilling(*opts) if kind == "RCNN" else pair(kind, *opts))[0]
+
+
+def losses_of(student, iteration=0):
+    found, _ = train_losses(student, tiny_batch(), iteration=iteration)
+    return {key: found[key] for key in KEYS}
+
+
+def gradients(student, losses):
+    parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    total = sum(losses.values())
+    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, found))
+
+
+@kinds
+def test_a_weight_of_one_on_the_combined_feature_is_the_loss_of_the_mean(kind):
+    today, general = student_of(kind), student_of(kind, weights=(0.0, 0.0, 0.0))
+    for one, other in zip(losses_of(today).values(), losses_of(general).values()):
+        assert torch.equal(one, other)
+
+
+@kinds
+def test_terms_of_taps_alone_are_the_weighted_sum_of_the_losses_of_single_taps(kind):
+    weights = (1.0, 0.5, 0.25)
+    found = losses_of(student_of(kind, weights=weights, fused=0.0))
+    single = [losses_of(student_of(kind, name="none", taps=(tap,))) for tap in TAPS[kind]]
+    for key in KEYS:
+        wanted = sum(w * x[key] for w, x in zip(weights, single))
+        torch.testing.assert_close(found[key], wanted, rtol=1e-5, atol=1e-6)
+
+
+@kinds
+def test_all_terms_together_are_the_sum_of_their_losses(kind):
+    found = losses_of(student_of(kind, weights=(1.0, 0.0, 0.5), fused=0.5))
+    parts = [
+        losses_of(student_of(kind, weights=(1.0, 0.0, 0.5), fused=0.0)),
+        losses_of(student_of(kind, fused=0.5)),
+    ]
+    for key in KEYS:
+        wanted = parts[0][key] + parts[1][key]
+        torch.testing.assert_close(found[key], wanted, rtol=1e-5, atol=1e-6)
+
+
+@kinds
+def test_both_losses_of_a_mean_at_the_last_entry_are_at_most_the_mean_of_the_taps(kind):
+    """Convexity (method, section 7); dense heads have layers after the entry, RCNN none."""
+    if kind != "RCNN":
+        pytest.skip("only where the layers after the entry are affine")
+    mean = losses_of(student_of(kind))
+    taps = losses_of(student_of(kind, weights=(1 / 3,) * 3, fused=0.0))
+    assert all(mean[key] < taps[key] for key in KEYS)
+
+
+@kinds
+def test_residual_starts_as_plain_crosskd_in_losses_and_gradients_bit_for_bit(kind):
+    first = TAPS[kind][0]
+    plain = student_of(kind, name="none", taps=(first,))
+    residual = student_of(kind, name="residual")
+    losses = losses_of(plain), losses_of(residual)
+    for key in KEYS:
+        assert torch.equal(losses[0][key], losses[1][key])
+    wanted, found = gradients(plain, losses[0]), gradients(residual, losses[1])
+    for name, gradient in wanted.items():
+        if gradient is not None:
+            assert torch.equal(gradient, found[name]), name
+    gates = [g for name, g in found.items() if "gates" in name]
+    assert gates and all(g.abs().sum() > 0 for g in gates)
+
+
+def test_a_detached_anchor_gets_no_gradient_from_the_combined_term():
+    """With the fc taps' part cut off, what is left of the boosted loss is the anchor's own."""
+    boosted = student_of("RCNN", weights=(1.0, 0.0, 0.0), fused=0.5, detach=("pool",))
+    anchor = student_of("RCNN", weights=(1.0, 0.0, 0.0), fused=0.0)
+    fc = [n for n, _ in boosted.named_parameters() if n.startswith("roi_heads.box_head")]
+    assert fc
+    taken = {}
+    for name, student in (("boosted", boosted), ("anchor", anchor)):
+        found, _ = train_losses(student, tiny_batch())
+        taken[name] = gradients(student, {k: found[k] for k in KEYS})
+    # the box head's own layers learn from the combined term only
+    assert any(taken["boosted"][n].abs().sum() > 0 for n in fc)
+    assert all(taken["anchor"][n] is None or not taken["anchor"][n].any() for n in fc)
+    combined = student_of("RCNN", fused=0.5, detach=("fc1", "fc2"), weights=(0.0, 0.0, 0.0))
+    without = gradients(combined, losses_of(combined))
+    assert all(without[n] is None or not without[n].any() for n in fc)
+    assert without["backbone.fpn_output2.weight"].any()
+
+
+@kinds
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(name="weighted", weights=(1.0, 0.0, 0.0), fused=0.0),
+        dict(name="concat", detach=TAPS["RCNN"][:1]),
+        dict(name="residual", weights=(0.0, 1.0, 0.0), fused=0.5),
+        dict(name="dropout"),
+    ],
+    ids=["unused fusion", "detached", "residual", "dropout"],
+)
+def test_every_learned_parameter_has_a_finite_gradient_in_every_step(kind, settings):
+    if "detach" in settings:
+        settings = {**settings, "detach": TAPS[kind][:1]}
+    narrow = ("MODEL.ROI_BOX_HEAD.FC_DIM", 12) if kind == "RCNN" else ()
+    student = student_of(kind, opts=narrow, **settings)
+    learned = [n for n, _ in student.named_parameters() if n.startswith("fusion.")]
+    assert learned or settings["name"] == "dropout"
+    for factor in (1.0, 0.0):
+        student.kd_factor = factor
+        found = gradients(student, losses_of(student)) if learned else {}
+        for name in learned:
+            assert found[name] is not None and torch.isfinite(found[name]).all(), name
+
+
+@kinds
+def test_standardized_taps_of_one_tap_are_the_standardized_feature(kind):
+    tap = TAPS[kind][-1:]
+    a = losses_of(student_of(kind, name="mean", taps=tap, align="standardize"))
+    b = losses_of(student_of(kind, name="mean", taps=tap, align="standardize_taps"))
+    c = losses_of(student_of(kind, taps=tap, align="standardize", weights=(1.0,), fused=0.0))
+    for key in KEYS:
+        assert torch.equal(a[key], b[key]) and torch.equal(a[key], c[key])
+
+
+def test_standardized_taps_each_have_the_teachers_statistics_before_they_are_combined():
+    torch.manual_seed(0)
+    from crosskd_ifc.fusion import FeatureFusion, standardize_like
+
+    shapes = {"a": (6,), "b": (6,)}
+    fusion = FeatureFusion(
+        name="mean",
+        taps=("a", "b"),
+        entry="b",
+        route="direct",
+        align="standardize_taps",
+        student_shapes=shapes,
+        teacher_shapes=shapes,
+    )
+    taps, teacher = {"a": torch.randn(5, 6), "b": 9 * torch.randn(5, 6)}, torch.randn(5, 6)
+    found = fusion(taps, teacher, None)
+    wanted = sum(standardize_like(x, teacher).relu() for x in taps.values()) / 2
+    torch.testing.assert_close(found, wanted)
+
+
+@kinds
+def test_mimic_both_adds_the_losses_of_cross_head_and_student_head(kind):
+    mimics = {m: (K + "MIMIC", m) for m in ("cross_head", "student_head", "both")}
+    found = {
+        m: losses_of((distilling(*opts) if kind == "RCNN" else pair(kind, *opts))[0])
+        for m, opts in mimics.items()
+    }
+    for key in KEYS:
+        wanted = found["cross_head"][key] + found["student_head"][key]
+        torch.testing.assert_close(found["both"][key], wanted)
+
+
+def subsets(iteration, times=1):
+    taps = 3
+    dropout = FEATURE_FUSION_REGISTRY.get("dropout")(("a", "b", "c"), (4,))
+    features = [torch.full((400, 4), float(2**i)) for i in range(taps)]
+    with EventStorage(iteration):
+        return [dropout(features) for _ in range(times)]
+
+
+def test_dropout_draws_each_non_empty_subset_about_as_often_and_takes_its_mean():
+    means = {
+        round(sum(2**i for i in chosen) / len(chosen), 4): chosen
+        for chosen in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2))
+    }
+    rows = [round(x, 4) for x in subsets(7)[0][:, 0].tolist()]
+    counts = [rows.count(mean) for mean in means]
+    assert sum(counts) == 400 and min(counts) > 30
+
+
+def test_dropout_is_the_same_in_a_resumed_run_and_differs_from_step_to_step():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second = subsets(7, times=2)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(first, second) and not torch.equal(first, subsets(8)[0])
+    torch.manual_seed(99)
+    again = subsets(7, times=2)
+    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
+
+
+def test_dropout_is_the_mean_in_evaluation():
+    dropout = FEATURE_FUSION_REGISTRY.get("dropout")(("a", "b"), (4,)).eval()
+    assert torch.equal(dropout([torch.zeros(2, 4), torch.ones(2, 4)]), torch.full((2, 4), 0.5))
+
+
+def test_what_each_tap_agrees_with_is_logged():
+    student = student_of("RCNN", weights=(1.0, 0.0, 0.5))
+    _, storage = train_losses(student, tiny_batch(), iteration=19)
+    names = {k for k in storage.latest() if k.startswith("crosskd/agreement_")}
+    wanted = {"cross_head", "pool", "fc2", "student"}
+    assert names == {f"crosskd/agreement_{x}" for x in wanted}
