@@ -119,14 +119,19 @@ def case(tmp_path):
 
 
 WRONG = {
-    "unknown key": (dict(seed=1), "'seed': unknown key; known are name, title, seeds"),
+    "unknown key": (dict(seed=1), "seed: unknown key; known are name, title, seeds"),
     "missing key": (dict(test=None), "test: the key is missing"),
-    "no seeds": (dict(seeds=[]), r"seeds is \[\]; expected a list of different integers"),
-    "a seed twice": (dict(seeds=[1, 1]), r"seeds is \[1, 1\]"),
+    "no seeds": (dict(seeds=[]), r"seeds is \[\]; List should have at least 1 item"),
+    "a seed twice": (dict(seeds=[1, 1]), r"seeds is \[1, 1\]; expected different values"),
+    "a seed in words": (dict(seeds=["1"]), "seeds.0 is '1'; it should be a valid integer"),
+    "a seed below 0": (dict(seeds=[-1]), "seeds.0 is -1; it should be greater than or equal to 0"),
     "a name that is no folder's": (dict(name="../x"), "name is '../x'"),
-    "no arms": (dict(arms={}), "arms is {}; expected a mapping with at least one entry"),
+    "no arms": (dict(arms={}), "arms is {}; Dictionary should have at least 1 item"),
     "an arm that is no mapping": (dict(arms={"x": "y"}), "arms.x is 'y'"),
-    "an arm's unknown key": (dict(arms={"x": {"conf": "y"}}), "arms.x.'conf': unknown key"),
+    "an arm's unknown key": (
+        dict(arms={"x": {"conf": "y"}}),
+        "arms.x.conf: unknown key; known are config",
+    ),
     "an arm without config": (dict(arms={"x": {"title": "y"}}), "arms.x.config: the key is miss"),
     "no such config": (dict(arms={"x": {"config": "gone.yaml"}}), "arms.x.*'gone.yaml' was not f"),
     "an unknown config key": (
@@ -135,7 +140,10 @@ WRONG = {
     ),
     "an unknown config key for all": (dict(opts={"SOLVER.STEP": 1}), "opts: .*SOLVER.STEP"),
     "nested opts": (dict(opts={"SOLVER": {"STEPS": 1}}), "opts.SOLVER is.*MODEL.CROSSKD.KEY"),
-    "a key of the protocol's own": (dict(opts={"SEED": 1}), "opts is 'SEED'; expected .* other"),
+    "a key of the protocol's own": (
+        dict(opts={"SEED": 1}),
+        "opts.SEED: expected .* other than SEED, OUT",
+    ),
     "a value of another type": (
         dict(ablations={"taps": {"fc2": fc2(opts={"SOLVER.MAX_ITER": "many"})}}),
         "ablations.taps.fc2: .*SOLVER.MAX_ITER",
@@ -152,6 +160,28 @@ WRONG = {
         dict(ablations={"taps": {"fc2": fc2(seeds=[9])}}),
         r"fc2.seeds is \[9\]; expected some of seeds, \[1, 2\]",
     ),
+    "a contrast of an unknown arm": (
+        dict(contrasts=[["student", "fc3"]]),
+        "contrasts.0 is 'fc3'; expected arms: teacher, student, crosskd_ifc, fc2",
+    ),
+    "a contrast of one arm": (dict(contrasts=[["student"]]), "contrasts.0 is .* at least 2 items"),
+    "a contrast of an arm and itself": (
+        dict(contrasts=[["student", "student"]]),
+        "contrasts.0 is .*; expected different values",
+    ),
+    "a contrast of arms with one seed in common": (
+        dict(contrasts=[["crosskd_ifc", "fc2"]]),
+        r"contrasts.0 is \['crosskd_ifc', 'fc2'\]; expected arms with at least two seeds in common",
+    ),
+    "a contrast twice": (
+        dict(contrasts=[["crosskd_ifc", "student"], ["crosskd_ifc", "student"]]),
+        "contrasts is .*; expected different values",
+    ),
+    "a margin of 0": (
+        dict(contrasts=[["crosskd_ifc", "student"]], margin=0),
+        "margin is 0; it should be greater than 0",
+    ),
+    "a margin without contrasts": (dict(margin=0.5), "margin is 0.5; expected contrasts, which"),
     "no teacher": (dict(teacher=None), "crosskd_ifc: .*faster_rcnn_R_34.* teacher.config is 'mi"),
     "another teacher": (
         dict(teacher={"config": PLAIN}),
@@ -181,6 +211,12 @@ def test_the_protocols_of_this_repository_are_sound(file):
     assert os.path.basename(file) == f"{protocol.name}.yaml"
     for name, arm in protocol.arms.items():
         check_crosskd_config(protocol.run(name, arm.seeds[0], "x").cfg())
+
+
+def test_contrasts_and_margin_are_pairs_of_arms_and_ap(tmp_path):
+    named = dict(contrasts=[["crosskd_ifc", "student"]], margin=1)
+    protocol = Case(tmp_path, **named).protocol
+    assert protocol.contrasts == (("crosskd_ifc", "student"),) and protocol.margin == 1.0
 
 
 def test_lists_in_yaml_reach_the_config(case):

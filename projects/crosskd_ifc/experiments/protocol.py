@@ -15,30 +15,29 @@ A protocol is a YAML file::
     ablations:                         # optional; groups of arms
       taps:
         fc2: {config: ..., opts: {...}, seeds: [1, 2, 3], versus: [student]}
+    contrasts: [[crosskd_ifc, student]]                 # arm minus reference; optional
+    margin: 0.5                        # AP; smaller differences aren't worth having; optional
 
 ``teacher`` is trained once for each seed; arms whose config names its config as their teacher start
 from it. With fewer ``seeds`` of its own, they are taken in turn by the protocol's: ``seeds: [1, 2,
 3, 4]`` and ``teacher: {seeds: [1, 2]}`` give seed 3 the teacher of seed 1, and 4 that of 2. Arms
 with a model-zoo teacher, or with MODEL.CROSSKD.TEACHER.WEIGHTS among their ``opts``, don't need it.
-``versus`` names the arms that paired differences are taken to.
+``versus`` names the arms that paired differences are taken to. ``contrasts`` are the few differences
+that the protocol is run for; name them before the first run. They are tested as one family, and for
+equivalence within ``margin``.
 """
 
 import dataclasses
 import os
-import re
 from reprlib import repr as short
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from ..common.config_files import find_config
 from ..config import ConfigError, distillation_requested
-from ..data.files import read_yaml
+from .protocol_file import ArmEntry, ProtocolEntry, read_protocol_file
 from .runs import Run
 
 TEACHER = "teacher"  # the name of the teacher's arm
-_KEYS = ("name", "title", "seeds", "validation", "test", "opts", "teacher", "arms", "ablations")
-_ARM_KEYS = ("config", "title", "opts", "seeds", "versus")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # names become parts of paths
-_OWN_KEYS = ("SEED", "OUTPUT_DIR", "DATASETS.TEST")  # set by the protocol's other keys
 _WEIGHTS, _OPTS = "MODEL.CROSSKD.TEACHER.WEIGHTS", "MODEL.CROSSKD.TEACHER.OPTS"
 
 
@@ -67,9 +66,20 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """A checked protocol. ``seeds`` are of all arms that name none; ``arms`` holds the teacher,
-    if there is one, the main arms, then the ablations; ``taught`` the names of those that the
-    teacher is trained for."""
+    """A checked protocol.
+
+    Attributes:
+        path: its file.
+        name: also of the folders for runs and results.
+        title: for people.
+        seeds: of all arms that name none.
+        validation, test: data sets; validation may be "".
+        opts: of every run: KEY, VALUE, ...
+        arms: the teacher, if there is one, the main arms, then the ablations, by name.
+        contrasts: (arm, reference): the differences that were named beforehand.
+        margin: differences below it, in AP, aren't worth having; None if none was named.
+        taught: names of the arms that the teacher is trained for.
+    """
 
     path: str
     name: str
@@ -79,6 +89,8 @@ class Protocol:
     test: str
     opts: Tuple[str, ...]
     arms: Mapping[str, Arm]
+    contrasts: Tuple[Tuple[str, str], ...] = ()
+    margin: Optional[float] = None
     taught: Tuple[str, ...] = ()
 
     def run(self, name: str, seed: int, folder: str, *, device: str = "") -> Run:
@@ -126,58 +138,82 @@ def load_protocol(path: str) -> Protocol:
     """
     try:
         return _load(path)
-    except ValueError as error:  # of read_yaml or a ConfigError
+    except ValueError as error:
         text = str(error)
         raise ConfigError(text if text.startswith(path) else f"{path}: {text}") from error
 
 
 def _load(path: str) -> Protocol:
-    raw = read_yaml(path)
-    _check_keys("", raw, _KEYS, ("name", "seeds", "test", "arms"))
-    if not isinstance(raw["name"], str) or not _NAME.fullmatch(raw["name"]):
-        _refuse("name", raw["name"], "a name of letters, digits, '_', '-' and '.'")
-    for key in ("title", "validation", "test"):
-        if not isinstance(raw.get(key, ""), str):
-            _refuse(key, raw[key], "a string")
-    if not raw["test"] or raw["test"] == raw.get("validation"):
-        _refuse("test", raw["test"], "the name of a data set, other than validation's")
-    seeds, shared = _seeds("seeds", raw["seeds"]), _opts("opts", raw.get("opts", {}))
-
-    entries: List[Tuple[str, str, str, Any]] = []  # key, group, name, content
-    if "teacher" in raw:
-        entries.append(("teacher", "", TEACHER, raw["teacher"]))
-    entries += [("arms", "", n, arm) for n, arm in _mapping("arms", raw["arms"]).items()]
-    for group, members in _mapping("ablations", raw.get("ablations", {}), empty=True).items():
-        key = f"ablations.{group}"
-        entries += [(key, str(group), n, a) for n, a in _mapping(key, members).items()]
-    arms: Dict[str, Arm] = {}
-    for key, group, name, content in entries:
-        key = key if key == "teacher" else f"{key}.{name}"
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            _refuse(key, name, "a name of letters, digits, '_', '-' and '.'")
-        if name in arms or (name == TEACHER and key != "teacher"):
-            raise ConfigError(f"{key}: there is another arm {name!r}; names must differ")
-        arms[name] = _arm(key, name, group, content, seeds)
-    for name, arm in arms.items():
-        unknown = [other for other in arm.versus if other not in arms or other == name]
-        if unknown:
-            _refuse(f"{name}.versus", unknown[0], f"other arms: {', '.join(arms)}")
-        if not set(arm.seeds) <= set(seeds):
-            _refuse(f"{name}.seeds", list(arm.seeds), f"some of seeds, {list(seeds)}")
-    arms = {name: _with_default_versus(arm, arms) for name, arm in arms.items()}
+    entry = read_protocol_file(path)
+    if entry.test == entry.validation:
+        raise ConfigError(f"test is {entry.test!r}; expected another data set than validation's")
     protocol = Protocol(
         path=path,
-        name=raw["name"],
-        title=raw.get("title", raw["name"]),
-        seeds=seeds,
-        validation=raw.get("validation", ""),
-        test=raw["test"],
-        opts=shared,
-        arms=arms,
+        name=entry.name,
+        title=entry.title or entry.name,
+        seeds=tuple(entry.seeds),
+        validation=entry.validation,
+        test=entry.test,
+        opts=_flat(entry.opts),
+        arms=_arms(entry),
+        contrasts=tuple((arm, reference) for arm, reference in entry.contrasts),
+        margin=entry.margin,
     )
-    Run("opts", next(iter(arms.values())).config, "", list(shared)).cfg()
-    taught = tuple(name for name in arms if _needs_teacher(protocol, name))
+    _check_contrasts(protocol)
+    Run("opts", next(iter(protocol.arms.values())).config, "", list(protocol.opts)).cfg()
+    taught = tuple(name for name in protocol.arms if _needs_teacher(protocol, name))
     return dataclasses.replace(protocol, taught=taught)
+
+
+def _arms(entry: ProtocolEntry) -> Dict[str, Arm]:
+    """All arms by name, checked one by one and against each other."""
+    found: List[Tuple[str, str, str, ArmEntry]] = []  # key, group, name, content
+    found += [(TEACHER, "", TEACHER, entry.teacher)] if entry.teacher else []
+    found += [(f"arms.{name}", "", name, arm) for name, arm in entry.arms.items()]
+    for group, arms in entry.ablations.items():
+        found += [(f"ablations.{group}.{name}", group, name, arm) for name, arm in arms.items()]
+    names = [name for _, _, name, _ in found]
+    arms = {}
+    for key, group, name, arm in found:
+        if name in arms or (name == TEACHER and key != TEACHER):
+            raise ConfigError(f"{key}: there is another arm {name!r}; names must differ")
+        for other in arm.versus:
+            if other not in names or other == name:
+                _refuse(f"{name}.versus", other, f"other arms: {', '.join(names)}")
+        seeds = entry.seeds if arm.seeds is None else arm.seeds
+        if not set(seeds) <= set(entry.seeds):
+            _refuse(f"{name}.seeds", seeds, f"some of seeds, {entry.seeds}")
+        arms[name] = Arm(
+            name=name,
+            config=arm.config,
+            title=arm.title or name,
+            opts=_flat(arm.opts),
+            seeds=tuple(seeds),
+            group=group,
+            versus=tuple(arm.versus or _usual_versus(name, group, names)),
+        )
+        Run(key, arm.config, "", list(arms[name].opts)).cfg()  # for its errors
+    return arms
+
+
+def _usual_versus(name: str, group: str, names: List[str]) -> List[str]:
+    if name in (TEACHER, "student"):
+        return []
+    usual = ["student", "crosskd"] if name != "crosskd" else ["student"]
+    usual += ["crosskd_ifc"] if group else []  # what most ablations vary
+    return [other for other in usual if other in names]
+
+
+def _check_contrasts(protocol: Protocol) -> None:
+    for i, pair in enumerate(protocol.contrasts):
+        for name in pair:
+            if name not in protocol.arms:
+                _refuse(f"contrasts.{i}", name, f"arms: {', '.join(protocol.arms)}")
+        ours, theirs = (set(protocol.arms[name].seeds) for name in pair)
+        if len(ours & theirs) < 2:
+            _refuse(f"contrasts.{i}", list(pair), "arms with at least two seeds in common")
+    if protocol.margin is not None and not protocol.contrasts:
+        _refuse("margin", protocol.margin, "contrasts, which it belongs to, or no margin")
 
 
 def _needs_teacher(protocol: Protocol, name: str) -> bool:
@@ -204,72 +240,11 @@ def _needs_teacher(protocol: Protocol, name: str) -> bool:
     )
 
 
-def _arm(key: str, name: str, group: str, raw: Any, seeds: Tuple[int, ...]) -> Arm:
-    _check_keys(f"{key}.", raw, _ARM_KEYS, ("config",))
-    if not isinstance(raw["config"], str) or not raw["config"]:
-        _refuse(f"{key}.config", raw["config"], "a config file")
-    if not isinstance(raw.get("title", ""), str):
-        _refuse(f"{key}.title", raw["title"], "a string")
-    versus = raw.get("versus", [])
-    versus = [versus] if isinstance(versus, str) else versus
-    if not isinstance(versus, list) or not all(isinstance(x, str) for x in versus):
-        _refuse(f"{key}.versus", versus, "names of arms")
-    arm = Arm(
-        name=name,
-        config=raw["config"],
-        title=raw.get("title", name),
-        opts=_opts(f"{key}.opts", raw.get("opts", {})),
-        seeds=_seeds(f"{key}.seeds", raw["seeds"]) if "seeds" in raw else seeds,
-        group=group,
-        versus=tuple(versus),
-    )
-    Run(key, arm.config, "", list(arm.opts)).cfg()  # for its errors
-    return arm
-
-
-def _with_default_versus(arm: Arm, arms: Mapping[str, Arm]) -> Arm:
-    if arm.versus or arm.name in (TEACHER, "student"):
-        return arm
-    usual = ["student", "crosskd"] if arm.name != "crosskd" else ["student"]
-    usual += ["crosskd_ifc"] if arm.group else []  # what most ablations vary
-    return dataclasses.replace(arm, versus=tuple(x for x in usual if x in arms))
-
-
-def _opts(key: str, raw: Any) -> Tuple[str, ...]:
-    opts: List[str] = []
-    for name, value in _mapping(key, raw, empty=True).items():
-        if not isinstance(name, str) or name in _OWN_KEYS:
-            _refuse(key, name, f"config keys other than {', '.join(_OWN_KEYS)}")
-        if isinstance(value, dict):
-            _refuse(f"{key}.{name}", value, "a value; write nested keys as MODEL.CROSSKD.KEY")
-        # As on a command line: yacs reads the text of a Python literal. Its tuples and lists
-        # replace each other, so a YAML list does for both.
-        opts += [name, value if isinstance(value, str) else repr(value)]
-    return tuple(opts)
-
-
-def _seeds(key: str, raw: Any) -> Tuple[int, ...]:
-    good = isinstance(raw, list) and raw and all(type(x) is int and x >= 0 for x in raw)
-    if not good or len(set(raw)) < len(raw):
-        _refuse(key, raw, "a list of different integers, none below 0")
-    return tuple(raw)
-
-
-def _mapping(key: str, raw: Any, *, empty: bool = False) -> Mapping[Any, Any]:
-    if not isinstance(raw, dict) or not (raw or empty):
-        _refuse(key, raw, "a mapping" if empty else "a mapping with at least one entry")
-    return raw
-
-
-def _check_keys(prefix: str, raw: Any, known: Tuple[str, ...], needed: Tuple[str, ...]) -> None:
-    if not isinstance(raw, dict):
-        _refuse(prefix.rstrip(".") or "content", raw, f"a mapping with keys {', '.join(known)}")
-    for key in raw:
-        if key not in known:
-            raise ConfigError(f"{prefix}{short(key)}: unknown key; known are {', '.join(known)}")
-    for key in needed:
-        if raw.get(key) is None:
-            raise ConfigError(f"{prefix}{key}: the key is missing")
+def _flat(opts: Mapping[str, Any]) -> Tuple[str, ...]:
+    # As on a command line: yacs reads the text of a Python literal. Its tuples and lists replace
+    # each other, so a YAML list does for both.
+    texts = ((key, value if isinstance(value, str) else repr(value)) for key, value in opts.items())
+    return tuple(text for pair in texts for text in pair)
 
 
 def _refuse(key: str, given: Any, possible: str) -> None:
