@@ -22,6 +22,7 @@ from .shapes_drawing import CLASSES, SPLIT_IDS, render
 __all__ = [
     "CLASSES",
     "COARSE_CLASSES",
+    "LARGE",
     "NUM_IMAGES",
     "generate",
     "register_coarse_shapes",
@@ -38,6 +39,8 @@ COARSE_CLASSES = {
 }
 
 NUM_IMAGES = {"train": 1200, "val": 200, "test": 300}
+# For decisions that need more images than that: other pictures, to choose and to test on.
+LARGE = {"num_images": {"val": 1000, "test": 2500}, "seed": 1}
 
 _VERSION = 1  # part of the folder's name: raise it whenever the pictures change
 

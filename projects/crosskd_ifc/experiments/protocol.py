@@ -19,12 +19,12 @@ A protocol is a YAML file::
     margin: 0.5                        # AP; smaller differences aren't worth having; optional
 
 ``teacher`` is trained once for each seed; arms whose config names its config as their teacher start
-from it. With fewer ``seeds`` of its own, they are taken in turn by the protocol's: ``seeds: [1, 2,
-3, 4]`` and ``teacher: {seeds: [1, 2]}`` give seed 3 the teacher of seed 1, and 4 that of 2. Arms
-with a model-zoo teacher, or with MODEL.CROSSKD.TEACHER.WEIGHTS among their ``opts``, don't need it.
-``versus`` names the arms that paired differences are taken to. ``contrasts`` are the few differences
-that the protocol is run for; name them before the first run. They are tested as one family, and for
-equivalence within ``margin``.
+from it. With fewer ``seeds`` of its own, which may be others, they are taken in turn by the
+protocol's: ``seeds: [1, 2, 3, 4]`` and ``teacher: {seeds: [11, 12]}`` give the seeds 1 and 3 the
+teacher of seed 11. Arms with a model-zoo teacher, or with MODEL.CROSSKD.TEACHER.WEIGHTS among their
+``opts``, don't need it. ``versus`` names the arms that paired differences are taken to.
+``contrasts`` are the few differences that the protocol is run for; name them before the first run.
+They are tested as one family, and for equivalence within ``margin``.
 """
 
 import dataclasses
@@ -181,7 +181,7 @@ def _arms(entry: ProtocolEntry) -> Dict[str, Arm]:
             if other not in names or other == name:
                 _refuse(f"{name}.versus", other, f"other arms: {', '.join(names)}")
         seeds = entry.seeds if arm.seeds is None else arm.seeds
-        if not set(seeds) <= set(entry.seeds):
+        if name != TEACHER and not set(seeds) <= set(entry.seeds):
             _refuse(f"{name}.seeds", seeds, f"some of seeds, {entry.seeds}")
         arms[name] = Arm(
             name=name,

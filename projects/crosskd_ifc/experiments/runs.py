@@ -26,6 +26,9 @@ from ..config import add_crosskd_ifc_config, distillation_requested
 from ..modeling.attach import load_teacher_config
 from .child_process import RunFailed, RunStopped, claim_folder, supervise
 
+# Keys of MODEL.CROSSKD that came after the first records, with the value that stands for what was
+# done before.
+_SINCE = {"MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0}
 # Settings that don't belong to a run's results.
 _NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
 
@@ -235,6 +238,7 @@ def _settings(cfg: CfgNode) -> Dict[str, Any]:
     for key, value in _flat(cfg):
         if key.startswith("MODEL.CROSSKD."):
             counts = distillation_requested(cfg) and value not in (0, "", (), [], None)
+            counts = counts and value != _SINCE.get(key)
         else:
             counts = key not in _NO_RESULT and value != before.get(key)
         if counts:
