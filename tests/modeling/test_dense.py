@@ -107,6 +107,16 @@ def test_it_is_zero_with_a_norm_in_the_towers_too():
 
 
 @dense
+@pytest.mark.parametrize("norm", ["", "GN"])
+def test_it_is_zero_for_any_taps_that_run_through_the_teachers_layers(kind, norm):
+    through = (K + "FUSION.ROUTE", "through")
+    for loss in twin_losses(
+        kind, *fusion("mean", ("conv1", "conv2", "conv3")), *through, norm=norm
+    ):
+        assert 0 <= loss <= 1e-5
+
+
+@dense
 def test_several_taps_are_not_zero_even_for_equal_models(kind):
     assert max(twin_losses(kind)) > 1e-4
 
@@ -342,7 +352,16 @@ REFUSED = {
         "ENTRY.*teacher's.*'conv4'; they have conv1, conv2",
     ),
     "the input as a tap": (fusion("none", ("input",)), (), "IN_FEATURES.*no layer 'input'"),
-    "route": ((K + "FUSION.ROUTE", "through"), (), "FUSION.ROUTE is 'through', but.*dense"),
+    "taps behind the entry": (
+        (*fusion("mean", ("conv1", "conv4"), "conv2"), K + "FUSION.ROUTE", "through"),
+        (),
+        "IN_FEATURES.*'conv4'.*deeper than ENTRY 'conv2'",
+    ),
+    "a route through norms that count levels": (
+        (K + "FUSION.ROUTE", "through"),
+        ("MODEL.RETINANET.NORM", "BN"),
+        "FUSION.ROUTE 'through'.*BatchNorm for each level",
+    ),
     "align": ((K + "FUSION.ALIGN", "none"), (), "FUSION.ALIGN is 'none'.*always standardized"),
     "l1": ((K + "LOSS.BOX_TYPE", "l1"), (), "BOX_TYPE is 'l1'.*'giou', 'iou'"),
     "RPN mimicking": ((K + "LOSS.RPN_WEIGHT", 1.0), (), "RPN_WEIGHT"),

@@ -18,7 +18,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 def student_of(
     kind, *, name="mean", taps=None, entry="", align="", weights=(), fused=1.0, detach=(), opts=()
 ):
-    """A student in training mode; two-stage taps go through the teacher's layers."""
+    """A student in training mode; its taps go through the teacher's layers."""
     settings = {
         "FUSION.NAME": name,
         "FUSION.IN_FEATURES": taps or TAPS[kind],
@@ -28,8 +28,7 @@ def student_of(
         "LOSS.TAP_WEIGHTS": weights,
         "LOSS.FUSED_WEIGHT": fused,
     }
-    if kind == "RCNN":
-        settings["FUSION.ROUTE"] = "through"
+    settings["FUSION.ROUTE"] = "through"
     opts = [x for k, v in settings.items() for x in (K + k, v)] + list(opts)
     return (distilling(*opts) if kind == "RCNN" else pair(kind, *opts))[0]
 

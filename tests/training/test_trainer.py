@@ -311,7 +311,9 @@ def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
         teacher = Teacher(teacher, student_format=cfg.INPUT.FORMAT, cfg=teacher_cfg)
         model.set_teacher(teacher, cfg)
     name = os.path.basename(config)
-    learns = any(name.startswith(x) for x in ("weighted", "attention", "concat", "residual", "unlike"))
+    learns = any(
+        name.startswith(x) for x in ("weighted", "attention", "concat", "residual", "unlike")
+    )
     assert learns == any(n.startswith("fusion.") for n, _ in model.named_parameters())
 
 

@@ -3,6 +3,7 @@
 from typing import Dict, List, Tuple
 
 from detectron2.config import CfgNode
+from detectron2.layers import CycleBatchNormList
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 
 from ...config import ConfigError
@@ -11,14 +12,14 @@ from ..head_layers import TOWERS, towers_of
 from ..teacher import Teacher
 from .anchors import check_same_padding, differing_anchors
 from .settings import check_unused
-from .two_stage import make_fusion, refuse_teacher
+from .two_stage import check_route, make_fusion, refuse_teacher
 
 
 def check_settings(cfg: CfgNode) -> None:
     """Refuse settings of two-stage detectors."""
     kd = cfg.MODEL.CROSSKD
     reason = f"{cfg.MODEL.META_ARCHITECTURE} is a dense detector"
-    check_unused(cfg, ("FUSION.ROUTE", "LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT"), reason)
+    check_unused(cfg, ("LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT"), reason)
     if kd.FUSION.ALIGN not in ("", "standardize", "standardize_taps"):
         raise ConfigError(
             f"MODEL.CROSSKD.FUSION.ALIGN is {kd.FUSION.ALIGN!r}, but {reason}, whose features are "
@@ -69,10 +70,23 @@ def build_fusions(
         _check_layers("IN_FEATURES", taps, names[0], "student")
         entry = kd.ENTRY or max(taps, key=ours[tower].depth)
         _check_layers("ENTRY", (entry,), names[1], "teacher")
+        if kd.ROUTE == "through":
+            _check_layers("IN_FEATURES", taps, names[1], "teacher (route 'through')")
+            check_route(taps, entry, theirs[tower])
+            _check_norms(teacher)
         fusions[tower] = make_fusion(
-            crosskd, taps, entry, "direct", align, ours[tower], theirs[tower]
+            crosskd, taps, entry, kd.ROUTE, align, ours[tower], theirs[tower]
         )
     return fusions
+
+
+def _check_norms(teacher: Teacher) -> None:
+    if any(isinstance(m, CycleBatchNormList) for m in teacher.model.head.modules()):
+        raise ConfigError(
+            f"MODEL.CROSSKD.FUSION.ROUTE 'through': the teacher's towers ({teacher.description}) "
+            "have a BatchNorm for each level, which counts its calls; use 'direct', or a teacher "
+            "with another MODEL.RETINANET.NORM"
+        )
 
 
 def _check_layers(key: str, names: Tuple[str, ...], known: List[str], whose: str) -> None:

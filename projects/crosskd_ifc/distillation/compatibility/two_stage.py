@@ -124,14 +124,23 @@ def build_fusion(crosskd: CfgNode, student: nn.Module, teacher: Teacher) -> Feat
     _check_layers("ENTRY", (entry,), theirs, "teacher")
     if kd.ROUTE == "through":
         _check_layers("IN_FEATURES", taps, theirs, "teacher (route 'through')")
-        deeper = [tap for tap in taps if theirs.depth(tap) > theirs.depth(entry)]
-        if deeper:
-            raise ConfigError(
-                f"MODEL.CROSSKD.FUSION.IN_FEATURES: {deeper} lie deeper than ENTRY '{entry}', so "
-                "route 'through' has no teacher layers to run; take taps from "
-                f"{theirs.names[: theirs.depth(entry) + 1]}, or ROUTE direct"
-            )
+        check_route(taps, entry, theirs)
     return make_fusion(crosskd, taps, entry, kd.ROUTE, kd.ALIGN or "none", ours, theirs)
+
+
+def check_route(taps: Tuple[str, ...], entry: str, theirs: NamedLayers) -> None:
+    """Refuse taps behind the entry, for the route "through".
+
+    Raises:
+        ConfigError: naming them.
+    """
+    deeper = [tap for tap in taps if theirs.depth(tap) > theirs.depth(entry)]
+    if deeper:
+        raise ConfigError(
+            f"MODEL.CROSSKD.FUSION.IN_FEATURES: {deeper} lie deeper than ENTRY '{entry}', so "
+            "route 'through' has no teacher layers to run; take taps from "
+            f"{theirs.names[: theirs.depth(entry) + 1]}, or ROUTE direct"
+        )
 
 
 def make_fusion(
