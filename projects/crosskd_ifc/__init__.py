@@ -6,7 +6,7 @@ built-in data sets.
 """
 
 from .config import ConfigError, add_crosskd_ifc_config
-from .data.shapes import LARGE, register_coarse_shapes, register_shapes
+from .data.shapes import AT_256, LARGE, register_coarse_shapes, register_shapes
 from .distillation.fusion import FEATURE_FUSION_REGISTRY, standardize_like
 from .distillation.losses import (
     confident_giou,
@@ -30,6 +30,7 @@ from .version import __version__
 register_shapes()
 register_coarse_shapes()
 register_shapes("crosskd_shapes_large", **LARGE)
+register_shapes("crosskd_shapes_256", **AT_256)
 
 __all__ = [
     "__version__",

@@ -141,10 +141,10 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
 def test_an_interrupted_generation_is_redone(tmp_path, monkeypatch):
     root, render = str(tmp_path / "set"), shapes.render
 
-    def interrupted(seed, split, index, size):
+    def interrupted(seed, split, index, image_size):
         if split == "val":
             raise KeyboardInterrupt
-        return render(seed, split, index, size)
+        return render(seed, split, index, image_size)
 
     monkeypatch.setattr(shapes, "render", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -305,3 +305,12 @@ def test_the_annotation_files_are_plain_coco(tmp_path):
     for image in coco["images"]:
         with Image.open(tmp_path / "set" / "train" / image["file_name"]) as picture:
             assert picture.size == (image["width"], image["height"]) == (64, 64)
+
+
+def test_several_processes_draw_the_same_pictures_in_the_same_order(monkeypatch):
+    alone = list(shapes._rendered(3, "test", 4, 64))
+    monkeypatch.setattr(shapes, "_PER_PROCESS", 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    together = list(shapes._rendered(3, "test", 4, 64))
+    assert [objects for _, objects in alone] == [objects for _, objects in together]
+    assert all((a == b).all() for (a, _), (b, _) in zip(alone, together))

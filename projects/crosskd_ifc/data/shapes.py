@@ -4,12 +4,15 @@ The pictures are those of :mod:`.shapes_drawing`; this module writes them to dis
 they are first needed, and registers the splits under fixed names.
 """
 
+import concurrent.futures
+import functools
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import time
-from typing import List, Mapping, Optional
+from typing import Any, Iterator, List, Mapping, Optional, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -20,6 +23,7 @@ from PIL import Image
 from .shapes_drawing import CLASSES, SPLIT_IDS, render
 
 __all__ = [
+    "AT_256",
     "CLASSES",
     "COARSE_CLASSES",
     "LARGE",
@@ -42,6 +46,10 @@ NUM_IMAGES = {"train": 1200, "val": 200, "test": 300}
 # For decisions that need more images than that: other pictures, to choose and to test on.
 LARGE = {"num_images": {"val": 1000, "test": 2500}, "seed": 1}
 
+# A further data set for GPUs: larger pictures, more to learn from.
+AT_256 = {"num_images": {"train": 4000, "test": 2000}, "image_size": 256, "seed": 2}
+
+_PER_PROCESS = 250  # images that are worth the start of a process
 _VERSION = 1  # part of the folder's name: raise it whenever the pictures change
 
 logger = logging.getLogger(__name__)
@@ -66,8 +74,7 @@ def _write(root: str, parameters: dict) -> None:
     for split, count in counts.items():
         PathManager.mkdirs(os.path.join(root, split))
         images, annotations = [], []
-        for i in range(count):
-            image, objects = render(parameters["seed"], split, i, size)
+        for i, (image, objects) in enumerate(_rendered(parameters["seed"], split, count, size)):
             name = f"{i + 1:06d}.png"
             with PathManager.open(os.path.join(root, split, name), "wb") as f:
                 Image.fromarray(image).save(f, "PNG")
@@ -84,6 +91,19 @@ def _write(root: str, parameters: dict) -> None:
             json.dump({**coco, "categories": categories}, f)
     with PathManager.open(os.path.join(root, "info.json"), "w") as f:
         json.dump(parameters, f, indent=1)
+
+
+def _rendered(seed: int, split: str, count: int, size: int) -> Iterator[Tuple[Any, List[dict]]]:
+    """What :func:`render` gives for each image, in order; many on several processes, if there are
+    the cores."""
+    processes = min((os.cpu_count() or 1) // 2, count // _PER_PROCESS)
+    one = functools.partial(render, seed, split, image_size=size)
+    if processes < 2:
+        yield from map(one, range(count))
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(one, range(count), chunksize=25)
 
 
 def _is_complete(root: str, parameters: dict) -> bool:
