@@ -91,6 +91,23 @@ def test_the_seed_comes_from_numpy_and_decides_order_and_augmentations():
     assert batches(stream(seed=1), 4) != batches(stream(seed=2), 4)
 
 
+def test_a_stream_goes_on_in_its_own_order_whatever_seed_the_config_says():
+    """detectron2's samplers take SEED since 2024; before, they drew from numpy."""
+    opts = options(0, False)
+    whole = batches(stream(*opts, "SEED", 5), 8)
+    entered = stream(*opts, "SEED", 6, seed=99)
+    assert entered.enter(stream(*opts, "SEED", 5).state_dict(), 3)
+    assert batches(entered, 5) == whole[3:]
+
+
+def test_without_a_seed_two_runs_have_different_orders():
+    one, other = (
+        [[image for image, _ in batch] for batch in batches(stream("SEED", -1, seed=k), 8)]
+        for k in (1, 2)
+    )
+    assert one != other
+
+
 def test_a_stream_of_other_sizes_is_not_entered():
     change = ("SOLVER.IMS_PER_BATCH", 2)
     other = stream(*change)

@@ -229,11 +229,14 @@ class TrainingStream:
         return True
 
     def _options(self, mapper: Optional[Callable] = None) -> Dict[str, Any]:
-        """detectron2's, whose samplers draw their seeds from numpy."""
+        """detectron2's, whose samplers draw their seeds from numpy or, since 2024, take SEED."""
+        cfg = self._cfg.clone()
+        cfg.defrost()
+        cfg.SEED = self.seed
         state = np.random.get_state()
         np.random.seed(self.seed % 2**32)
         try:
             options = {"dataset": self.records, "mapper": mapper}
-            return build_detection_train_loader.from_config(self._cfg, **options)
+            return build_detection_train_loader.from_config(cfg, **options)
         finally:
             np.random.set_state(state)
