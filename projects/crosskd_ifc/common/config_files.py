@@ -1,14 +1,17 @@
 """Finding config files and merging them, with errors that say where they come from."""
 
+import io
+import math
 import os
 import traceback
-from typing import Sequence, Tuple
+from typing import Any, Dict, Iterator, Mapping, Sequence, Tuple
 
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
 
-from ..config import ConfigError
+from ..config import ConfigError, add_crosskd_ifc_config
 from .paths import resolve_path
 
 # What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
@@ -25,6 +28,19 @@ _MERGE_ERRORS = (
     ValueError,
     yaml.YAMLError,
 )
+# A config has some 300; aliases of aliases can stand for billions.
+_MOST_VALUES = 100_000
+
+
+class _CheckedCfg(CN):
+    """Reads files, and what their _BASE_ leads to, as YAML that means what it says."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with super()._open_cfg(filename) as f:
+            text = f.read()
+        check_yaml(text)
+        return io.StringIO(text)
 
 
 def find_config(name: str, *, key: str) -> Tuple[str, str]:
@@ -57,7 +73,8 @@ def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
     """``cfg.merge_from_file`` through safe YAML, with errors that say where they come from.
 
     Only a config of the installed model zoo may hold YAML tags, which run code: detectron2's
-    RetinaNet configs compute their anchor sizes so.
+    RetinaNet configs compute their anchor sizes so. A section that is given twice is an error: YAML
+    would drop the first one.
 
     Args:
         cfg: the config to merge into.
@@ -68,6 +85,8 @@ def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
         ConfigError: if the file is no config of known keys and fitting types.
     """
     try:
+        if not _is_of_the_zoo(path):
+            _CheckedCfg.load_yaml_with_base(path)
         cfg.merge_from_file(path, allow_unsafe=_is_of_the_zoo(path))
     except RecursionError:
         raise ConfigError(
@@ -98,6 +117,61 @@ def merge_from_list(cfg: CN, opts: Sequence, *, key: str) -> None:
             reason = _text(error)
             named = "" if str(name) in reason else f"{name}: "
             raise ConfigError(f"{key}: {named}{reason}") from error
+
+
+def load_config_text(text: str, *, source: str) -> CN:
+    """The config that :meth:`CfgNode.dump` has written, with this project's keys.
+
+    Args:
+        source: where it comes from, for the error.
+
+    Raises:
+        ConfigError: if it isn't one.
+    """
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    try:
+        check_yaml(text)
+        cfg.merge_from_other_cfg(CN(yaml.safe_load(text)))
+    except _MERGE_ERRORS as error:
+        raise ConfigError(f"{source}: {_text(error)}") from error
+    return cfg
+
+
+def flat(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """The keys of a config, such as MODEL.DEVICE, and their values."""
+    for key, value in cfg.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_yaml(text: str) -> None:
+    """
+    Raises:
+        yaml.YAMLError: for a key that is there twice, and for aliases that stand for more values
+            than any config has. (Single aliases are in what detectron2 dumps.)
+    """
+    if _count_values(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_VALUES:
+        raise yaml.YAMLError(f"its aliases (*name) stand for more than {_MOST_VALUES} values")
+
+
+def _count_values(node: Any, known: Dict[Any, float]) -> float:
+    """As many as are there with each alias written out."""
+    if node in known:
+        return known[node]
+    known[node] = math.inf  # if it leads back to itself
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"{twice} is there twice in the section that begins in line {line}")
+        children = [node for pair in children for node in pair]
+    known[node] = 1 + sum(_count_values(child, known) for child in children)
+    return known[node]
 
 
 def _is_of_the_zoo(path: str) -> bool:

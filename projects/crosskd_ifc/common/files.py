@@ -6,21 +6,29 @@ import hashlib
 import json
 import os
 import tempfile
+import time
+import uuid
 from typing import Any, Iterator, Optional, Sequence
 
 from detectron2.utils.file_io import PathManager
+
+# After so long a file that is still unfinished is of a writer that was killed.
+_ABANDONED = 3600  # seconds
 
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[Any]:
     """A binary file that takes the place of ``path`` when the context ends well.
 
-    It is on disk by then. Otherwise ``path`` is as it was.
+    It is on disk by then. Otherwise ``path`` is as it was. Several writers don't disturb each
+    other: one of them is the last.
     """
     folder, name = os.path.split(path)
-    partial = os.path.join(folder, f".unfinished-{name}")
+    beginning = f".unfinished-{name}-"
+    _remove_abandoned(folder, beginning)
+    partial = os.path.join(folder, beginning + uuid.uuid4().hex)
     try:
-        with open(partial, "wb") as f:
+        with open(partial, "xb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -29,6 +37,14 @@ def replacing(path: str) -> Iterator[Any]:
         with contextlib.suppress(OSError):
             os.remove(partial)
         raise
+
+
+def _remove_abandoned(folder: str, beginning: str) -> None:
+    for name in os.listdir(folder or "."):
+        partial = os.path.join(folder, name)
+        with contextlib.suppress(OSError):  # another writer removes it, too
+            if name.startswith(beginning) and os.path.getmtime(partial) < time.time() - _ABANDONED:
+                os.remove(partial)
 
 
 def move_aside(folder: str) -> None:

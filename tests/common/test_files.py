@@ -1,0 +1,47 @@
+"""Files that are there complete or not at all."""
+
+import os
+import time
+
+import pytest
+
+from crosskd_ifc.common.files import replacing
+
+
+def test_two_writers_of_one_file_dont_disturb_each_other(tmp_path):
+    path = tmp_path / "model.pth"
+    with replacing(str(path)) as first:
+        first.write(b"first, ")
+        with replacing(str(path)) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b"complete")
+    assert path.read_bytes() == b"first, complete"
+    assert os.listdir(tmp_path) == ["model.pth"]
+
+
+def test_a_writer_that_fails_leaves_the_file_as_it_was(tmp_path):
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(KeyError), replacing(str(tmp_path / "a")) as f:
+        f.write(b"half")
+        raise KeyError
+    assert (tmp_path / "a").read_text() == "before" and os.listdir(tmp_path) == ["a"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_a_later_one(tmp_path):
+    old, new = tmp_path / ".unfinished-a-old", tmp_path / ".unfinished-a-new"
+    other = tmp_path / ".unfinished-b-old"
+    for path in (old, new, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 4000,) * 2)
+    with replacing(str(tmp_path / "a")) as f:
+        f.write(b"all")
+    assert sorted(os.listdir(tmp_path)) == [".unfinished-a-new", ".unfinished-b-old", "a"]
+
+
+def test_a_file_gets_the_mode_of_any_new_file(tmp_path):
+    with replacing(str(tmp_path / "a")) as f:
+        f.write(b"all")
+    (tmp_path / "b").write_text("plain")
+    assert os.stat(tmp_path / "a").st_mode == os.stat(tmp_path / "b").st_mode
