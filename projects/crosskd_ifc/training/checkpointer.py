@@ -1,33 +1,56 @@
-"""Checkpoints that are written whole or not at all, and resumed from the last one that can be
-read."""
+"""Checkpoints that are written whole or not at all, with the config of their run, and resumed from
+the last one that can be read."""
 
 import os
 import re
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+import shutil
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from ..common.files import replacing
+from ..config import ConfigError
 from ..weights.reading import SafeReader, load_weights
+from ..weights.state_dicts import ADAPTER_PREFIX, describe_problems, is_state_dict
+from .run_config import as_table, changed_settings, describe_run
 
 _NAMES = re.compile(r"model_(\d+|final)\.pth")  # as detectron2's hooks give them
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint can't be written, or none can be read."""
+    """A checkpoint can't be written, or none can be read, or a run can't go on from it."""
 
 
 class SafeCheckpointer(SafeReader):
     """:class:`SafeReader` whose files in a local folder are complete or absent, whatever happens
-    while they are written.
+    while they are written, and that resumes all of a run or nothing.
 
     Attributes:
         saved_iteration: of the last checkpoint that this process has written, or None.
+        resumed_from: the checkpoint that this process has resumed from, or "".
     """
 
     saved_iteration: Optional[int] = None
+    resumed_from = ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        cfg: Optional[CfgNode] = None,
+        **checkpointables: Any,
+    ):
+        """
+        Args:
+            cfg: of the run; kept in its checkpoints, and compared when it is resumed.
+        """
+        super().__init__(model, save_dir, **checkpointables)
+        self._cfg = cfg
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As the parent's.
@@ -35,21 +58,30 @@ class SafeCheckpointer(SafeReader):
         Raises:
             CheckpointError: if the file can't be written; those from before are still there.
         """
+        if self._cfg is not None:
+            kwargs["config"] = describe_run(self._cfg)
         if not self.save_dir or not self.save_to_disk or "://" in self.save_dir:
             super().save(name, **kwargs)
         else:
-            self._save_whole(name, **kwargs)
+            data = {"model": self.model.state_dict()}
+            data.update((key, x.state_dict()) for key, x in self.checkpointables.items())
+            data.update(kwargs)
+            self._write(name, lambda f: torch.save(data, f))
         self.saved_iteration = kwargs.get("iteration")
 
-    def _save_whole(self, name: str, **kwargs: Any) -> None:
-        data = {"model": self.model.state_dict()}
-        data.update((key, x.state_dict()) for key, x in self.checkpointables.items())
-        data.update(kwargs)
+    def save_final(self) -> None:
+        """Make the checkpoint that this process has resumed from the final one: the run is over,
+        but has died before it could write that."""
+        if os.path.basename(self.resumed_from) != "model_final.pth":
+            with PathManager.open(self.resumed_from, "rb") as source:
+                self._write("model_final", lambda f: shutil.copyfileobj(source, f))
+
+    def _write(self, name: str, write: Any) -> None:
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             with replacing(path) as f:
-                torch.save(data, f)
+                write(f)
             self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             reason = str(error).strip().split("\n")[0]
@@ -66,6 +98,18 @@ class SafeCheckpointer(SafeReader):
             return
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as f:
             f.write(last_filename_basename.encode())
+
+    def get_checkpoint_file(self) -> str:
+        """The file in this folder that ``last_checkpoint`` names, be it there or not; or ""."""
+        if "://" in self.save_dir:
+            return super().get_checkpoint_file()
+        tag = os.path.join(self.save_dir, "last_checkpoint")
+        if not os.path.isfile(tag):
+            return ""
+        with open(tag, "rb") as f:
+            # The folder of a path may be the one that this was copied from.
+            name = os.path.basename(f.read(1000).decode(errors="replace").strip())
+        return os.path.join(self.save_dir, name) if name else ""
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint in the folder, be it without ``last_checkpoint``."""
@@ -92,60 +136,112 @@ class SafeCheckpointer(SafeReader):
 
         Raises:
             CheckpointError: in every process, if there are checkpoints, and none can be read, or if
-                the processes see different ones.
+                the processes see different ones, or if the run's config doesn't fit.
         """
         if not resume or not self.all_have_checkpoint():
             return super().resume_or_load(path, resume=False)
-        choice = self._choose() if comm.is_main_process() else None
+        file, content, problems = self._choose() if comm.is_main_process() else ("", {}, [])
+        choice = os.path.basename(file), content.get("iteration"), problems
         name, iteration, problems = comm.all_gather(choice)[0]
+        for problem in problems:
+            self.logger.warning(f"A checkpoint can't be read: {problem}")
         if not name:
             raise CheckpointError(
                 f"none of the {len(problems)} checkpoints in {self.save_dir} can be read; start "
                 "anew, without --resume, in another OUTPUT_DIR. " + "; ".join(problems)
             )
-        file = os.path.join(self.save_dir, name)
-        answers = comm.all_gather("" if comm.is_main_process() else _differs(file, iteration))
+        file, fault = os.path.join(self.save_dir, name), ""
+        if not comm.is_main_process():
+            content, fault = self._read(file)
+            if not fault and content["iteration"] != iteration:
+                fault = f"there it is of iteration {content['iteration']}, not {iteration}"
+        answers = comm.all_gather(fault)
         if any(answers):
             rank, answer = next((i, x) for i, x in enumerate(answers) if x)
             raise self._not_shared(
                 f"the main process resumes from {name}, but process {rank} can't: {answer}"
             )
-        return self.load(file)
+        tagged = self.get_checkpoint_file()
+        if not tagged:
+            self.logger.warning(f"last_checkpoint is missing; resuming from {file}")
+        elif file != tagged:
+            self.logger.warning(f"Resuming from an earlier checkpoint instead: {file}")
+        self._go_on_from(file, dict(content))
+        return content
+
+    def _go_on_from(self, file: str, content: Dict[str, Any]) -> None:
+        """Load all of a checkpoint that :meth:`_read` has found good."""
+        changed = []
+        if self._cfg is not None and "config" in content:
+            changed = changed_settings(content["config"], self._cfg)
+        elif self._cfg is not None:
+            self.logger.warning(f"{file} doesn't say its config: no setting can be compared")
+        table = f" What has changed:\n{as_table(changed)}" if changed else ""
+        try:
+            misfit = self._load_model({"model": content["model"]})
+            other_shape = {k for k, _, _ in misfit.incorrect_shapes}
+            problem = describe_problems(
+                missing=[k for k in misfit.missing_keys if k not in other_shape],
+                # An evaluation builds the student without what only its training has.
+                unexpected=[
+                    k
+                    for k in misfit.unexpected_keys
+                    if self.checkpointables or not k.startswith(ADAPTER_PREFIX)
+                ],
+                wrong_shapes=[f"{k} {a} instead of {b}" for k, a, b in misfit.incorrect_shapes],
+            )
+            if problem:
+                raise ValueError(f"its weights don't fit this config's model: {problem}")
+            for key, x in self.checkpointables.items():
+                x.load_state_dict(content[key])
+        except ConfigError:
+            raise
+        except Exception as error:  # torch and detectron2 raise what they like on a foreign state
+            what = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
+            raise CheckpointError(f"this run can't go on from {file}: {what}.{table}") from error
+        if changed:
+            self.logger.warning(f"This run goes on with other settings:\n{as_table(changed)}")
+        self.resumed_from = file
 
     def last_good(self) -> str:
         """The best checkpoint in the folder that can be read, or ""."""
-        return next((file for file in self._candidates() if not _read(file)[1]), "")
+        return self._choose()[0]
 
-    def _choose(self) -> Tuple[str, Any, List[str]]:
-        """The best checkpoint that can be read, its iteration, and what is wrong with better
-        ones."""
-        problems: List[str] = []
-        for candidate in self._candidates():
-            content, fault = _read(candidate)
+    def _choose(self) -> Tuple[str, Mapping[str, Any], List[str]]:
+        """The best checkpoint that can be read, its content, and what is wrong with others: the one
+        that ``last_checkpoint`` names, or else the one of the most iterations."""
+        tagged = self.get_checkpoint_file()
+        others = [file for file in find_checkpoints(self.save_dir) if file != tagged]
+        best, content, problems = "", {}, []
+        for file in [tagged, *others] if tagged else others:
+            if best and (best == tagged or _number(file) <= content["iteration"]):
+                break
+            found, fault = self._read(file)
             if fault:
                 problems.append(fault)
-                self.logger.warning(f"A checkpoint can't be read: {fault}")
-                continue
-            if problems:
-                self.logger.warning(f"Resuming from an earlier checkpoint instead: {candidate}")
-            elif not self.get_checkpoint_file():
-                self.logger.warning(f"last_checkpoint is missing; resuming from {candidate}")
-            name = candidate[len(self.save_dir) :].lstrip("/")
-            return name, content.get("iteration"), problems
-        return "", None, problems
+            elif not best or found["iteration"] > content["iteration"]:
+                best, content = file, found
+        return best, content, problems
+
+    def _read(self, file: str) -> Tuple[Mapping[str, Any], str]:
+        """What a checkpoint holds, and why no run can go on from it, or ""."""
+        try:
+            content = load_weights(file)
+        except (OSError, ValueError) as error:
+            return {}, str(error)
+        if not is_state_dict(content.get("model")) or not content["model"]:
+            return {}, f"{file}: there are no weights in it"
+        lacking = [k for k in ("iteration", *self.checkpointables) if k not in content]
+        if lacking or not isinstance(content["iteration"], int):
+            what = ", ".join(map(repr, lacking)) or "a number of 'iteration'"
+            return {}, f"{file}: weights without the state of a training: it lacks {what}"
+        return content, ""
 
     def _not_shared(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"OUTPUT_DIR {os.path.abspath(self.save_dir)} must be one folder, which all machines "
             f"share: {what}"
         )
-
-    def _candidates(self) -> Iterator[str]:
-        """Checkpoints in the folder, the best first."""
-        tagged = self.get_checkpoint_file()
-        if tagged:
-            yield tagged
-        yield from (file for file in find_checkpoints(self.save_dir) if file != tagged)
 
 
 def has_checkpoint(folder: str) -> bool:
@@ -155,26 +251,15 @@ def has_checkpoint(folder: str) -> bool:
 
 
 def find_checkpoints(folder: str) -> List[str]:
-    """The checkpoints in a local folder, the newest first."""
+    """The checkpoints in a local folder: the final one, then those of the most iterations first."""
     if "://" in folder or not os.path.isdir(folder):
         return []
-    names = filter(_NAMES.fullmatch, os.listdir(folder))
-    files = [os.path.join(folder, name) for name in names]
-    return sorted(files, key=lambda file: (os.path.getmtime(file), file), reverse=True)
+    files = [os.path.join(folder, x) for x in filter(_NAMES.fullmatch, os.listdir(folder))]
+    return sorted(files, key=_number, reverse=True)
 
 
-def _read(file: str) -> Tuple[Mapping[str, Any], str]:
-    """What a checkpoint holds, and why it can't be read, or ""."""
-    try:
-        return load_weights(file), ""
-    except (OSError, ValueError) as error:
-        return {}, str(error)
-
-
-def _differs(file: str, iteration: Any) -> str:
-    """Why this process can't go on from ``iteration`` in a checkpoint, or ""."""
-    content, fault = _read(file)
-    found = content.get("iteration")
-    if fault:
-        return fault
-    return "" if found == iteration else f"there it is of iteration {found}, not {iteration}"
+def _number(file: str) -> float:
+    """The iteration that a checkpoint's name tells; more than all others for the final one, which
+    doesn't tell."""
+    number = _NAMES.fullmatch(os.path.basename(file)).group(1)
+    return float("inf") if number == "final" else int(number)

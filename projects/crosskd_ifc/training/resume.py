@@ -96,8 +96,10 @@ class ResumeState(HookBase):
         if state[_NORMALIZER] is not None:
             setattr(unwrap(self.trainer.model), _NORMALIZER, state[_NORMALIZER])
         stream = self._stream()
-        if stream is None or not state["stream"]:
+        if stream is None:
             logger.info("The training data starts anew: its loader has no numbered stream")
+        elif not state["stream"]:
+            logger.warning("The training data starts anew: the checkpoint doesn't say its place")
         elif stream.enter(state["stream"], state["num_batches"]):
             self._first_batch = state["num_batches"]
         else:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import weakref
-from typing import Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -143,12 +143,43 @@ class CrossKDTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As the parent's; a run that doesn't go on from a checkpoint then starts from the
-        teacher's weights where ``MODEL.CROSSKD.INHERIT`` says so."""
+        teacher's weights where ``MODEL.CROSSKD.INHERIT`` says so.
+
+        Raises:
+            CheckpointError, ConfigError: if the run can't go on from what is there.
+        """
         resume = resume and self.checkpointer.all_have_checkpoint()
         super().resume_or_load(resume=resume)
+        if resume and self.start_iter >= self.max_iter:
+            logger.warning(
+                f"There is nothing left to train: {self.start_iter} iterations are done, "
+                f"SOLVER.MAX_ITER is {self.max_iter}"
+            )
+            if comm.is_main_process():
+                self.checkpointer.save_final()
         student = unwrap(self.model)
         if hasattr(student, "inherit_weights") and not resume:
             student.inherit_weights()
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """As the parent's.
+
+        Raises:
+            ValueError: if the state of one of detectron2's hooks is missing: it would start anew.
+        """
+        found = state_dict.get("hooks", {})
+        for hook in self._hooks:
+            name = type(hook).__qualname__
+            if name in found:
+                continue
+            if isinstance(hook, ResumeState):
+                logger.warning(
+                    "The checkpoint doesn't say the place in the training data, nor random states: "
+                    "both start anew. Was it written by another trainer?"
+                )
+            elif hook.state_dict():
+                raise ValueError(f"it lacks the state of {name}")
+        super().load_state_dict(state_dict)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -220,7 +251,7 @@ class CrossKDTrainer(DefaultTrainer):
         teacher, the distillation schedule and the teacher's evaluation."""
         # Here, since detectron2 makes its checkpointer just before and offers no other place.
         self.checkpointer = SafeCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+            self.model, self.cfg.OUTPUT_DIR, cfg=self.cfg, trainer=weakref.proxy(self)
         )
         hooks = super().build_hooks()
         periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD

@@ -1,0 +1,67 @@
+"""A run's config is kept in its checkpoints: what a resumed run does otherwise is told."""
+
+import re
+from typing import Any, Dict, List, Mapping, Tuple
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
+from tabulate import tabulate
+
+from ..common.config_files import check_yaml, flat
+from ..config import ConfigError, add_crosskd_ifc_config
+
+# Where things lie, how they are evaluated, how often something is written, how data are read: what
+# may change without changing the experiment. The teacher's weights have a digest of their own.
+_NO_CHANGE = re.compile(
+    r"OUTPUT_DIR|VERSION|VIS_PERIOD|TEST\.(?!PRECISE_BN).*|.*_TEST|DATASETS\.(TEST|CARDS)"
+    r"|DATALOADER\.NUM_WORKERS|SOLVER\.CHECKPOINT_PERIOD|MODEL\.WEIGHTS"
+    r"|MODEL\.CROSSKD\.(TEACHER\.(WEIGHTS|EVAL_AT_START)|DIAGNOSTICS\..*)"
+)
+_TEACHER = "MODEL.CROSSKD.TEACHER.CONFIG_FILE"  # another path is none, but no path is
+_PROCESSES = "number of processes"
+
+
+def describe_run(cfg: CfgNode) -> Dict[str, Any]:
+    """What a checkpoint keeps of the run that writes it: plain values."""
+    return {"yaml": cfg.dump(), "processes": comm.get_world_size()}
+
+
+def changed_settings(kept: Mapping[str, Any], cfg: CfgNode) -> List[Tuple[str, Any, Any]]:
+    """(key, then, now) of all that changes the experiment.
+
+    Args:
+        kept: what :func:`describe_run` gave.
+        cfg: of the run that goes on.
+
+    Raises:
+        ConfigError: if ``kept`` can't be read.
+    """
+    defaults = get_cfg()
+    add_crosskd_ifc_config(defaults)
+    before = _settings({"yaml": defaults.dump(), "processes": None})
+    # A key that an earlier version didn't have was at its default.
+    then, now = ({**before, **_settings(x)} for x in (kept, describe_run(cfg)))
+    keys = [k for k in sorted({*then, *now}) if not _NO_CHANGE.fullmatch(k)]
+    return [(k, then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)]
+
+
+def as_table(changed: List[Tuple[str, Any, Any]]) -> str:
+    """What :func:`changed_settings` gave, for people."""
+    rows = [(key, *map(_shown, values)) for key, *values in changed]
+    return tabulate(rows, headers=("setting", "then", "now"), disable_numparse=True)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) < 60 else f"{repr(value)[:56]} ..."
+
+
+def _settings(kept: Mapping[str, Any]) -> Dict[str, Any]:
+    try:
+        check_yaml(kept["yaml"])
+        settings = dict(flat(yaml.safe_load(kept["yaml"])))
+        settings[_PROCESSES] = kept["processes"]
+    except (AttributeError, KeyError, RecursionError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"what the checkpoint says of its run can't be read: {error}") from error
+    settings[_TEACHER] = "a teacher" if settings.get(_TEACHER) else "no teacher"
+    return settings
