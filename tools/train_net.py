@@ -11,36 +11,40 @@ SIGTERM (preemption) ends a training after its step with a checkpoint and the ex
 it again with --resume.
 """
 
+import contextlib
 import datetime
 import errno
 import logging
 import os
 import sys
 
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
-from crosskd_ifc.data.mapper import SampleError
-from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
-from crosskd_ifc.training.launching import PassOnSigterm
-from crosskd_ifc.training.preemption import Terminated, end_with_parent, message_in_traceback
+from crosskd_ifc.training.checkpointer import SafeCheckpointer, has_checkpoint
+from crosskd_ifc.training.errors import CLEAR_ERRORS, message_in_traceback, one_line_errors
+from crosskd_ifc.training.output_folder import check_output_folder, training_alone_in
+from crosskd_ifc.training.preemption import end_with_parent, passing_on_sigterm
 from crosskd_ifc.training.preflight import (
     check_evaluation_config,
     check_training_config,
     check_weights,
 )
 from crosskd_ifc.training.preflight_data import check_classes, check_test_data
-from crosskd_ifc.weights.reading import WeightsError
+from crosskd_ifc.weights.reading import MisfitError, StrictReader
+
+logger = logging.getLogger("crosskd_ifc")
 
 
-def setup(args):
+def setup(args) -> CfgNode:
     """The frozen, checked config of a run, from the config file and the command line."""
     cfg = get_cfg()
     add_crosskd_ifc_config(cfg)
@@ -49,37 +53,77 @@ def setup(args):
         merge_from_file(cfg, args.config_file, key="--config-file")
     merge_from_list(cfg, args.opts, key="command line")
     cfg.freeze()
-    (check_evaluation_config if args.eval_only else check_training_config)(cfg)
-    if not (args.resume and has_checkpoint(cfg.OUTPUT_DIR)):
-        check_weights(cfg)
+    with one_line_errors(cfg):
+        check_output_folder(cfg.OUTPUT_DIR)
+        (check_evaluation_config if args.eval_only else check_training_config)(cfg)
+        goes_on = has_checkpoint(cfg.OUTPUT_DIR)
+        if goes_on and not (args.resume or args.eval_only):
+            raise ConfigError(
+                f"OUTPUT_DIR {os.path.abspath(cfg.OUTPUT_DIR)} holds checkpoints of an earlier "
+                "run; add --resume to go on with it, or give another OUTPUT_DIR"
+            )
+        if not (args.resume and goes_on):
+            check_weights(cfg)
     return cfg
+
+
+def start_logging(cfg, args) -> None:
+    """As detectron2's default_setup, but for config.yaml: that is of a training that is on."""
+    logging.raiseExceptions = False  # a full disk is told once, not for each line of the log
+    rank, nowhere = comm.get_rank(), cfg.clone()
+    for name in ("fvcore", "detectron2", "crosskd_ifc"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name, configure_stdout=False)
+    setup_logger(distributed_rank=rank, name="crosskd_ifc")
+    nowhere.defrost()
+    nowhere.OUTPUT_DIR = None
+    default_setup(nowhere, args)
+    logger.info(f"Running with full config:\n{cfg.dump()}")
 
 
 def main(args):
     end_with_parent()
     cfg = setup(args)
-    logging.raiseExceptions = False  # a full disk is told once, not for each line of the log
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="crosskd_ifc")
-    if args.eval_only:
+    return evaluate(cfg, args) if args.eval_only else train(cfg, args)
+
+
+def evaluate(cfg, args):
+    with one_line_errors(cfg):
+        start_logging(cfg, args)
         check_test_data(cfg)
         check_classes(cfg, evaluation=True)
         model = build_model(cfg)
-        SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
-        results = CrossKDTrainer.test(cfg, model)
+        checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
+        if args.resume and checkpointer.all_have_checkpoint():
+            checkpointer.resume_or_load("")
+        elif not cfg.MODEL.WEIGHTS:
+            raise ConfigError("MODEL.WEIGHTS is empty: --eval-only would score random weights")
+        else:
+            try:
+                StrictReader(model).load(cfg.MODEL.WEIGHTS)
+            except MisfitError as error:
+                raise ConfigError(
+                    f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} don't fit this config's model; {error}"
+                ) from error
+    results = CrossKDTrainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def train(cfg, args):
+    trainer = None
+
+    def is_over() -> bool:
+        return trainer is not None and getattr(trainer, "iter", 0) > trainer.start_iter
+
+    with one_line_errors(cfg, is_over), training_alone_in(cfg.OUTPUT_DIR):
+        start_logging(cfg, args)
+        trainer = CrossKDTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
         if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = CrossKDTrainer(cfg)
-    if not args.resume and trainer.checkpointer.has_checkpoint():
-        logging.getLogger("crosskd_ifc").warning(
-            f"OUTPUT_DIR {os.path.abspath(cfg.OUTPUT_DIR)} holds checkpoints of an earlier run, "
-            "which this run will overwrite; stop it now and add --resume to go on with that one"
-        )
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+            with PathManager.open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as f:
+                f.write(cfg.dump())
+        return trainer.train()
 
 
 def argument_parser():
@@ -97,37 +141,32 @@ def argument_parser():
 def launch_all(args) -> None:
     machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
     timeout = datetime.timedelta(minutes=args.timeout)
-    options = dict(dist_url=args.dist_url, args=(args,), timeout=timeout, **machines)
-    if args.num_gpus * args.num_machines == 1:
-        setup(args)
-        launch(main, args.num_gpus, **options)
-        return
-    with PassOnSigterm() as sigterm:
+    alone = args.num_gpus * args.num_machines <= 1
+    with contextlib.nullcontext() if alone else passing_on_sigterm():
         setup(args)  # here too, so that a mistake shows once and not in every process
-        sigterm.launching()
-        launch(main, args.num_gpus, **options)
+        launch(
+            main,
+            args.num_gpus,
+            dist_url=args.dist_url,
+            args=(args,),
+            timeout=timeout,
+            **machines,
+        )
 
 
 def invoke_main() -> None:
     args = argument_parser().parse_args()
     try:
         launch_all(args)
-    except (ConfigError, CheckpointError, WeightsError) as error:
-        sys.exit(f"error: {error}")
-    except SampleError as error:
-        sys.exit(f"error: {message_in_traceback(str(error), SampleError) or error}")
+    except CLEAR_ERRORS as error:
+        # A data loader's worker sends its traceback along.
+        sys.exit(f"error: {message_in_traceback(str(error), *CLEAR_ERRORS) or error}")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         sys.exit(f"error: {_full(error)}")
-    except ProcessExitedException as error:
-        if error.exit_code != Terminated.status:
-            raise
-        sys.exit(error.exit_code)
     except ProcessRaisedException as error:
-        message = message_in_traceback(
-            str(error), ConfigError, CheckpointError, WeightsError, SampleError
-        )
+        message = message_in_traceback(str(error), *CLEAR_ERRORS)
         if not message and f"[Errno {errno.ENOSPC}]" in str(error).strip().splitlines()[-1]:
             message = _full(str(error).strip().splitlines()[-1])
         sys.exit(f"error: {message}" if message else str(error))

@@ -26,7 +26,9 @@ def test_a_section_that_is_there_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['x'])}]" for i in range(9)),
+        "\n".join(
+            f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['x'])}]" for i in range(9)
+        ),
         "a: &a\n  b: *a\n",
     ],
     ids=["bomb", "ring"],

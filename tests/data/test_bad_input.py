@@ -16,7 +16,7 @@ from test_cards import XML_DECLARATION, Coco, Voc, _image, _write, _xml
 from crosskd_ifc import ConfigError, CrossKDTrainer
 from crosskd_ifc.data.cards import register_card
 from crosskd_ifc.data.mapper import CheckedMapper, SampleError, build_mapper
-from crosskd_ifc.training.preemption import message_in_traceback
+from crosskd_ifc.training.errors import message_in_traceback
 from crosskd_ifc.training.preflight_data import check_test_data
 
 GOOD = ("rod", 1, 1, 30, 20)

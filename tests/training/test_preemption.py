@@ -1,6 +1,5 @@
-"""SIGTERM at every moment of a run with several processes, seen from one of them."""
+"""SIGTERM: in steps and in evaluations, alone and in one of two processes."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,12 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.utils import comm
+import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, start_processes
+from torch.utils.data import DataLoader
 
-from crosskd_ifc.training.checkpointer import SafeCheckpointer
-from crosskd_ifc.training.launching import PassOnSigterm
-from crosskd_ifc.training.preemption import Terminated, Termination
+from crosskd_ifc.training.preemption import (
+    StopAfterStep,
+    StoppableLoader,
+    Terminated,
+    keep_workers_on_sigterm,
+    passing_on_sigterm,
+    stop_if_asked,
+    stopping_on_sigterm,
+)
 
 
 def send_sigterm():
@@ -22,164 +28,146 @@ def send_sigterm():
     time.sleep(0.01)  # a handler runs between two instructions
 
 
-class OneOfTwo:
-    """The hook in one of two processes; what the other one has been told is in ``other``."""
-
-    def __init__(self, monkeypatch, folder, rank):
-        self.other, self.during_agreement = False, lambda: None
-        self.gathered = []
-        monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-        monkeypatch.setattr(comm, "is_main_process", lambda: rank == 0)
-        monkeypatch.setattr(comm, "all_gather", self._all_gather)
-        monkeypatch.setattr(comm, "synchronize", lambda: None)
-        state = SimpleNamespace(gather=lambda: self.gathered.append(self.trainer.iter))
-        checkpointer = SafeCheckpointer(torch.nn.Linear(1, 1), str(folder))
-        self.hook = Termination(checkpointer, state, eval_period=15)
-        self.trainer = SimpleNamespace(iter=0, max_iter=32, _trainer=SimpleNamespace())
-        self.hook.trainer = self.trainer
-        self.hook.before_train()
-
-    def _all_gather(self, mine):
-        self.during_agreement()
-        return [mine, self.other]
-
-    def step(self, iteration):
-        self.trainer.iter = iteration
-        self.hook.before_step()
-        self.hook.after_step()
-
-
-@pytest.fixture(params=[0, 1])
-def process(request, monkeypatch, tmp_path):
-    handler = signal.getsignal(signal.SIGTERM)
-    yield OneOfTwo(monkeypatch, tmp_path, request.param)
-    signal.signal(signal.SIGTERM, handler)
-
-
-def saved(folder):
-    return sorted(p.name for p in folder.glob("*.pth"))
-
-
-def test_one_of_two_processes_stops_together_with_the_other(process, tmp_path):
-    process.step(5)
-    send_sigterm()  # between two steps, where it mustn't stop alone
-    process.step(6)
-    assert saved(tmp_path) == []
-    with pytest.raises(Terminated):
-        process.step(9)
-    assert process.gathered == [9]
-    main = comm.is_main_process()
-    assert saved(tmp_path) == (["model_0000009.pth"] if main else [])
-
-
-def test_the_other_ones_sigterm_stops_this_process_too(process):
-    process.other = True
-    process.step(5)
-    with pytest.raises(Terminated):
-        process.step(9)
-
-
-def test_a_sigterm_during_the_agreement_counts_in_the_next_one(process):
-    process.during_agreement = send_sigterm
-    process.step(9)
-    process.during_agreement = lambda: None
-    with pytest.raises(Terminated):
-        process.step(14)  # before an evaluation
-
-
-def test_in_an_evaluation_the_main_process_saves_at_once_and_the_others_follow(process, tmp_path):
-    process.step(14)
-    if not comm.is_main_process():
+def test_a_process_alone_stops_after_the_step_and_not_before():
+    gathered = []
+    hook = StopAfterStep(SimpleNamespace(gather=lambda: gathered.append(3)))
+    hook.trainer = SimpleNamespace(iter=3, max_iter=100)
+    with stopping_on_sigterm():
+        hook.after_step()
         send_sigterm()
-        assert process.hook.is_reason_of(RuntimeError("Connection closed by peer"))
-    with pytest.raises(Terminated):
-        send_sigterm()
-    assert saved(tmp_path) == (["model_0000014.pth"] if comm.is_main_process() else [])
-    assert process.gathered == []  # nobody is waited for
+        with pytest.raises(Terminated) as stopped:
+            hook.after_step()
+    assert stopped.value.code == 143 and gathered == [3]
 
 
-def test_behind_an_evaluation_nobody_stops_alone_any_more(process, tmp_path):
-    process.step(14)
-    process.hook.evaluated.after_step()
-    send_sigterm()
-    send_sigterm()
-    assert saved(tmp_path) == []
-    with pytest.raises(Terminated):
-        process.step(19)
+def test_an_evaluation_stops_after_the_batch():
+    seen = []
+    with stopping_on_sigterm(), pytest.raises(Terminated):
+        for batch in StoppableLoader(DataLoader(range(9))):
+            seen.append(int(batch))
+            if batch == 4:
+                send_sigterm()
+    assert seen == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("mine", [False, True])
-def test_a_sigterm_after_the_last_step_stops_all_before_the_final_evaluation(process, mine):
-    process.step(31)
-    process.trainer.iter = 32
-    if mine:
-        send_sigterm()
-    process.other = not mine
-    assert process.hook.stops_before_final_evaluation()
-
-
-def test_without_sigterm_the_final_evaluation_comes(process):
-    process.step(31)
-    process.trainer.iter = 32
+def test_outside_a_training_sigterm_does_what_it_did():
     before = signal.getsignal(signal.SIGTERM)
-    assert not process.hook.stops_before_final_evaluation()
-    assert signal.getsignal(signal.SIGTERM) != before
+    with stopping_on_sigterm():
+        assert signal.getsignal(signal.SIGTERM) != before
+        send_sigterm()
+    assert signal.getsignal(signal.SIGTERM) == before
+    stop_if_asked(1)  # of an earlier training
+    assert [int(x) for x in StoppableLoader(DataLoader(range(3)))] == [0, 1, 2]
+
+
+def in_both(rank, store, work, answers):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    with stopping_on_sigterm():
+        answers.put((rank, work(rank)))
+
+
+def answers_of_two(tmp_path, work):
+    answers = torch.multiprocessing.get_context("fork").SimpleQueue()
+    arguments = (str(tmp_path / "store"), work, answers)
+    start_processes(in_both, arguments, nprocs=2, start_method="fork")
+    return [x for _, x in sorted(answers.get() for _ in range(2))]
+
+
+def steps(rank, told=1, at=13, last=35):
+    """The step after which this process stops."""
+    for done in range(1, last + 1):
+        if rank == told and done == at:
+            send_sigterm()
+        try:
+            stop_if_asked(done, last=done == last)
+        except Terminated:
+            return done
+
+
+def late_steps(rank):
+    return steps(rank, told=0, at=33)
+
+
+def no_sigterm(rank):
+    return steps(rank, told=None)
+
+
+@pytest.mark.parametrize("work, stop", [(steps, 20), (late_steps, 35), (no_sigterm, None)])
+def test_two_processes_stop_after_the_same_step_whoever_was_told(tmp_path, work, stop):
+    assert answers_of_two(tmp_path, work) == [stop, stop]
+
+
+def batches(rank, told=True):
+    """How many batches of its share a process evaluates."""
+    seen = 0
+    try:
+        for _ in StoppableLoader(DataLoader(range(30 - rank))):
+            seen += 1
+            if told and rank == 1 and seen == 12:
+                send_sigterm()
+    except Terminated:
+        return f"stopped after {seen}"
+    return f"all {seen}"
+
+
+def all_batches(rank):
+    return batches(rank, told=False)
+
+
+@pytest.mark.parametrize(
+    "work, found", [(batches, ["stopped after 20"] * 2), (all_batches, ["all 30", "all 29"])]
+)
+def test_two_processes_stop_in_the_same_batch_of_an_evaluation(tmp_path, work, found):
+    assert answers_of_two(tmp_path, work) == found
+
+
+def test_a_data_loaders_workers_outlive_a_sigterm_and_end_with_the_loader():
+    before = set(multiprocessing.active_children())
+    loader = keep_workers_on_sigterm(DataLoader(range(50), num_workers=1, prefetch_factor=1))
+    batches = iter(loader)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGTERM)
+    assert [int(x) for x in batches] == list(range(1, 50))
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 # The process that starts the others
 
 
-@contextlib.contextmanager
-def forks_keep_a_sigterm():
-    """Python forgets one that a forked process gets in its first moments; a spawned one, as in a
-    training, dies of it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-
 def sleep(_, default):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL if default else lambda *_: exit(143))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    if not default:
+        signal.signal(signal.SIGTERM, lambda *_: exit(143))
+    os.kill(os.getppid(), signal.SIGUSR1)
     time.sleep(60)
 
 
 def test_a_sigterm_before_there_are_processes_ends_the_one_that_would_start_them():
     with pytest.raises(Terminated):
-        with PassOnSigterm():
+        with passing_on_sigterm():
             send_sigterm()
             raise AssertionError("it went on")
 
 
 @pytest.mark.parametrize("default", [True, False], ids=["default handler", "own handler"])
-def test_a_sigterm_before_the_first_process_is_there_is_passed_on_later(default):
-    with pytest.raises(Terminated):
-        with PassOnSigterm() as sigterm:
-            sigterm.launching()
-            send_sigterm()
-            with forks_keep_a_sigterm():
-                start_processes(sleep, (default,), nprocs=2, start_method="fork")
+def test_a_sigterm_is_passed_on_and_the_process_ends_with_the_others(default):
+    ready = signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(Terminated):
+            with passing_on_sigterm():
+                start_processes(sleep, (default,), nprocs=1, start_method="spawn")
+    finally:
+        signal.signal(signal.SIGUSR1, ready)
     assert not multiprocessing.active_children()
-
-
-def test_a_forked_process_that_has_no_handler_of_its_own_yet_dies_of_a_sigterm():
-    with PassOnSigterm() as sigterm:
-        sigterm.launching()
-        process = multiprocessing.get_context("fork").Process(target=send_sigterm)
-        process.start()
-        process.join(30)
-    assert process.exitcode == -signal.SIGTERM
 
 
 def test_a_process_that_dies_by_itself_stays_an_error():
     with pytest.raises(ProcessExitedException):
-        with PassOnSigterm() as sigterm:
-            sigterm.launching()
+        with passing_on_sigterm():
             start_processes(die, nprocs=1, start_method="fork")
 
 
 def die(_):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    send_sigterm()
+    os._exit(7)

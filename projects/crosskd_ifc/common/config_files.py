@@ -168,7 +168,9 @@ def _count_values(node: Any, known: Dict[Any, float]) -> float:
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
             line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"{twice} is there twice in the section that begins in line {line}")
+            raise yaml.YAMLError(
+                f"{twice} is there twice in the section that begins in line {line}"
+            )
         children = [node for pair in children for node in pair]
     known[node] = 1 + sum(_count_values(child, known) for child in children)
     return known[node]

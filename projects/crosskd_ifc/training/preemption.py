@@ -1,5 +1,7 @@
-"""How a run ends when it is asked to stop (SIGTERM)."""
+"""How a run ends when it is told to stop (SIGTERM), as cluster schedulers do: it finishes the step
+or the batch of an evaluation, saves and ends, all processes at the same place."""
 
+import contextlib
 import functools
 import logging
 import multiprocessing
@@ -7,10 +9,11 @@ import os
 import signal
 import threading
 import time
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
 from .checkpointer import SafeCheckpointer
@@ -18,8 +21,10 @@ from .resume import ResumeState
 
 logger = logging.getLogger(__name__)
 
-# Processes agree on stopping only this often: it makes them wait for each other.
+# Several processes agree only so often: it makes them wait for each other.
 _AGREE_PERIOD = 10
+# Whether this process has got a SIGTERM; None: SIGTERM does what it always does.
+_asked: Optional[bool] = None
 
 
 class Terminated(SystemExit):
@@ -35,140 +40,85 @@ class Terminated(SystemExit):
         super().__init__(self.status)
 
 
-class Termination(HookBase):
-    """On SIGTERM, as cluster schedulers send it before they stop a job, finishes the step, writes a
-    checkpoint and ends the run; an evaluation is broken off.
+@contextlib.contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Within this context, a SIGTERM waits for :func:`stop_if_asked`. Enter it in every process."""
+    global _asked
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handler
+        yield
+        return
 
-    Several processes agree on the step, since one that stops alone would leave the others waiting
-    for it. Only in an evaluation, when all states are gathered, the main process saves and ends at
-    once; the others end with it.
+    def note(*_: Any) -> None:
+        global _asked
+        _asked = True
 
-    Put it directly before the evaluation, and :attr:`evaluated` directly behind, in every process.
+    previous, _asked = signal.signal(signal.SIGTERM, note), False
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        _asked = None
 
-    Attributes:
-        evaluated: a hook that tells that an evaluation is over.
-        asked: whether this process has got a SIGTERM.
-        stopped: whether the run has ended so, and saved.
+
+def stop_if_asked(done: int, *, last: bool = False) -> None:
+    """End the run in every process if any has got a SIGTERM; call it in all of them, after as many
+    steps or batches.
+
+    Args:
+        done: how many there were.
+        last: whether these are all.
+
+    Raises:
+        Terminated: in every process.
     """
-
-    def __init__(self, checkpointer: SafeCheckpointer, state: ResumeState, eval_period: int):
-        """
-        Args:
-            eval_period: iterations between evaluations; 0 for none.
-        """
-        self._checkpointer, self._state, self._eval_period = checkpointer, state, eval_period
-        self.evaluated = _Evaluated(self)
-        self.asked = self.stopped = False
-        self._at_once = self._evaluating = False
-        self._done = -1  # last complete iteration
-        self._previous: Any = None
-
-    def before_train(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._pid = os.getpid()
-            self._previous = signal.signal(signal.SIGTERM, self._handle)
-
-    def after_train(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
-
-    def before_step(self) -> None:
-        self._at_once = False
-        if self.stopped:  # code in C++ that was being run has lost the exception
-            raise Terminated
-
-    def after_step(self) -> None:
-        self._done = self.trainer.iter
-        if self._agree_to_stop():
-            self._state.gather()
-            self._stop()
-        alone = comm.get_world_size() == 1
-        self._evaluating = self._evaluates_next()
-        self._at_once = alone or (self._evaluating and comm.is_main_process())
-        if self._at_once and self.asked:  # meanwhile
-            self._handle()
-
-    def after_evaluation(self) -> None:
-        self._evaluating = False
-        self._at_once = comm.get_world_size() == 1
-
-    def stops_before_final_evaluation(self) -> bool:
-        """Whether the run has been stopped, also after its last step; call it in every process when
-        training ends. From then on SIGTERM does what it did before."""
-        self.after_train()
-        if not self.stopped and self.trainer.iter >= self._last:
-            self.stopped = any(comm.all_gather(self.asked))
-            if self.stopped:
-                logger.warning("SIGTERM: stopped before the final evaluation; --resume does it")
-        return self.stopped
-
-    def is_reason_of(self, error: Exception) -> bool:
-        """Whether an error between two steps comes from stopping."""
-        if self.stopped:  # code in C++ that was being run has replaced the exception
-            return True
-        if self.asked and not comm.is_main_process():
-            logger.warning(f"SIGTERM: stopped while the processes were ending: {error}")
-            return True
-        return False
-
-    def _agree_to_stop(self) -> bool:
-        done = self._done + 1
-        if comm.get_world_size() == 1:
-            return self.asked
-        if done % _AGREE_PERIOD and done < self._last and not self._evaluates_next():
-            return False
-        return any(comm.all_gather(self.asked))
-
-    @property
-    def _last(self) -> int:
-        return self.trainer.max_iter
-
-    def _evaluates_next(self) -> bool:
-        done = self._done + 1
-        return 0 < self._eval_period and done % self._eval_period == 0 and done < self._last
-
-    def _handle(self, *_) -> None:
-        if os.getpid() != self._pid:  # forked with this handler
-            die_by_signal(signal.SIGTERM)
-            return
-        again, self.asked = self.asked, True
-        if self._at_once:
-            self._at_once = False
-            self._stop(together=False)
-        elif self._evaluating and again and not comm.is_main_process():
-            # torch sends the second one, when the main process has ended.
-            raise Terminated
-
-    def _stop(self, together: bool = True) -> None:
-        save_iteration(self.trainer, self._checkpointer, self._done)
-        if together:
-            comm.synchronize()
-        self.stopped = True
-        logger.warning(
-            f"SIGTERM: stopped after iteration {self._done}; --resume goes on from "
-            f"{self._checkpointer.get_checkpoint_file()}"
-        )
+    if comm.get_world_size() > 1 and done % _AGREE_PERIOD and not last:
+        return
+    if _asked is not None and any(comm.all_gather(_asked)):
         raise Terminated
 
 
-class _Evaluated(HookBase):
-    def __init__(self, termination: Termination):
-        self._termination = termination
+class StopAfterStep(HookBase):
+    """Ends a run after a step if it was asked to; put it directly before the evaluation."""
+
+    def __init__(self, state: ResumeState):
+        self._state = state
 
     def after_step(self) -> None:
-        self._termination.after_evaluation()
+        done = self.trainer.iter + 1
+        try:
+            stop_if_asked(done, last=done >= self.trainer.max_iter)
+        except Terminated:
+            self._state.gather()
+            raise
 
 
-def die_by_signal(number: int) -> None:
-    """Let a signal do to this process what it does without a handler."""
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+class StoppableLoader:
+    """A loader of test data whose evaluation can be told to stop.
+
+    Attributes:
+        loader: torch's; each process has its own share of the data.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if _asked is None:
+            yield from self.loader
+            return
+        batches = iter(self.loader)
+        for number in range(max(comm.all_gather(len(self.loader)))):
+            if number < len(self.loader):
+                yield next(batches)
+            stop_if_asked(number + 1)
 
 
 def keep_workers_on_sigterm(loader: Any) -> Any:
-    """Let a loader's worker processes end on their parent's SIGTERM alone: `timeout` and SLURM send
-    it to them, too, and their death would be an error of the training, before its step is done.
+    """Let a loader's worker processes ignore SIGTERM: `timeout` and SLURM send it to them, too, and
+    their death would be an error of the training. They end with the process that has started them.
 
     Args:
         loader: torch's, or detectron2's around it; before its iterator is made.
@@ -176,27 +126,44 @@ def keep_workers_on_sigterm(loader: Any) -> Any:
     Returns:
         The same loader.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return loader
     inner = loader
     while not isinstance(inner, DataLoader):
         inner = inner.dataset
-    inner.worker_init_fn = functools.partial(_obey_parent_alone, inner.worker_init_fn)
+    inner.worker_init_fn = functools.partial(_ignore_sigterm, inner.worker_init_fn)
     return loader
 
 
-def _obey_parent_alone(then: Optional[Callable[[int], None]], worker: int) -> None:
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-            pass
-        os._exit(0)
-
-    parent = multiprocessing.parent_process()
-    # Blocked, since a handler in Python isn't told who has sent a signal.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=wait, name="obey_parent_alone", daemon=True).start()
+def _ignore_sigterm(then: Optional[Callable[[int], None]], worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(worker)
+
+
+@contextlib.contextmanager
+def passing_on_sigterm() -> Iterator[None]:
+    """Within this context, a SIGTERM goes to the processes that this one has started, and this one
+    ends when they have ended; at once if there are none yet.
+
+    Raises:
+        Terminated: if a process has ended so, or of a SIGTERM before its training began.
+    """
+
+    def pass_on(*_: Any) -> None:
+        children = multiprocessing.active_children()
+        for process in children:
+            process.terminate()
+        if not children:
+            raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    except ProcessExitedException as error:
+        if error.exit_code in (Terminated.status, -signal.SIGTERM):
+            raise Terminated from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def end_with_parent(grace: float = 10.0) -> None:
@@ -233,12 +200,3 @@ def save_iteration(trainer: DefaultTrainer, checkpointer: SafeCheckpointer, iter
     # Files tell nothing: those of this number, and model_final.pth, may be of an earlier run.
     if checkpointer.saved_iteration != iteration:
         checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-
-
-def message_in_traceback(text: str, *kinds: type) -> str:
-    """The message of the last error of one of these kinds in a traceback, or ""."""
-    for kind in kinds:
-        _, found, message = text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")
-        if found:
-            return message.strip()
-    return ""

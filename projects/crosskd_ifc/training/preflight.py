@@ -3,11 +3,18 @@
 from typing import Sequence
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from ..config import META_ARCHITECTURES, ConfigError, class_count, distillation_requested
+from ..common.config_files import flat
+from ..config import (
+    META_ARCHITECTURES,
+    ConfigError,
+    add_crosskd_ifc_config,
+    class_count,
+    distillation_requested,
+)
 from ..data.cards import register_cards
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..modeling.attach import check_teacher_weights
@@ -20,8 +27,16 @@ def check_training_config(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key.
     """
+    _check_stock_values(cfg)
     distils = distillation_requested(cfg)
     check_crosskd_config(cfg)
+    for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):
+        if cfg.SOLVER[key] < 1:
+            raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}; it must be at least 1")
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty: there is nothing to train on")
+    if not cfg.INPUT.MIN_SIZE_TRAIN:
+        raise ConfigError("INPUT.MIN_SIZE_TRAIN is empty; give the lengths of images' shorter side")
     start = cfg.MODEL.CROSSKD.SCHEDULE.START_ITER
     if distils and start >= cfg.SOLVER.MAX_ITER:
         raise ConfigError(
@@ -54,6 +69,9 @@ def check_evaluation_config(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key.
     """
+    _check_stock_values(cfg)
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: there is nothing to evaluate on")
     _check_device_and_data(cfg, ("TEST",))
 
 
@@ -65,6 +83,31 @@ def check_weights(cfg: CfgNode) -> None:
     """
     if cfg.MODEL.WEIGHTS and is_missing(cfg.MODEL.WEIGHTS):
         raise ConfigError(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS!r}")
+
+
+def _check_stock_values(cfg: CfgNode) -> None:
+    """Refuse what would show after the training, or as something else.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    defaults = get_cfg()
+    add_crosskd_ifc_config(defaults)
+    before = dict(flat(defaults))
+    for key, value in flat(cfg):
+        if value is None and before.get(key) is not None:
+            raise ConfigError(f"{key} is null; its default is {before[key]!r}")
+    for expected in cfg.TEST.EXPECTED_RESULTS:
+        kinds = (str, str, (int, float), (int, float))
+        if (
+            not isinstance(expected, (list, tuple))
+            or len(expected) != 4
+            or not all(map(isinstance, expected, kinds))
+        ):
+            raise ConfigError(
+                f"TEST.EXPECTED_RESULTS: {expected!r} is not a list such as ['bbox', 'AP', 38.5, "
+                "0.2]: task, metric, expected value, tolerance"
+            )
 
 
 def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:

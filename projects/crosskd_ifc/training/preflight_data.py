@@ -8,6 +8,7 @@ from typing import Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError, class_count
@@ -17,7 +18,7 @@ from ..data.cards import card_of
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
 from .preflight import check_class_count
 
-__all__ = ["check_classes", "check_test_data"]
+__all__ = ["check_classes", "check_same_everywhere", "check_test_data"]
 
 _Classes = Tuple[str, str, Sequence[str]]  # key below DATASETS, data set, class names
 
@@ -79,6 +80,32 @@ def check_classes(
         _check_same(known[0], other, evaluation)
     for _, name, names in known:
         check_class_count(cfg, name, names)
+
+
+def check_same_everywhere(cfg: CfgNode, num_images: int) -> None:
+    """Refuses processes (on other machines) whose training data have other classes or another
+    number of images. Call it in every process, when the data are loaded.
+
+    Raises:
+        ConfigError: in every process; names the data set and the first difference.
+    """
+    names = {name: list(_class_names(name) or ()) for name in cfg.DATASETS.TRAIN}
+    (first, number), *others = comm.all_gather((names, num_images))
+    for rank, (theirs, their_number) in enumerate(others, 1):
+        here, there = f"process {rank}", "the main process"
+        for name in cfg.DATASETS.TRAIN:
+            if theirs[name] != first[name]:
+                pairs = enumerate(itertools.zip_longest(first[name], theirs[name]))
+                index, (a, b) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+                raise ConfigError(
+                    f"DATASETS.TRAIN: {name!r} has other classes in {here} than in {there}: class "
+                    f"{index} is {b!r} and {a!r}; give all machines the same data"
+                )
+        if their_number != number:
+            raise ConfigError(
+                f"DATASETS.TRAIN: {their_number} images in {here} and {number} in {there}; give "
+                "all machines the same data"
+            )
 
 
 def _check_same(one: _Classes, other: _Classes, evaluation: bool) -> None:

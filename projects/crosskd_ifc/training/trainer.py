@@ -26,16 +26,18 @@ from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
 from ..modeling.student import unwrap
 from .checkpointer import SafeCheckpointer
+from .errors import message_in_traceback
 from .non_finite import LastStepRecorder
 from .preemption import (
+    StopAfterStep,
+    StoppableLoader,
     Terminated,
-    Termination,
     keep_workers_on_sigterm,
-    message_in_traceback,
     save_iteration,
+    stopping_on_sigterm,
 )
 from .preflight import check_training_config, evaluator_type
-from .preflight_data import check_classes, check_test_data
+from .preflight_data import check_classes, check_same_everywhere, check_test_data
 from .resume import ResumeState
 from .schedule import DistillationSchedule, TeacherEvaluation
 from .stream import TrainingStream
@@ -64,6 +66,8 @@ class CrossKDTrainer(DefaultTrainer):
         with _ddp_without_device_ids(enabled=cfg.MODEL.DEVICE == "cpu"):
             super().__init__(scale_schedule(cfg, comm.get_world_size()))
         check_classes(cfg)  # some data sets know their classes only now
+        stream = getattr(self._trainer.data_loader, "stream", None)
+        check_same_everywhere(cfg, len(stream.records) if stream else 0)
         self._watch = LastStepRecorder(self.model)
 
     def run_step(self) -> None:
@@ -90,19 +94,31 @@ class CrossKDTrainer(DefaultTrainer):
             what = message_in_traceback(str(error), SampleError) or str(error)
             raise SampleError(f"{what}. {self._save_before_step()}") from error
 
+    def train(self) -> Any:
+        """As the parent's; SIGTERM ends it after a step or a batch of an evaluation.
+
+        Raises:
+            Terminated: in every process; a checkpoint of the last step is there.
+        """
+        with stopping_on_sigterm():
+            return super().train()
+
     def after_step(self) -> None:
         try:
             super().after_step()
-        except Exception as error:
-            if self._termination.is_reason_of(error):
-                raise Terminated from None
+        except Terminated:
+            save_iteration(self, self.checkpointer, self.iter)
+            comm.synchronize()  # launched processes end when the first of them has
+            logger.warning(
+                f"SIGTERM: stopped after iteration {self.iter}; --resume goes on from "
+                f"{self.checkpointer.get_checkpoint_file()}"
+            )
             raise
 
     def after_train(self) -> None:
-        stops = self._termination.stops_before_final_evaluation()
-        if stops:  # detectron2 would evaluate now, if this was the last step
-            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
         on_its_way = sys.exc_info()[1]
+        if isinstance(on_its_way, Terminated):  # detectron2 would evaluate after the last step
+            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
         try:
             super().after_train()
         except OSError as error:
@@ -110,8 +126,6 @@ class CrossKDTrainer(DefaultTrainer):
                 raise
             # The writers' disk is full, too: that must not hide the first error.
             logger.warning(f"Not all could be written at the end: {error}")
-        if stops:
-            raise Terminated
 
     def _save_before_step(self) -> str:
         """Write a checkpoint of the state before the step that has failed; says where it is.
@@ -216,10 +230,10 @@ class CrossKDTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """As the parent's; an image that can't be used is a :class:`SampleError`."""
+        """As the parent's, and stoppable; an image that can't be used is a :class:`SampleError`."""
         mapper = build_mapper(cfg, is_train=False)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        return keep_workers_on_sigterm(loader)
+        return StoppableLoader(keep_workers_on_sigterm(loader))
 
     @classmethod
     def build_evaluator(
@@ -257,12 +271,7 @@ class CrossKDTrainer(DefaultTrainer):
         periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
         self._resume_state = ResumeState(*periods)
         _insert_before(hooks, (PeriodicCheckpointer, EvalHook), self._resume_state)
-        self._termination = Termination(self.checkpointer, self._resume_state, periods[1])
-        _insert_before(hooks, (EvalHook,), self._termination)
-        evaluations = [i for i, h in enumerate(hooks) if isinstance(h, EvalHook)]
-        hooks.insert(
-            evaluations[-1] + 1 if evaluations else len(hooks), self._termination.evaluated
-        )
+        _insert_before(hooks, (EvalHook,), StopAfterStep(self._resume_state))
         student = unwrap(self.model)
         if getattr(student, "teacher", None) is None:
             return hooks
