@@ -6,8 +6,10 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import tiny_cfg
 from torch.multiprocessing import start_processes
 
+from crosskd_ifc import ConfigError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer
 
 
@@ -41,6 +43,132 @@ def test_a_file_of_something_else_is_passed_over(tmp_path, caplog):
     torch.save([1, 2], tmp_path / "model_0000002.pth")
     assert resume(tmp_path) == 1
     assert "model_0000002.pth: there are no weights in it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "tag", [b"/gone/away/model_0000001.pth", b"\x80\x00\xff", b"", b"model_0000009.pth"]
+)
+def test_whatever_the_tag_says_a_good_checkpoint_of_this_folder_is_taken(tmp_path, tag):
+    fill(tmp_path, 1, 2)
+    (tmp_path / "last_checkpoint").write_bytes(tag)
+    assert resume(tmp_path) == (1 if b"0001" in tag else 2)
+
+
+def test_a_pipe_in_place_of_the_tag_is_not_waited_for(tmp_path):
+    fill(tmp_path, 1)
+    (tmp_path / "last_checkpoint").unlink()
+    os.mkfifo(tmp_path / "last_checkpoint")
+    assert resume(tmp_path) == 1
+
+
+def test_a_folder_may_have_a_question_mark_in_its_name(tmp_path):
+    fill(tmp_path / "really?", 1, 2)
+    assert resume(tmp_path / "really?") == 2
+
+
+def test_without_a_tag_the_iterations_count_and_not_the_clock(tmp_path):
+    fill(tmp_path, 9, 10, 11)
+    (tmp_path / "model_0000010.pth").rename(tmp_path / "model_final.pth")  # extended later
+    (tmp_path / "last_checkpoint").unlink()
+    os.utime(tmp_path / "model_0000011.pth", (1, 1))  # as after a copy
+    assert resume(tmp_path) == 11
+    (tmp_path / "model_0000011.pth").unlink()
+    assert resume(tmp_path) == 10
+
+
+class Counter:
+    """A state that a training has beside its weights."""
+
+    def __init__(self, number=0):
+        self.number = number
+
+    def state_dict(self):
+        return {"number": self.number}
+
+    def load_state_dict(self, state):
+        self.number = state["number"]
+
+
+def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path, caplog):
+    model = torch.nn.Linear(1, 1)
+    SafeCheckpointer(model, str(tmp_path), trainer=Counter(5)).save("model_0000001", iteration=1)
+    torch.save({"model": model.state_dict()}, tmp_path / "model_0000002.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    again = SafeCheckpointer(model, str(tmp_path), trainer=Counter())
+    assert again.resume_or_load("")["iteration"] == 1
+    assert again.checkpointables["trainer"].number == 5
+    assert "model_0000002.pth: weights without the state of a training" in caplog.text
+    os.remove(tmp_path / "model_0000001.pth")
+    with pytest.raises(CheckpointError, match="it lacks 'iteration', 'trainer'"):
+        SafeCheckpointer(model, str(tmp_path), trainer=Counter()).resume_or_load("")
+
+
+def refused(folder, model, message, **others):
+    with pytest.raises(CheckpointError, match=f"(?s)this run can't go on from .*: {message}"):
+        SafeCheckpointer(model, str(folder), **others).resume_or_load("")
+
+
+def test_a_checkpoint_that_lacks_a_layer_or_a_part_of_the_state_is_refused(tmp_path):
+    fill(tmp_path, 1)
+    refused(tmp_path, torch.nn.Linear(1, 2), ".*of another shape: weight")
+    refused(tmp_path, torch.nn.Linear(1, 1, bias=False), ".*unexpected: bias")
+    content = torch.load(tmp_path / "model_0000001.pth", weights_only=True)
+    del content["model"]["bias"]
+    torch.save({**content, "trainer": {}}, tmp_path / "model_0000001.pth")
+    refused(tmp_path, torch.nn.Linear(1, 1), ".*missing: bias")
+    refused(tmp_path, torch.nn.Linear(1, 1, bias=False), "KeyError 'number'", trainer=Counter())
+
+
+def go_on(folder, *opts, model=None):
+    """Resume as a run of another config than the one that has written the checkpoint."""
+    fill_cfg = tiny_cfg("SEED", 1, "OUTPUT_DIR", str(folder), "SOLVER.MAX_ITER", 9)
+    model = model or torch.nn.Linear(1, 1)
+    if not os.path.exists(folder / "model_0000001.pth"):
+        SafeCheckpointer(model, str(folder), cfg=fill_cfg).save("model_0000001", iteration=1)
+    cfg = fill_cfg.clone()
+    cfg.merge_from_list(list(opts))
+    SafeCheckpointer(model, str(folder), cfg=cfg).resume_or_load("")
+
+
+LOSS, TEACHER = "MODEL.CROSSKD.LOSS.CLS_WEIGHT", "MODEL.CROSSKD.TEACHER."
+
+
+def test_changed_settings_are_told_then_and_now(tmp_path, caplog):
+    go_on(tmp_path, LOSS, 2.5, "DATASETS.TRAIN", ("other",), TEACHER + "CONFIG_FILE", "t.yaml")
+    rows = [re.split(r"  +", line.strip()) for line in caplog.text.splitlines()]
+    assert ["setting", "then", "now"] in rows
+    assert [LOSS, "0.5", "2.5"] in rows and ["DATASETS.TRAIN", "[]", "['other']"] in rows
+    assert [TEACHER + "CONFIG_FILE", "'no teacher'", "'a teacher'"] in rows
+    assert sum(row[0].startswith(("MODEL", "DATASETS")) for row in rows) == 3
+
+
+def test_what_doesnt_change_the_experiment_is_not_told(tmp_path, caplog):
+    moved = ("OUTPUT_DIR", "elsewhere", "DATASETS.CARDS", ("c.yaml",), "MODEL.WEIGHTS", "w.pth")
+    evaluated = ("TEST.EVAL_PERIOD", 7, "DATASETS.TEST", ("x",), "INPUT.MIN_SIZE_TEST", 90)
+    reading = ("DATALOADER.NUM_WORKERS", 3, "SOLVER.CHECKPOINT_PERIOD", 2)
+    go_on(tmp_path, *moved, *evaluated, *reading, "MODEL.RPN.NMS_THRESH", 0.7)
+    assert not [x for x in caplog.records if x.levelname == "WARNING"]
+
+
+def test_a_checkpoint_that_doesnt_fit_shows_what_has_changed(tmp_path):
+    go_on(tmp_path)
+    with pytest.raises(CheckpointError, match="(?s)another shape: weight.*RESNETS.DEPTH +50 +18"):
+        go_on(tmp_path, "MODEL.RESNETS.DEPTH", 18, model=torch.nn.Linear(1, 3))
+
+
+def test_a_checkpoint_without_its_config_is_resumed_with_a_warning(tmp_path, caplog):
+    fill(tmp_path, 1)
+    go_on(tmp_path)
+    assert "doesn't say its config: no setting can be compared" in caplog.text
+
+
+@pytest.mark.parametrize("kept", ["x", {"yaml": "a: 1\na: 2"}, {"yaml": 3}, {"yaml": "[1]"}])
+def test_a_foreign_config_in_a_checkpoint_is_one_error(tmp_path, kept):
+    go_on(tmp_path)
+    content = torch.load(tmp_path / "model_0000001.pth", weights_only=True)
+    torch.save({**content, "config": kept}, tmp_path / "model_0000001.pth")
+    with pytest.raises(ConfigError, match="what the checkpoint says of its run can't be read"):
+        go_on(tmp_path)
 
 
 def test_a_folder_without_checkpoints_has_none(tmp_path):
