@@ -32,7 +32,7 @@ from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_
 from crosskd_ifc.training.checkpointer import SafeCheckpointer, has_checkpoint
 from crosskd_ifc.training.errors import CLEAR_ERRORS, message_in_traceback, one_line_errors
 from crosskd_ifc.training.output_folder import check_output_folder, training_alone_in
-from crosskd_ifc.training.preemption import end_with_parent, passing_on_sigterm
+from crosskd_ifc.training.preemption import passing_on_sigterm
 from crosskd_ifc.training.preflight import (
     check_evaluation_config,
     check_training_config,
@@ -81,7 +81,6 @@ def start_logging(cfg, args) -> None:
 
 
 def main(args):
-    end_with_parent()
     cfg = setup(args)
     return evaluate(cfg, args) if args.eval_only else train(cfg, args)
 

@@ -22,7 +22,7 @@ from torch.multiprocessing import ProcessRaisedException
 from crosskd_ifc import CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.data.shapes import generate
 from crosskd_ifc.distillation.teacher import TeacherOutOfMemory
-from crosskd_ifc.training.preemption import Terminated, end_with_parent
+from crosskd_ifc.training.preemption import Terminated
 
 
 def build_trainer(config, out, *opts, resume=False):
@@ -271,43 +271,6 @@ def test_a_machine_that_dies_makes_the_other_stop_with_an_error(folder, tmp_path
     finally:
         for process in both:
             process.kill()
-
-
-def survive_interrupts_until_the_parent_is_gone():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as one that Python has dropped
-    end_with_parent(grace=0.5)
-    print("ready", flush=True)
-    time.sleep(600)
-
-
-def test_a_process_ends_with_the_one_that_started_it_even_if_an_interrupt_is_lost(tmp_path):
-    script = tmp_path / "parent.py"
-    script.write_text(
-        f"import sys, time; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        "import torch.multiprocessing\n"
-        "from test_faults import survive_interrupts_until_the_parent_is_gone as child\n"
-        "if __name__ == '__main__':\n"
-        "    process = torch.multiprocessing.get_context('spawn').Process(target=child)\n"
-        "    process.start()\n"
-        "    print(process.pid, flush=True)\n"
-        "    time.sleep(600)\n"
-    )
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-W", "ignore", str(script)]
-    parent = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    assert parent.stdout.readline() == "ready\n"
-    parent.kill()
-    parent.wait()
-
-    def is_gone():
-        try:
-            os.kill(child, 0)
-        except ProcessLookupError:
-            return True
-        return False
-
-    until(is_gone)
 
 
 @needs_cpu

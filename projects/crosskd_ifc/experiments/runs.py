@@ -12,13 +12,13 @@ import os
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
 
 from ..analysis.curves import read_metrics
-from ..common.config_files import find_config, merge_from_file, merge_from_list
+from ..common.config_files import find_config, flat, merge_from_file, merge_from_list
 from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json, write_json
 from ..common.paths import resolve_path
@@ -234,8 +234,8 @@ def _settings(cfg: CfgNode) -> Dict[str, Any]:
     MODEL.CROSSKD that is set, so that a changed default is another setting."""
     defaults = get_cfg()
     add_crosskd_ifc_config(defaults)
-    before, settings = dict(_flat(defaults)), {}
-    for key, value in _flat(cfg):
+    before, settings = dict(flat(defaults)), {}
+    for key, value in flat(cfg):
         if key.startswith("MODEL.CROSSKD."):
             counts = distillation_requested(cfg) and value not in (0, "", (), [], None)
             counts = counts and value != _SINCE.get(key)
@@ -244,11 +244,3 @@ def _settings(cfg: CfgNode) -> Dict[str, Any]:
         if counts:
             settings[key] = value
     return settings
-
-
-def _flat(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -5,10 +5,8 @@ import contextlib
 import functools
 import logging
 import multiprocessing
-import os
 import signal
 import threading
-import time
 from typing import Any, Callable, Iterator, Optional
 
 from detectron2.engine import DefaultTrainer, HookBase
@@ -164,29 +162,6 @@ def passing_on_sigterm() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def end_with_parent(grace: float = 10.0) -> None:
-    """End this process when the one that has started it dies, as with ``kill -9``; does nothing in
-    a process that ``multiprocessing`` hasn't started.
-
-    torch sends such a process an interrupt, once, which Python drops if it arrives in a callback
-    that can't raise: then it would train on, and the other machines with it.
-
-    Args:
-        grace: seconds for an end in good order.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        time.sleep(grace)
-        logger.error("The process that has started this one is gone; stopping")
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
 def save_iteration(trainer: DefaultTrainer, checkpointer: SafeCheckpointer, iteration: int) -> None:
