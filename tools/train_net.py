@@ -112,8 +112,10 @@ def evaluate(cfg, args):
 def train(cfg, args):
     trainer = None
 
-    def is_over() -> bool:
-        return trainer is not None and getattr(trainer, "iter", 0) > trainer.start_iter
+    def is_over() -> bool:  # the first step is done (one that has failed sets the iteration back)
+        if trainer is None or trainer.checkpointer.saved_iteration is not None:
+            return trainer is not None
+        return getattr(trainer, "iter", 0) > trainer.start_iter
 
     with one_line_errors(cfg, is_over), training_alone_in(cfg.OUTPUT_DIR):
         start_logging(cfg, args)

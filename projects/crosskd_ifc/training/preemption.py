@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 from typing import Any, Callable, Iterator, Optional
@@ -115,8 +116,8 @@ class StoppableLoader:
 
 
 def keep_workers_on_sigterm(loader: Any) -> Any:
-    """Let a loader's worker processes ignore SIGTERM: `timeout` and SLURM send it to them, too, and
-    their death would be an error of the training. They end with the process that has started them.
+    """Let a loader's worker processes end on their parent's SIGTERM alone: `timeout` and SLURM send
+    it to them, too, and their death would be an error of the training, before its step is done.
 
     Args:
         loader: torch's, or detectron2's around it; before its iterator is made.
@@ -124,15 +125,25 @@ def keep_workers_on_sigterm(loader: Any) -> Any:
     Returns:
         The same loader.
     """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return loader
     inner = loader
     while not isinstance(inner, DataLoader):
         inner = inner.dataset
-    inner.worker_init_fn = functools.partial(_ignore_sigterm, inner.worker_init_fn)
+    inner.worker_init_fn = functools.partial(_obey_parent_alone, inner.worker_init_fn)
     return loader
 
 
-def _ignore_sigterm(then: Optional[Callable[[int], None]], worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _obey_parent_alone(then: Optional[Callable[[int], None]], worker: int) -> None:
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    parent = multiprocessing.parent_process()
+    # Blocked, since a handler in Python isn't told who has sent a signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, name="obey_parent_alone", daemon=True).start()
     if then is not None:
         then(worker)
 
