@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from helpers import tiny_cfg, tiny_model
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.data.shapes import CLASSES, generate
+from crosskd_ifc.training.checkpointer import CheckpointError
 from crosskd_ifc.weights.export import export_student
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
@@ -346,6 +348,61 @@ def test_faulty_training_data_end_the_script_with_one_line(
     monkeypatch.setattr(sys, "argv", ["train_net", "--config-file", config, *opts])
     with pytest.raises(SystemExit, match="^error: dataset card .*" + FAULTS["twice"]):
         train_net.invoke_main()
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["at the end", "beyond it"])
+def test_a_run_that_died_before_its_final_checkpoint_gets_it_when_it_is_resumed(
+    files, tmp_path, lowered
+):
+    config, out = write_config(files, tmp_path)
+    run(config)
+    final = torch.load(out / "model_final.pth", weights_only=True)
+    (out / "model_final.pth").unlink()
+    (out / "last_checkpoint").write_text("model_0000003.pth")
+    shutil.rmtree(out / "inference")
+    run(config, "--resume", *(("SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (2,)) if lowered else ()))
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"
+    again = torch.load(out / "model_final.pth", weights_only=True)
+    assert again["iteration"] == 3 and (out / "inference").exists()
+    assert all(torch.equal(v, again["model"][k]) for k, v in final["model"].items())
+    assert "There is nothing left to train" in (out / "log.txt").read_text()
+
+
+def test_neither_an_evaluation_nor_a_refused_run_changes_the_trainings_config(files, tmp_path):
+    config, out = write_config(files, tmp_path, "SOLVER.MAX_ITER", 1)
+    run(config)
+    trained = (out / "config.yaml").read_text()
+    weights = ("MODEL.WEIGHTS", out / "model_final.pth")
+    run(config, "--eval-only", *weights, "INPUT.MIN_SIZE_TEST", 90)
+    depth = ("MODEL.RESNETS.DEPTH", 101, "SOLVER.MAX_ITER", 2)
+    with pytest.raises(CheckpointError, match="(?s)its weights don't fit.*RESNETS.DEPTH +50 +101"):
+        run(config, "--resume", *depth)
+    with pytest.raises(CheckpointError, match="(?s)missing: fusion.*FUSION.NAME +'mean' +'concat'"):
+        run(config, "--resume", "MODEL.CROSSKD.FUSION.NAME", "concat", "SOLVER.MAX_ITER", 2)
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run; add --resume"):
+        run(config, "SEED", 8)
+    assert (out / "config.yaml").read_text() == trained
+    exported = export_student(str(out / "model_final.pth"), str(tmp_path / "student"))
+    assert yaml.safe_load(open(exported.config))["INPUT"]["MIN_SIZE_TEST"] == 64
+    run(config, "--resume", "SOLVER.MAX_ITER", 2, "SOLVER.BASE_LR", 0.002)
+    assert yaml.safe_load((out / "config.yaml").read_text())["SOLVER"]["BASE_LR"] == 0.002
+    log = (out / "log.txt").read_text()
+    assert re.search("(?s)goes on with other settings:.*SOLVER.BASE_LR +0.001 +0.002", log)
+
+
+def test_an_evaluation_without_weights_that_fit_is_refused(files, tmp_path):
+    config, out = write_config(files, tmp_path)
+    for resume in ((), ("--resume",)):
+        with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty: .*random weights"):
+            run(config, "--eval-only", *resume)
+    teacher = torch.load(files / "teacher.pth", weights_only=False)
+    backbone = {k: v for k, v in teacher["model"].items() if k.startswith("backbone")}
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS '.*backbone.pth' don't fit .*missing: "):
+        run(config, "--eval-only", "MODEL.WEIGHTS", tmp_path / "backbone.pth")
+    other = ("MODEL.WEIGHTS", files / "teacher.pth", "MODEL.RESNETS.DEPTH", 101)
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS '.*teacher.pth' don't fit"):
+        run(config, "--eval-only", *other)
 
 
 def test_missing_weights_are_one_error_naming_the_key(files, tmp_path):

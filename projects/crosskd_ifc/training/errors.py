@@ -79,13 +79,18 @@ def _one_line(error: Exception, cfg: CfgNode) -> str:
 
 
 def _suspects(error: Exception, cfg: CfgNode) -> List[str]:
-    """Keys that this run sets and that the error names: by a value in quotes, or in the code that
+    """Keys that this run sets and that the error names: by a value, or in the code that
     failed, as the path of a key or by its last part."""
     defaults = get_cfg()
     add_crosskd_ifc_config(defaults)
     before = dict(flat(defaults))
     ours = {k: v for k, v in flat(cfg) if k not in before or before[k] != v}
-    named = [k for k, v in ours.items() if isinstance(v, str) and v and f"'{v}'" in str(error)]
+    said = str(error)
+    named = [
+        k
+        for k, v in ours.items()
+        if isinstance(v, str) and re.search(rf"(?<![\w/.]){re.escape(v)}(?![\w/.])", said) and v
+    ]
     if named:
         return named
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
