@@ -11,7 +11,6 @@ import time
 import pytest
 import yaml
 from helpers import tiny_cfg
-from scipy import stats
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.data.shapes import CLASSES, generate
@@ -21,15 +20,6 @@ from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import report_text, write_report
 from crosskd_ifc.experiments.results import Results
 from crosskd_ifc.experiments.runs import train
-from crosskd_ifc.experiments.statistics import (
-    Difference,
-    describe_sample,
-    detectable_difference,
-    paired_difference,
-    pooled_deviation,
-    power,
-    seeds_needed,
-)
 from crosskd_ifc.experiments.tables import Table
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
@@ -467,59 +457,6 @@ def test_what_can_not_run_here_is_refused_before_anything_runs(tmp_path):
         comparison.check(case.todo())
 
 
-def test_a_summary_is_mean_and_sample_deviation():
-    assert describe_sample([1.0, 2.0, 3.0]) == (3, 2.0, 1.0)
-    assert describe_sample([4.0]) == (1, 4.0, None)
-
-
-def test_a_paired_difference_has_students_interval_and_p():
-    # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.4641 with two degrees of freedom, whose 97.5 %
-    # quantile is 4.3027.
-    found = paired_difference({1: 11.0, 2: 14.0, 3: 10.0, 4: 0.0}, {3: 7.0, 2: 12.0, 1: 10.0})
-    assert found.values == {1: 1, 2: 2, 3: 3} and found.mean == 2
-    assert found.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert found.p == pytest.approx(0.07418, abs=1e-5)
-    assert found.p == pytest.approx(stats.ttest_1samp([1, 2, 3], 0).pvalue)
-
-
-def test_one_seed_or_no_spread_gives_neither_interval_nor_p():
-    assert paired_difference({1: 3.0}, {1: 1.0}) == ({1: 2.0}, 2.0, None, None)
-    assert paired_difference({1: 3.0, 2: 4.0}, {1: 1.1, 2: 2.1})[2:] == (None, None)
-    assert paired_difference({1: 3.0}, {2: 1.0}) is None
-
-
-@pytest.mark.parametrize("effect, seeds", [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
-def test_seeds_needed_are_those_of_published_tables(effect, seeds):
-    """Of the paired t test, two-sided at 5 %, power 80 % (Cohen, 1988; G*Power)."""
-    assert seeds_needed(3.0, 3.0 * effect) == seeds
-    assert power(effect, 1.0, seeds - 1) < 0.8 <= power(effect, 1.0, seeds)
-    assert detectable_difference(1.0, seeds) == pytest.approx(effect, rel=0.03)
-
-
-def test_no_difference_is_found_as_often_as_the_level_says():
-    assert [power(0.0, 1.5, n) for n in (2, 3, 50)] == pytest.approx([0.05] * 3)
-
-
-def test_power_agrees_with_the_noncentral_t_distribution():
-    critical = stats.t.ppf(0.975, 7)
-    expected = stats.nct.sf(critical, 7, 8**0.5) + stats.nct.cdf(-critical, 7, 8**0.5)
-    assert power(-2.0, 2.0, 8) == pytest.approx(expected)
-
-
-def test_two_seeds_find_a_difference_far_above_the_deviation_only():
-    assert detectable_difference(1.0, 2) == pytest.approx(11.55, abs=0.01)
-
-
-def test_a_pooled_deviation_weighs_each_difference_by_its_degrees_of_freedom():
-    found = [
-        Difference({1: 1.0, 2: 3.0}, 2.0, None, None),  # sum of squares 2
-        Difference({1: 0.0, 2: 3.0, 3: 6.0}, 3.0, None, None),  # 18
-        Difference({1: 9.0}, 9.0, None, None),
-    ]
-    assert pooled_deviation(found) == pytest.approx((20 / 3) ** 0.5)
-    assert pooled_deviation(found[2:]) is None
-
-
 def test_a_report_says_in_how_many_runs_a_statistic_was_logged(case):
     case.do()
     with open(case.path) as f:
@@ -530,6 +467,24 @@ def test_a_report_says_in_how_many_runs_a_statistic_was_logged(case):
     assert Table(recorded).logged("crosskd_ifc", "fused_cosine") == {first["seed"]: 0.4}
     rows = [" ".join(line.split()) for line in report_text(recorded).splitlines()]
     assert "| `crosskd_ifc` | 1 to 2 | 1.50 | 0.40 |" in rows
+
+
+def test_a_report_opens_with_the_contrasts_that_were_named_beforehand(tmp_path):
+    contrasts = [["crosskd_ifc", "student"], ["crosskd_ifc", "teacher"]]
+    case = Case(tmp_path, contrasts=contrasts, margin=0.5)
+    case.do(case.todo(arms=["student", "crosskd_ifc"]))
+    with open(case.path) as f:
+        recorded = json.load(f)
+    assert recorded["contrasts"] == contrasts and recorded["margin"] == 0.5
+    recorded["runs"] = [run for run in recorded["runs"] if run["arm"] != "teacher"]
+    for run, ap in zip(recorded["runs"], (10.0, 10.0, 14.0, 14.2)):
+        run["AP"] = ap
+    text = " ".join(report_text(recorded).split())
+    # 4.1 +- 0.1 times the quantile of one degree of freedom at 0.025 / 2, and at 0.05
+    row = "| `crosskd_ifc` minus `student` | +4.1 | +1.6 to +6.6 | +3.5 to +4.7 | 2 | helps |"
+    assert row in text and text.index("## Contrasts") < text.index("## Main arms")
+    assert "The 2 named before the runs" in text and "inside of ±0.5 AP" in text
+    assert "1 of them have no runs yet" in text
 
 
 def test_a_report_needs_only_the_json(case):

@@ -5,7 +5,7 @@ the difference of two arms is taken seed by seed.
 """
 
 import os
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from tabulate import tabulate
@@ -50,7 +50,7 @@ def write_report(content: dict, folder: str) -> str:
 def report_text(content: dict, *, differences_figure: bool = True) -> str:
     """The report, Markdown that reads well as plain text, too."""
     table = Table(content)
-    lines = [f"# {content['title']}", "", *_introduction(content), ""]
+    lines = [f"# {content['title']}", "", *_introduction(content), "", *_contrasts(table)]
     for section in table.sections():
         lines += [f"## {section.group[:1].upper()}{section.group[1:] or 'Main arms'}", ""]
         lines += [_results(table, section), ""]
@@ -77,6 +77,38 @@ def _introduction(content: dict) -> List[str]:
         "Differences are taken seed by seed, with a 95 % confidence interval and the p value of a",
         "paired t test, not corrected for the number of comparisons; one seed has neither.",
     ]
+
+
+def _contrasts(table: Table) -> List[str]:
+    """The differences that were named beforehand, and what they come to."""
+    content = table.content
+    named, margin = content.get("contrasts", []), content.get("margin")
+    if not named:
+        return []
+    rows = [
+        [
+            f"`{c.arm}` minus `{c.reference}`",
+            f"{c.difference.mean:+.1f}",
+            _interval(c.corrected),
+            _interval(c.equivalence),
+            _n(c.difference),
+            c.verdict,
+        ]
+        for c in table.contrasts()
+    ]
+    headers = ["contrast", "AP", "corrected interval", "90 % interval", "n", "verdict"]
+    text = (
+        f"The {len(named)} named before the runs, with Holm's correction for as many tests at 5 %:"
+    )
+    lines = ["## Contrasts", "", text]
+    lines += ['"helps" and "hurts": the corrected interval leaves out 0.']
+    if margin is not None:
+        lines += [
+            f'"no effect worth having": else, the 90 % interval lies inside of ±{margin:g} AP.'
+        ]
+    if len(rows) < len(named):
+        lines += [f"{len(named) - len(rows)} of them have no runs yet."]
+    return [*lines, "", tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
 
 
 def _results(table: Table, section: Section) -> str:
@@ -144,8 +176,18 @@ def _difference(found: Difference) -> str:
     text = f"{found.mean:+.1f}"
     if found.interval is not None:
         p = f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
-        text += " ({:+.1f} to {:+.1f}), {}".format(*found.interval, p)
-    return f"{text}, n = {len(found.values)}"
+        text += f" ({_interval(found.interval)}), {p}"
+    return f"{text}, n = {_n(found)}"
+
+
+def _interval(found: Optional[Tuple[float, float]]) -> str:
+    return "{:+.1f} to {:+.1f}".format(*found) if found else ""
+
+
+def _n(found: Difference) -> str:
+    """How many seeds, and how many teachers where they share them."""
+    seeds = len(found.values)
+    return str(seeds) if found.teachers == seeds else f"{seeds} ({found.teachers} teachers)"
 
 
 def _cell(run: Optional[dict]) -> str:
@@ -175,8 +217,11 @@ def _provenance(content: dict) -> List[str]:
         if all(_teacher_seed(run) == run["seed"] for run in runs):
             lines.append("Each seed has its own teacher.")
         else:
-            lines.append("Seeds without a teacher of their own share the others', in turn")
-            lines.append("(`teacher_seed`).")
+            lines += [
+                "Seeds without a teacher of their own share the others', in turn",
+                "(`teacher_seed`). With three or more teachers, intervals and tests are those of",
+                "the teachers' means; with fewer, those of the seeds, for these teachers only.",
+            ]
     lines += _several_teachers(content)
     return lines + ["All numbers: [results.json](results.json)."]
 

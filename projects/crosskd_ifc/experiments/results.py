@@ -67,6 +67,8 @@ class Results:
             "command": self.command,
             "validation": protocol.validation,
             "test": protocol.test,
+            **({"margin": protocol.margin} if protocol.margin else {}),
+            **({"contrasts": [list(x) for x in protocol.contrasts]} if protocol.contrasts else {}),
             "arms": [
                 {
                     "arm": arm.name,

@@ -1,8 +1,9 @@
 """What ``results.json`` holds, by arm and section."""
 
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Optional
 
-from .statistics import paired_difference
+from .contrasts import Contrast, judge
+from .statistics import Difference, paired_difference
 
 
 class Section(NamedTuple):
@@ -49,10 +50,24 @@ class Table:
                 sections.append(Section(group, names, references))
         return sections
 
+    def difference(self, arm: str, other: str, key: str = "AP") -> Optional[Difference]:
+        """``arm`` minus ``other``, None where they have no seed in common."""
+        teachers = {}
+        for name in (other, arm):
+            for seed, run in self.current(name).items():
+                if "teacher_seed" in run:
+                    teachers[seed] = run["teacher_seed"]
+        return paired_difference(self.scores(arm, key), self.scores(other, key), teachers)
+
     def differences(self, section: Section, key: str = "AP"):
         """(arm, reference, difference) of a section, in order, where there are common seeds."""
         for arm in section.arms:
             for other in self.arms[arm]["versus"]:
-                found = paired_difference(self.scores(arm, key), self.scores(other, key))
+                found = self.difference(arm, other, key)
                 if found is not None:
                     yield arm, other, found
+
+    def contrasts(self) -> List[Contrast]:
+        """What the differences come to that the protocol has named."""
+        named = [(a, b, self.difference(a, b)) for a, b in self.content.get("contrasts", [])]
+        return judge(named, self.content.get("margin"))
