@@ -40,6 +40,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-gpus", type=int, default=1, help="for each run")
     parser.add_argument("--runs", help="folder for runs; default: output/compare/NAME")
     parser.add_argument("--output", help="folder for the report; default: benchmarks/NAME")
+    parser.add_argument("--include", nargs="+", default=[], help="results.json of other machines")
     parser.add_argument("--discard-weights", action="store_true", help="of finished students")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
@@ -58,6 +59,9 @@ def main(args):
     runs = all_runs(protocol, folder, device=device)
     command = f"python tools/compare.py {file}"
     results = Results(protocol, os.path.join(output, "results.json"), runs, command=command)
+
+    for other in args.include:
+        print(f"{other}: {results.include(other)} runs that weren't in {results.path}")
 
     failed = {}
     if args.report_only:

@@ -38,7 +38,7 @@ if os.environ.get("SLOW"):
     with open(os.path.join(folder, "pid"), "w") as f:
         f.write(str(os.getpid()))
     time.sleep(60)
-ap = 10 + 2 * ("student" not in folder) + int(folder[-1])
+ap = 10 + 2 * ("student" not in folder) + int(folder[-1]) + int(os.environ.get("BONUS", 0))
 line = {"iteration": 10, "time": 0.5}
 if "crosskd" in folder:
     line.update({"crosskd/fused_length": 1.5, "crosskd/factor": 1.0})
@@ -98,9 +98,12 @@ class Case:
     def order(self):
         return (self.folder / "runs" / "order").read_text().split()
 
-    def recorded(self):
+    def all_recorded(self):
         with open(self.path) as f:
-            return {(r["arm"], r["seed"]): r for r in json.load(f)["runs"]}
+            return json.load(f)["runs"]
+
+    def recorded(self):
+        return {(r["arm"], r["seed"]): r for r in self.all_recorded()}
 
 
 @pytest.fixture
@@ -314,20 +317,92 @@ def test_an_entry_has_both_splits_and_what_it_was_made_with(case):
     assert logged == {"fused_length": 1.5, "factor": 1.0} and entry["statistics"] == {}
 
 
-def test_an_old_entry_is_marked_and_stays_until_the_new_run_is_finished(case):
+def test_a_run_of_earlier_settings_is_marked_and_stays(case):
     case.do(case.todo(seeds=[1]))
     old = case.recorded()
     changed = Case(case.folder, opts={"SOLVER.BASE_LR": 0.5})
     assert [key for key in changed.todo() if key[1] == 1] == [k for k in old]
     changed.do([("student", 1)])
-    new = changed.recorded()
-    assert new.keys() == old.keys()
-    assert new["student", 1]["config_sha256"] != old["student", 1]["config_sha256"]
-    assert "outdated" not in new["student", 1]
-    assert new["fc2", 1] == {**old["fc2", 1], "outdated": True}
+    first, second = [run for run in changed.all_recorded() if run["arm"] == "student"]
+    assert first == {**old["student", 1], "outdated": True}
+    assert second["config_sha256"] != first["config_sha256"] and "outdated" not in second
+    assert "replicate" not in second  # the first of its settings
+    assert changed.recorded()["fc2", 1] == {**old["fc2", 1], "outdated": True}
     text = " ".join(report_text(changed.results.content()).split())
     assert "| `fc2` | fc2 | 0 | | | 13.0* | |" in text  # in no mean
     assert "| `fc2` | +" not in text  # nor difference
+    assert "4 runs are of earlier settings" in text
+    # Settings that are as they were once find their runs again.
+    assert Case(case.folder).todo(seeds=[1]) == []
+
+
+def test_a_run_that_is_made_again_is_another_replicate(case, monkeypatch):
+    case.do(case.todo(seeds=[1]))
+    monkeypatch.setenv("BONUS", "3")
+    shutil.rmtree(case.folder / "runs")
+    case.do([("student", 1), ("teacher", 1), ("crosskd_ifc", 1)])
+    runs = [run for run in case.all_recorded() if run["arm"] == "crosskd_ifc"]
+    assert [(run["AP"], run.get("replicate")) for run in runs] == [(13, None), (16, 2)]
+    case.do([])  # collects the folders' runs: they are there already
+    assert len(case.all_recorded()) == 7
+    text = " ".join(report_text(case.results.content()).split())
+    assert "| `crosskd_ifc` | IFC | 1 (2 runs) | 14.5 | 29.0 | 14.5 | 14.5 |" in text
+    assert "| `crosskd_ifc` | +2.0, n = 1 (2 pairs) |" in text
+    assert "| `fc2` | +2.0, n = 1 | +0.0, n = 1 |" in text  # only of the first
+    assert "7 runs" in text and "Runs of a seed that were made again" in text
+
+
+def test_a_replicate_has_the_number_of_its_teacher(case, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", "first")
+    case.do([("teacher", 1), ("fc2", 1)])
+    monkeypatch.setenv("WEIGHTS", "second")
+    shutil.rmtree(case.folder / "runs")
+    case.do([("teacher", 1), ("crosskd_ifc", 1)])
+    found = {(r["arm"], r["AP"]): r.get("replicate", 1) for r in case.all_recorded()}
+    assert found == {("teacher", 13): 2, ("fc2", 13): 1, ("crosskd_ifc", 13): 2}
+
+
+def test_runs_of_another_machine_can_be_included(case, tmp_path_factory, monkeypatch):
+    case.do(case.todo(seeds=[1]))
+    monkeypatch.setenv("BONUS", "1")
+    other = Case(tmp_path_factory.mktemp("other"))
+    other.do(other.todo(arms=["teacher", "student"]))
+    assert case.results.include(other.path) == 4
+    assert case.results.include(other.path) == 0  # they are there
+    found = [(r["arm"], r["seed"], r.get("replicate", 1)) for r in case.all_recorded()]
+    # What came together has one number: of seed 1 the second, of seed 2 the first.
+    assert found[:4] == [("teacher", 1, 1), ("teacher", 1, 2), ("teacher", 2, 1), ("student", 1, 1)]
+    assert found[4:6] == [("student", 1, 2), ("student", 2, 1)]
+    wrong = Case(tmp_path_factory.mktemp("wrong"), name="another")
+    wrong.do([("student", 1)])
+    with pytest.raises(ConfigError, match="holds the results of 'another', not of 'test'"):
+        case.results.include(wrong.path)
+
+
+def table_of(*runs):
+    """A table of runs (arm, seed, replicate, AP)."""
+    names = dict.fromkeys(arm for arm, *_ in runs)
+    arms = [{"arm": name, "title": name, "group": "", "versus": []} for name in names]
+    keys = ("arm", "seed", "replicate", "AP")
+    entries = [dict(zip(keys, run), AP50=0.0, curve=[]) for run in runs]
+    return Table({"arms": arms, "runs": entries})
+
+
+def test_replicates_are_paired_by_number_and_averaged_by_seed():
+    one = [("a", 1, 1, 10.0), ("a", 1, 2, 20.0), ("a", 2, 1, 5.0)]
+    other = [("b", 1, 2, 19.0), ("b", 1, 3, 1.0), ("b", 2, 1, 7.0)]
+    table = table_of(*one, *other)
+    assert table.scores("a") == {1: 15.0, 2: 5.0}
+    found = table.difference("a", "b")
+    assert found.values == {1: 1.0, 2: -2.0} and found.pairs == 2
+    # Without a number in common the difference is that of the means.
+    table = table_of(("a", 1, 1, 10.0), ("a", 1, 2, 20.0), ("b", 1, 3, 11.0))
+    assert table.difference("a", "b").values == {1: 4.0}
+
+
+def test_a_run_that_repeats_another_to_the_last_digit_counts_once():
+    table = table_of(("a", 1, 1, 10.0), ("a", 1, 2, 10.0), ("a", 1, 3, 13.0))
+    assert table.scores("a") == {1: 11.5} and len(table.current("a")[1]) == 2
 
 
 def test_a_seed_that_an_arm_no_longer_has_is_in_no_mean(case):
@@ -402,6 +477,26 @@ def test_a_file_that_holds_no_results_is_refused(text, case):
     with open(case.path, "w") as f:
         f.write(text)
     with pytest.raises(ConfigError, match="results.json: not the results of a comparison"):
+        Case(case.folder)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *((k, None) for k in ("AP", "seconds", "curve", "versions", "config_sha256", "iterations")),
+        *(("AP", "13"), ("curve", [[1]]), ("versions", {"torch": 2}), ("seed", 1.5)),
+        *(("statistics", {"factor": "high"}), ("AP", float("nan"))),
+    ],
+)
+def test_results_that_were_edited_by_hand_are_refused_naming_the_key(key, value, case):
+    case.do([("student", 1)])
+    with open(case.path) as f:
+        content = json.load(f)
+    content["runs"][0].pop(key)
+    content["runs"][0].update({} if value is None else {key: value})
+    with open(case.path, "w") as f:
+        json.dump(content, f)
+    with pytest.raises(ConfigError, match=f"results.json: not the results.*: runs.0.{key}"):
         Case(case.folder)
 
 

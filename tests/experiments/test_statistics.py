@@ -128,7 +128,7 @@ def test_one_contrast_of_many_needs_a_smaller_p_also_while_others_have_no_runs()
 
 
 def test_one_seed_or_no_spread_gives_neither_interval_nor_p():
-    assert paired_difference({1: 3.0}, {1: 1.0}) == ({1: 2.0}, 2.0, None, None, (2.0,), 1)
+    assert paired_difference({1: 3.0}, {1: 1.0}) == ({1: 2.0}, 2.0, None, None, (2.0,), 1, 1)
     assert paired_difference({1: 3.0, 2: 4.0}, {1: 1.1, 2: 2.1})[2:4] == (None, None)
     assert paired_difference({1: 3.0}, {2: 1.0}) is None
 

@@ -119,13 +119,15 @@ def _curves(axis, table: Table, section: Section) -> None:
 
 
 def _common_points(table: Table, name: str, seeds: Set[int]) -> Dict[str, List]:
-    """{"iterations", "AP" (one list for each of ``seeds``)} at the iterations that all have."""
-    runs = [run for seed, run in table.current(name).items() if seed in seeds]
-    curves = [dict(map(tuple, run["curve"])) for run in runs]
-    common = sorted(set.intersection(*map(set, curves))) if curves else []
+    """{"iterations", "AP" (one list for each of ``seeds``, the mean of its replicates)} at the
+    iterations that all have."""
+    found = [runs for seed, runs in table.current(name).items() if seed in seeds]
+    curves = [[dict(map(tuple, run["curve"])) for run in runs] for runs in found]
+    common = sorted(set.intersection(*(set(c) for each in curves for c in each))) if curves else []
     if not common:
         return {}
-    return {"iterations": common, "AP": [[curve[i] for i in common] for curve in curves]}
+    means = [[float(np.mean([c[i] for c in each])) for i in common] for each in curves]
+    return {"iterations": common, "AP": means}
 
 
 def _forest(axis, names: List[str], by_arm: Dict[str, Difference]) -> None:

@@ -59,8 +59,18 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
         lines += _power(table, section)
         logged = _statistics(table, section)
         lines += [_LOGGED, "", logged, ""] if logged else []
-    if any(run.get("outdated") for run in content["runs"]):
-        lines += ["\\* of earlier settings: in no mean, difference or figure.", ""]
+    if any(len(runs) > 1 for arm in table.arms for runs in table.current(arm).values()):
+        lines += [
+            "Runs of a seed that were made again, on another machine or with another version of",
+            "the code, are averaged first; a difference is that of runs made together.",
+            "",
+        ]
+    outdated = sum(bool(run.get("outdated")) for run in content["runs"])
+    if outdated:
+        lines += [
+            f"{outdated} runs are of earlier settings (\\*): in no mean, difference or figure.",
+            "",
+        ]
     lines += ["## Figures", "", "![Learning curves](curves.png)", ""]
     if differences_figure:
         lines += ["![Paired differences](differences.png)", ""]
@@ -119,14 +129,14 @@ def _results(table: Table, section: Section) -> str:
     rows = []
     for name in arms:
         # An arm of another section, over this section's seeds, is here to compare with.
-        runs = {seed: run for seed, run in table.runs[name].items() if seed in seeds}
-        if not runs:
+        if not set(seeds) & set(table.runs[name]):
             continue
-        each = " / ".join(_cell(runs.get(seed)) for seed in seeds)
-        current = {seed: run for seed, run in table.current(name).items() if seed in seeds}
-        row = [f"`{name}`", table.arms[name]["title"], len(current)]
-        row += [_mean(current, "AP"), _mean(current, "AP50"), each]
-        rows.append(row + ([_mean(current, "AP_val")] if with_validation else []))
+        current = [runs for seed, runs in table.current(name).items() if seed in seeds]
+        row = [f"`{name}`", table.arms[name]["title"], _with_runs(current)]
+        row += [_mean(table.scores(name, key), seeds) for key in ("AP", "AP50")]
+        row += [" / ".join(_cell(table, name, seed) for seed in seeds)]
+        row += [_mean(table.scores(name, "AP_val"), seeds)] if with_validation else []
+        rows.append(row)
     headers += ["AP (val)"] if with_validation else []
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
@@ -185,17 +195,28 @@ def _interval(found: Optional[Tuple[float, float]]) -> str:
 
 
 def _n(found: Difference) -> str:
-    """How many seeds, and how many teachers where they share them."""
+    """How many seeds; how many teachers where they share them, and pairs of runs where more."""
     seeds = len(found.values)
-    return str(seeds) if found.teachers == seeds else f"{seeds} ({found.teachers} teachers)"
+    more = [f"{found.teachers} teachers"] if found.teachers < seeds else []
+    more += [f"{found.pairs} pairs"] if found.pairs > seeds else []
+    return f"{seeds} ({', '.join(more)})" if more else str(seeds)
 
 
-def _cell(run: Optional[dict]) -> str:
-    return f"{run['AP']:.1f}{'*' if run.get('outdated') else ''}" if run else "-"
+def _with_runs(by_seed: Sequence[List[dict]]) -> str:
+    """How many seeds, and how many runs where more."""
+    seeds, runs = len(by_seed), sum(map(len, by_seed))
+    return f"{seeds} ({runs} runs)" if runs > seeds else str(seeds)
 
 
-def _mean(runs: Mapping[int, dict], key: str) -> str:
-    values = [run[key] for run in runs.values() if key in run]
+def _cell(table: Table, arm: str, seed: int) -> str:
+    if seed in table.current(arm):
+        return f"{table.scores(arm)[seed]:.1f}"
+    outdated = table.runs[arm].get(seed)
+    return f"{outdated[-1]['AP']:.1f}*" if outdated else "-"
+
+
+def _mean(scores: Mapping[int, float], seeds: Sequence[int]) -> str:
+    values = [score for seed, score in scores.items() if seed in seeds]
     if not values:
         return ""
     summary = describe_sample(values)

@@ -43,6 +43,7 @@ class Difference(NamedTuple):
         p: of the test; None likewise.
         units: what is independent of each other: the teachers' means, or ``values``.
         teachers: how many the seeds have, as many as seeds where each has its own.
+        pairs: how many pairs of runs it is made of, with replicates more than seeds.
     """
 
     values: Dict[int, float]
@@ -51,6 +52,7 @@ class Difference(NamedTuple):
     p: Optional[float]
     units: Tuple[float, ...]
     teachers: int
+    pairs: int
 
 
 def describe_sample(values: Sequence[float]) -> Summary:
@@ -84,9 +86,10 @@ def summarize(
     units = tuple(means if 3 <= len(means) < len(values) else values.values())
     mean = float(np.mean(units))
     if len(units) < 2 or np.ptp(units) < 1e-9:
-        return Difference(dict(values), mean, None, None, units, len(means))
+        return Difference(dict(values), mean, None, None, units, len(means), len(values))
     p = float(stats.ttest_1samp(units, 0).pvalue)
-    return Difference(dict(values), mean, t_interval(units), p, units, len(means))
+    interval = t_interval(units)
+    return Difference(dict(values), mean, interval, p, units, len(means), len(values))
 
 
 def t_interval(units: Sequence[float], level: float = LEVEL) -> Tuple[float, float]:
