@@ -10,10 +10,8 @@ import time
 
 import pytest
 import yaml
-from helpers import tiny_cfg
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.data.shapes import CLASSES, generate
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, plan, select
 from crosskd_ifc.experiments.protocol import load_protocol
@@ -414,6 +412,16 @@ def test_a_seed_that_an_arm_no_longer_has_is_in_no_mean(case):
     assert "| `student` | student | 1 | 12.0 | 24.0 | 11.0* / 12.0 | 12.0 |" in text
 
 
+def test_the_command_stays_that_of_the_runs_until_others_are_added(case):
+    case.do([("student", 1)])
+    later = Results(case.protocol, case.path, case.runs, command="python y")
+    later.add({})
+    assert "    python x" in report_text(later.content())
+    case.results = later
+    case.do([("student", 2)])
+    assert "    python y" in report_text(later.content())
+
+
 def test_results_of_another_protocol_are_refused(case):
     case.do([("student", 1)])
     with pytest.raises(ConfigError, match="holds the results of 'test', not of 'another'"):
@@ -582,6 +590,14 @@ def test_a_report_opens_with_the_contrasts_that_were_named_beforehand(tmp_path):
     assert "1 of them have no runs yet" in text
 
 
+def test_a_title_with_dollar_signs_is_no_formula(tmp_path):
+    taps = {"$2 and $\\frac": {"fc2": fc2()}}
+    case = Case(tmp_path, title="for $5 or $\\broken{", ablations=taps)
+    case.do()
+    text = open(write_report(case.results.content(), str(tmp_path / "out"))).read()
+    assert "# for $5 or $\\broken{" in text and "$2 and $\\frac" in text
+
+
 def test_a_report_needs_only_the_json(case):
     case.do()
     with open(case.path) as f:
@@ -594,40 +610,41 @@ def test_a_report_needs_only_the_json(case):
     assert "| `crosskd_ifc` | +2.0, n = 2 |" in rows  # equal differences, so no test
     assert "| `fc2` | fc2 | 1 | 13.0 | 26.0 | 13.0 | 13.0 |" in rows
     assert "| `fc2` | +2.0, n = 1 | +0.0, n = 1 |" in rows
-    assert "| `crosskd_ifc` | 2 | 1.50 |" in rows  # what was logged
+    assert "| `crosskd_ifc` | 2 | 1.50 |" in rows and "| arm | n | norm ratio |" in rows
     assert "python x" in text and "7 runs" in text
     for name in ("curves.png", "differences.png"):
         assert (case.folder / "out" / name).stat().st_size > 5000
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """A protocol of tiny detectors, two steps on a few pictures, with a dataset card."""
-    monkeypatch.chdir(tmp_path)
-    splits = ("train", "val", "test")
-    generate("data", num_images=dict.fromkeys(splits, 2), image_size=64)
-    files = {s: {"json": f"annotations/{s}.json", "images": s} for s in splits}
-    card = {"name": "few", "format": "coco", "root": "data", "splits": files}
-    (tmp_path / "card.yaml").write_text(yaml.safe_dump({**card, "classes": list(CLASSES)}))
-    small = ("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ())
-    teacher = tiny_cfg(*small, architecture="GeneralizedRCNN")
-    (tmp_path / "teacher.yaml").write_text(teacher.dump())
-    named = ("MODEL.CROSSKD.TEACHER.CONFIG_FILE", "teacher.yaml")
-    (tmp_path / "student.yaml").write_text(tiny_cfg(*small, *named).dump())
-    protocol = {
-        "name": "tiny",
-        "seeds": [3],
-        "validation": "few_val",
-        "test": "few_test",
-        "opts": {"DATASETS.CARDS": ["card.yaml"], "DATASETS.TRAIN": ["few_train"]},
-        "teacher": {"config": "teacher.yaml"},
-        "arms": {"fc2": {**fc2(seeds=[3]), "config": "student.yaml"}},
-    }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(protocol))
+def load_tool():
     path = os.path.join(ROOT, "tools", "compare.py")
     spec = importlib.util.spec_from_file_location("compare", path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_command_of_a_report_has_the_path_and_the_options_of_its_runs():
+    tool = load_tool()
+
+    def command(*arguments):
+        return tool.reproduction(tool.parse_args(list(arguments)))
+
+    own = os.path.join(ROOT, "benchmarks", "protocols", "shapes_fcos.yaml")
+    file = "benchmarks/protocols/shapes_fcos.yaml"
+    assert command(own) == f"python tools/compare.py {file}"
+    assert command(own, "--report-only", "--seeds", "1") == f"python tools/compare.py {file}"
+    options = ["--jobs", "2", "--num-gpus", "4", "--runs", "my runs"]
+    told = "python tools/compare.py /home/me/x.yaml --jobs 2 --num-gpus 4 --runs 'my runs'"
+    assert command("/home/me/x.yaml", *options) == told
+
+
+@pytest.fixture
+def tiny(tiny_protocol):
+    tiny_protocol(
+        name="tiny", seeds=[3], arms={"fc2": {**fc2(seeds=[3]), "config": "student.yaml"}}
+    )
+    tool = load_tool()
     return lambda *arguments: tool.main(
         tool.parse_args(["tiny.yaml", "--output", "out", "--threads", "1", *arguments])
     )
@@ -640,7 +657,8 @@ def test_a_teacher_and_its_student_train_and_are_reported(tiny, tmp_path, capsys
     assert [(run["arm"], run["seed"]) for run in first["runs"]] == [("teacher", 3), ("fc2", 3)]
     assert all({"AP", "AP_val", "curve"} <= set(run) for run in first["runs"])
     assert all(run["curve"][-1][0] == 2 for run in first["runs"])
-    assert first["command"] == "python tools/compare.py tiny.yaml"
+    command = "python tools/compare.py tiny.yaml --threads 1 --device cpu --output out"
+    assert first["command"] == command
     assert os.path.exists("out/report.md")
     # All of it again from what is kept alone.
     shutil.rmtree("output")

@@ -10,6 +10,7 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 from tabulate import tabulate
 
+from ..common.files import replacing
 from .figures import draw_curves, draw_differences
 from .protocol import TEACHER
 from .statistics import (
@@ -27,6 +28,7 @@ _STATISTICS = (
     *("grad_cosine_pyramid", "grad_ratio_pyramid"),
     *("grad_cosine_shared", "grad_ratio_shared"),  # of records before there was one place for all
 )
+_NAMES = {"fused_length": "norm ratio"}  # of the combined feature to the teacher's
 _LOGGED = "Logged in the last quarter of the training, means over the seeds (docs/options.md):"
 
 
@@ -42,8 +44,8 @@ def write_report(content: dict, folder: str) -> str:
     draw_curves(table, os.path.join(folder, "curves.png"))
     has_differences = draw_differences(table, os.path.join(folder, "differences.png"))
     path = os.path.join(folder, "report.md")
-    with open(path, "w") as f:
-        f.write(report_text(content, differences_figure=has_differences))
+    with replacing(path) as f:
+        f.write(report_text(content, differences_figure=has_differences).encode())
     return path
 
 
@@ -178,7 +180,7 @@ def _statistics(table: Table, section: Section) -> str:
             counts = [len(values) for values in row.values() if values]
             n = " to ".join(map(str, sorted({min(counts), max(counts)})))
             rows.append([f"`{arm}`", n, *means])
-    headers = ["arm", "n", *(f"`{key}`" for key in keys)]
+    headers = ["arm", "n", *(_NAMES.get(key, f"`{key}`") for key in keys)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
 
 

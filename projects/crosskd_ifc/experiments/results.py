@@ -20,7 +20,7 @@ from ..common.files import replacing
 from ..config import ConfigError
 from .protocol import TEACHER, Protocol
 from .results_file import read_results
-from .runs import Run
+from .runs import Run, is_same_input
 
 Key = Tuple[str, int]  # arm, seed
 
@@ -34,9 +34,10 @@ class Results:
             protocol: its arms are described in the file.
             path: the JSON file; its folder is made when it is written.
             runs: all runs of the protocol.
-            command: how to run all this again.
+            command: how to run all this again; what the file says stays until runs are added.
         """
         self.protocol, self.path, self.command = protocol, path, command
+        self._given_command = command
         self.digests = {key: run.digest() for key, run in runs.items()}
         self._inputs = functools.lru_cache(maxsize=None)(lambda key: runs[key].inputs())
         # Beside the file, whatever folder its runs lie in.
@@ -51,10 +52,13 @@ class Results:
     def add(self, found: Dict[Key, dict]) -> None:
         """Put what :func:`crosskd_ifc.experiments.runs.train` returned into the file."""
         with self._rewriting():
+            before = len(self.entries)
             for key, done in found.items():
                 entry = self._entry(key, done)
                 number = self._number_of_teacher(entry)
                 self._put([entry], [] if number is None else [number])
+            if len(self.entries) > before:
+                self.command = self._given_command
 
     def include(self, path: str) -> int:
         """Put the runs of another results file of this protocol into this one, such as those of
@@ -64,7 +68,7 @@ class Results:
             ConfigError: for a file that isn't one of this protocol's.
         """
         groups: Dict[Tuple[int, int], List[dict]] = {}
-        for entry in self._read_other(path):
+        for entry in self._read_other(path)["runs"]:
             groups.setdefault((entry["seed"], _number(entry)), []).append(entry)
         with self._rewriting():
             before = len(self.entries)
@@ -102,8 +106,7 @@ class Results:
         key = _key(entry)
         if entry["config_sha256"] != self.digests.get(key):
             return False
-        inputs = entry.get("inputs_sha256")  # not in records of old
-        return inputs is None or inputs == self._inputs(key)
+        return is_same_input(entry.get("inputs_sha256"), self._inputs(key))
 
     def content(self) -> dict:
         """What the file holds."""
@@ -174,16 +177,18 @@ class Results:
 
     def _read(self) -> None:
         if os.path.exists(self.path):
-            self.entries = self._read_other(self.path)
+            content = self._read_other(self.path)
+            self.entries = content["runs"]
+            self.command = content.get("command", self.command)
 
-    def _read_other(self, path: str) -> List[dict]:
+    def _read_other(self, path: str) -> dict:
         content = read_results(path)
         if content["name"] != self.protocol.name:
             raise ConfigError(
                 f"{path}: holds the results of {content['name']!r}, not of "
                 f"{self.protocol.name!r} ({self.protocol.path}); give another --output"
             )
-        return content["runs"]
+        return content
 
     def _write(self) -> None:
         content = self.content()

@@ -39,6 +39,7 @@ class ResultsRecord(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     name: str
+    command: str = ""
     runs: List[RunRecord]
 
 

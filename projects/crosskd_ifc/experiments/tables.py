@@ -52,7 +52,7 @@ class Table:
         )
 
     def logged(self, arm: str, key: str) -> Dict[int, float]:
-        """seed -> what an arm's runs have logged, the mean of the last quarter of their training."""
+        """seed -> what an arm's runs have logged, the mean of their training's last quarter."""
         logs = {s: [r.get("statistics", {}) for r in x] for s, x in self.current(arm).items()}
         return _means({s: [log[key] for log in found if key in log] for s, found in logs.items()})
 

@@ -1,0 +1,57 @@
+"""The demo: four runs of a protocol, one table, a picture and curves."""
+
+import importlib.util
+import json
+import os
+
+import pytest
+
+from crosskd_ifc.data.cards import register_cards
+from crosskd_ifc.experiments.protocol import load_protocol
+
+ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
+ARMS = ("teacher", "student", "crosskd", "crosskd_ifc")
+
+
+@pytest.fixture
+def demo(tiny_protocol):
+    spec = importlib.util.spec_from_file_location("demo", os.path.join(ROOT, "tools", "demo.py"))
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    config = {"config": "student.yaml", "opts": {"TEST.EVAL_PERIOD": 1}}
+    arms = {**dict.fromkeys(ARMS[1:], config), "student": {"config": "teacher.yaml"}}
+    path = tiny_protocol(name="demo", seeds=[1], validation=None, arms=arms)
+    register_cards(["card.yaml"])
+    return lambda: tool.main(["--output", "out"], path)
+
+
+def test_the_demo_makes_a_table_a_picture_and_curves_and_skips_what_is_there(demo, capsys):
+    assert demo() == []
+    first = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")]
+    assert rows == ["run", *ARMS]
+    assert "out/detections.png" in first and "out/curves.png" in first
+    for name in ("detections.png", "curves.png"):
+        assert os.path.getsize(f"out/{name}") > 5000
+    with open("out/results.json") as f:
+        content = json.load(f)
+    assert [run["arm"] for run in content["runs"]] == list(ARMS)
+    assert [i for i, _ in content["runs"][3]["curve"]] == [1, 2]  # evaluated on the way, too
+    # Again: only what is missing.
+    os.remove("out/crosskd_1/model_final.pth")
+    assert demo() == []
+    second = capsys.readouterr().out
+    assert second.count(": started") == 1 and "crosskd, seed 1: started" in second
+
+
+def test_the_demo_is_what_the_comparison_does_with_seed_1():
+    folder = os.path.join(ROOT, "benchmarks", "protocols")
+    demo, compared = (load_protocol(f"{folder}/{n}.yaml") for n in ("demo", "shapes_faster_rcnn"))
+    assert tuple(demo.arms) == ARMS and demo.seeds == (1,)
+    for arm in ARMS:
+        ours, theirs = (p.run(arm, 1, "x").cfg().clone() for p in (demo, compared))
+        for cfg in (ours, theirs):
+            cfg.defrost()
+            # An evaluation leaves the random state as it was.
+            cfg.TEST.EVAL_PERIOD, cfg.DATASETS.TEST, cfg.SOLVER.CHECKPOINT_PERIOD = 0, (), 0
+        assert ours == theirs
