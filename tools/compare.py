@@ -12,6 +12,7 @@ curves.png, differences.png) lies beside it.
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 
@@ -27,7 +28,7 @@ TOOLS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TOOLS)
 
 
-def parse_args(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,12 +41,31 @@ def parse_args(argv=None):
     parser.add_argument("--num-gpus", type=int, default=1, help="for each run")
     parser.add_argument("--runs", help="folder for runs; default: output/compare/NAME")
     parser.add_argument("--output", help="folder for the report; default: benchmarks/NAME")
+    parser.add_argument("--include", nargs="+", default=[], help="results.json of other machines")
     parser.add_argument("--discard-weights", action="store_true", help="of finished students")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    args = parser.parse_args(argv)
+    return parser
+
+
+PARSER = build_parser()
+
+
+def parse_args(argv=None):
+    args = PARSER.parse_args(argv)
     if args.jobs < 1:
-        parser.error("--jobs must be at least 1")
+        PARSER.error("--jobs must be at least 1")
     return args
+
+
+def reproduction(args):
+    """The command that does all runs again in the same way."""
+    file = os.path.relpath(args.protocol, ROOT)
+    words = ["python", "tools/compare.py", args.protocol if file.startswith("..") else file]
+    for name in ("jobs", "threads", "device", "num_gpus", "runs", "output"):
+        value = getattr(args, name)
+        if value not in (None, PARSER.get_default(name)):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 def main(args):
@@ -53,11 +73,12 @@ def main(args):
     device = args.device or ("cuda" if torch.cuda.is_available() else "")
     folder = args.runs or os.path.join("output", "compare", protocol.name)
     output = args.output or os.path.join(ROOT, "benchmarks", protocol.name)
-    file = os.path.relpath(args.protocol, ROOT)
-    file = os.path.basename(args.protocol) if file.startswith("..") else file
     runs = all_runs(protocol, folder, device=device)
-    command = f"python tools/compare.py {file}"
-    results = Results(protocol, os.path.join(output, "results.json"), runs, command=command)
+    path = os.path.join(output, "results.json")
+    results = Results(protocol, path, runs, command=reproduction(args))
+
+    for other in args.include:
+        print(f"{other}: {results.include(other)} runs that weren't in {results.path}")
 
     failed = {}
     if args.report_only:
@@ -74,7 +95,7 @@ def main(args):
             discard_weights=args.discard_weights,
         )
         failed = comparison.do(select(protocol, runs, arms=args.arms, seeds=args.seeds))
-    if results.entries:
+    if results.entries:  # else nothing to tell
         print(f"Report: {write_report(results.content(), output)}")
     return list(failed.values())
 

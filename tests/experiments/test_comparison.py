@@ -10,26 +10,14 @@ import time
 
 import pytest
 import yaml
-from helpers import tiny_cfg
-from scipy import stats
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.data.shapes import CLASSES, generate
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, plan, select
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import report_text, write_report
 from crosskd_ifc.experiments.results import Results
 from crosskd_ifc.experiments.runs import train
-from crosskd_ifc.experiments.statistics import (
-    Difference,
-    describe_sample,
-    detectable_difference,
-    paired_difference,
-    pooled_deviation,
-    power,
-    seeds_needed,
-)
 from crosskd_ifc.experiments.tables import Table
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
@@ -48,7 +36,7 @@ if os.environ.get("SLOW"):
     with open(os.path.join(folder, "pid"), "w") as f:
         f.write(str(os.getpid()))
     time.sleep(60)
-ap = 10 + 2 * ("student" not in folder) + int(folder[-1])
+ap = 10 + 2 * ("student" not in folder) + int(folder[-1]) + int(os.environ.get("BONUS", 0))
 line = {"iteration": 10, "time": 0.5}
 if "crosskd" in folder:
     line.update({"crosskd/fused_length": 1.5, "crosskd/factor": 1.0})
@@ -108,9 +96,12 @@ class Case:
     def order(self):
         return (self.folder / "runs" / "order").read_text().split()
 
-    def recorded(self):
+    def all_recorded(self):
         with open(self.path) as f:
-            return {(r["arm"], r["seed"]): r for r in json.load(f)["runs"]}
+            return json.load(f)["runs"]
+
+    def recorded(self):
+        return {(r["arm"], r["seed"]): r for r in self.all_recorded()}
 
 
 @pytest.fixture
@@ -324,20 +315,92 @@ def test_an_entry_has_both_splits_and_what_it_was_made_with(case):
     assert logged == {"fused_length": 1.5, "factor": 1.0} and entry["statistics"] == {}
 
 
-def test_an_old_entry_is_marked_and_stays_until_the_new_run_is_finished(case):
+def test_a_run_of_earlier_settings_is_marked_and_stays(case):
     case.do(case.todo(seeds=[1]))
     old = case.recorded()
     changed = Case(case.folder, opts={"SOLVER.BASE_LR": 0.5})
     assert [key for key in changed.todo() if key[1] == 1] == [k for k in old]
     changed.do([("student", 1)])
-    new = changed.recorded()
-    assert new.keys() == old.keys()
-    assert new["student", 1]["config_sha256"] != old["student", 1]["config_sha256"]
-    assert "outdated" not in new["student", 1]
-    assert new["fc2", 1] == {**old["fc2", 1], "outdated": True}
+    first, second = [run for run in changed.all_recorded() if run["arm"] == "student"]
+    assert first == {**old["student", 1], "outdated": True}
+    assert second["config_sha256"] != first["config_sha256"] and "outdated" not in second
+    assert "replicate" not in second  # the first of its settings
+    assert changed.recorded()["fc2", 1] == {**old["fc2", 1], "outdated": True}
     text = " ".join(report_text(changed.results.content()).split())
     assert "| `fc2` | fc2 | 0 | | | 13.0* | |" in text  # in no mean
     assert "| `fc2` | +" not in text  # nor difference
+    assert "4 runs are of earlier settings" in text
+    # Settings that are as they were once find their runs again.
+    assert Case(case.folder).todo(seeds=[1]) == []
+
+
+def test_a_run_that_is_made_again_is_another_replicate(case, monkeypatch):
+    case.do(case.todo(seeds=[1]))
+    monkeypatch.setenv("BONUS", "3")
+    shutil.rmtree(case.folder / "runs")
+    case.do([("student", 1), ("teacher", 1), ("crosskd_ifc", 1)])
+    runs = [run for run in case.all_recorded() if run["arm"] == "crosskd_ifc"]
+    assert [(run["AP"], run.get("replicate")) for run in runs] == [(13, None), (16, 2)]
+    case.do([])  # collects the folders' runs: they are there already
+    assert len(case.all_recorded()) == 7
+    text = " ".join(report_text(case.results.content()).split())
+    assert "| `crosskd_ifc` | IFC | 1 (2 runs) | 14.5 | 29.0 | 14.5 | 14.5 |" in text
+    assert "| `crosskd_ifc` | +2.0, n = 1 (2 pairs) |" in text
+    assert "| `fc2` | +2.0, n = 1 | +0.0, n = 1 |" in text  # only of the first
+    assert "7 runs" in text and "Runs of a seed that were made again" in text
+
+
+def test_a_replicate_has_the_number_of_its_teacher(case, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", "first")
+    case.do([("teacher", 1), ("fc2", 1)])
+    monkeypatch.setenv("WEIGHTS", "second")
+    shutil.rmtree(case.folder / "runs")
+    case.do([("teacher", 1), ("crosskd_ifc", 1)])
+    found = {(r["arm"], r["AP"]): r.get("replicate", 1) for r in case.all_recorded()}
+    assert found == {("teacher", 13): 2, ("fc2", 13): 1, ("crosskd_ifc", 13): 2}
+
+
+def test_runs_of_another_machine_can_be_included(case, tmp_path_factory, monkeypatch):
+    case.do(case.todo(seeds=[1]))
+    monkeypatch.setenv("BONUS", "1")
+    other = Case(tmp_path_factory.mktemp("other"))
+    other.do(other.todo(arms=["teacher", "student"]))
+    assert case.results.include(other.path) == 4
+    assert case.results.include(other.path) == 0  # they are there
+    found = [(r["arm"], r["seed"], r.get("replicate", 1)) for r in case.all_recorded()]
+    # What came together has one number: of seed 1 the second, of seed 2 the first.
+    assert found[:4] == [("teacher", 1, 1), ("teacher", 1, 2), ("teacher", 2, 1), ("student", 1, 1)]
+    assert found[4:6] == [("student", 1, 2), ("student", 2, 1)]
+    wrong = Case(tmp_path_factory.mktemp("wrong"), name="another")
+    wrong.do([("student", 1)])
+    with pytest.raises(ConfigError, match="holds the results of 'another', not of 'test'"):
+        case.results.include(wrong.path)
+
+
+def table_of(*runs):
+    """A table of runs (arm, seed, replicate, AP)."""
+    names = dict.fromkeys(arm for arm, *_ in runs)
+    arms = [{"arm": name, "title": name, "group": "", "versus": []} for name in names]
+    keys = ("arm", "seed", "replicate", "AP")
+    entries = [dict(zip(keys, run), AP50=0.0, curve=[]) for run in runs]
+    return Table({"arms": arms, "runs": entries})
+
+
+def test_replicates_are_paired_by_number_and_averaged_by_seed():
+    one = [("a", 1, 1, 10.0), ("a", 1, 2, 20.0), ("a", 2, 1, 5.0)]
+    other = [("b", 1, 2, 19.0), ("b", 1, 3, 1.0), ("b", 2, 1, 7.0)]
+    table = table_of(*one, *other)
+    assert table.scores("a") == {1: 15.0, 2: 5.0}
+    found = table.difference("a", "b")
+    assert found.values == {1: 1.0, 2: -2.0} and found.pairs == 2
+    # Without a number in common the difference is that of the means.
+    table = table_of(("a", 1, 1, 10.0), ("a", 1, 2, 20.0), ("b", 1, 3, 11.0))
+    assert table.difference("a", "b").values == {1: 4.0}
+
+
+def test_a_run_that_repeats_another_to_the_last_digit_counts_once():
+    table = table_of(("a", 1, 1, 10.0), ("a", 1, 2, 10.0), ("a", 1, 3, 13.0))
+    assert table.scores("a") == {1: 11.5} and len(table.current("a")[1]) == 2
 
 
 def test_a_seed_that_an_arm_no_longer_has_is_in_no_mean(case):
@@ -347,6 +410,16 @@ def test_a_seed_that_an_arm_no_longer_has_is_in_no_mean(case):
     later.results.add({})
     text = " ".join(report_text(later.results.content()).split())
     assert "| `student` | student | 1 | 12.0 | 24.0 | 11.0* / 12.0 | 12.0 |" in text
+
+
+def test_the_command_stays_that_of_the_runs_until_others_are_added(case):
+    case.do([("student", 1)])
+    later = Results(case.protocol, case.path, case.runs, command="python y")
+    later.add({})
+    assert "    python x" in report_text(later.content())
+    case.results = later
+    case.do([("student", 2)])
+    assert "    python y" in report_text(later.content())
 
 
 def test_results_of_another_protocol_are_refused(case):
@@ -415,6 +488,26 @@ def test_a_file_that_holds_no_results_is_refused(text, case):
         Case(case.folder)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *((k, None) for k in ("AP", "seconds", "curve", "versions", "config_sha256", "iterations")),
+        *(("AP", "13"), ("curve", [[1]]), ("versions", {"torch": 2}), ("seed", 1.5)),
+        *(("statistics", {"factor": "high"}), ("AP", float("nan"))),
+    ],
+)
+def test_results_that_were_edited_by_hand_are_refused_naming_the_key(key, value, case):
+    case.do([("student", 1)])
+    with open(case.path) as f:
+        content = json.load(f)
+    content["runs"][0].pop(key)
+    content["runs"][0].update({} if value is None else {key: value})
+    with open(case.path, "w") as f:
+        json.dump(content, f)
+    with pytest.raises(ConfigError, match=f"results.json: not the results.*: runs.0.{key}"):
+        Case(case.folder)
+
+
 def test_a_failed_run_stops_only_what_needs_it(case, monkeypatch):
     monkeypatch.setenv("FAILING", "teacher_1")
     failed = case.do()
@@ -467,59 +560,6 @@ def test_what_can_not_run_here_is_refused_before_anything_runs(tmp_path):
         comparison.check(case.todo())
 
 
-def test_a_summary_is_mean_and_sample_deviation():
-    assert describe_sample([1.0, 2.0, 3.0]) == (3, 2.0, 1.0)
-    assert describe_sample([4.0]) == (1, 4.0, None)
-
-
-def test_a_paired_difference_has_students_interval_and_p():
-    # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.4641 with two degrees of freedom, whose 97.5 %
-    # quantile is 4.3027.
-    found = paired_difference({1: 11.0, 2: 14.0, 3: 10.0, 4: 0.0}, {3: 7.0, 2: 12.0, 1: 10.0})
-    assert found.values == {1: 1, 2: 2, 3: 3} and found.mean == 2
-    assert found.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert found.p == pytest.approx(0.07418, abs=1e-5)
-    assert found.p == pytest.approx(stats.ttest_1samp([1, 2, 3], 0).pvalue)
-
-
-def test_one_seed_or_no_spread_gives_neither_interval_nor_p():
-    assert paired_difference({1: 3.0}, {1: 1.0}) == ({1: 2.0}, 2.0, None, None)
-    assert paired_difference({1: 3.0, 2: 4.0}, {1: 1.1, 2: 2.1})[2:] == (None, None)
-    assert paired_difference({1: 3.0}, {2: 1.0}) is None
-
-
-@pytest.mark.parametrize("effect, seeds", [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
-def test_seeds_needed_are_those_of_published_tables(effect, seeds):
-    """Of the paired t test, two-sided at 5 %, power 80 % (Cohen, 1988; G*Power)."""
-    assert seeds_needed(3.0, 3.0 * effect) == seeds
-    assert power(effect, 1.0, seeds - 1) < 0.8 <= power(effect, 1.0, seeds)
-    assert detectable_difference(1.0, seeds) == pytest.approx(effect, rel=0.03)
-
-
-def test_no_difference_is_found_as_often_as_the_level_says():
-    assert [power(0.0, 1.5, n) for n in (2, 3, 50)] == pytest.approx([0.05] * 3)
-
-
-def test_power_agrees_with_the_noncentral_t_distribution():
-    critical = stats.t.ppf(0.975, 7)
-    expected = stats.nct.sf(critical, 7, 8**0.5) + stats.nct.cdf(-critical, 7, 8**0.5)
-    assert power(-2.0, 2.0, 8) == pytest.approx(expected)
-
-
-def test_two_seeds_find_a_difference_far_above_the_deviation_only():
-    assert detectable_difference(1.0, 2) == pytest.approx(11.55, abs=0.01)
-
-
-def test_a_pooled_deviation_weighs_each_difference_by_its_degrees_of_freedom():
-    found = [
-        Difference({1: 1.0, 2: 3.0}, 2.0, None, None),  # sum of squares 2
-        Difference({1: 0.0, 2: 3.0, 3: 6.0}, 3.0, None, None),  # 18
-        Difference({1: 9.0}, 9.0, None, None),
-    ]
-    assert pooled_deviation(found) == pytest.approx((20 / 3) ** 0.5)
-    assert pooled_deviation(found[2:]) is None
-
-
 def test_a_report_says_in_how_many_runs_a_statistic_was_logged(case):
     case.do()
     with open(case.path) as f:
@@ -530,6 +570,32 @@ def test_a_report_says_in_how_many_runs_a_statistic_was_logged(case):
     assert Table(recorded).logged("crosskd_ifc", "fused_cosine") == {first["seed"]: 0.4}
     rows = [" ".join(line.split()) for line in report_text(recorded).splitlines()]
     assert "| `crosskd_ifc` | 1 to 2 | 1.50 | 0.40 |" in rows
+
+
+def test_a_report_opens_with_the_contrasts_that_were_named_beforehand(tmp_path):
+    contrasts = [["crosskd_ifc", "student"], ["crosskd_ifc", "teacher"]]
+    case = Case(tmp_path, contrasts=contrasts, margin=0.5)
+    case.do(case.todo(arms=["student", "crosskd_ifc"]))
+    with open(case.path) as f:
+        recorded = json.load(f)
+    assert recorded["contrasts"] == contrasts and recorded["margin"] == 0.5
+    recorded["runs"] = [run for run in recorded["runs"] if run["arm"] != "teacher"]
+    for run, ap in zip(recorded["runs"], (10.0, 10.0, 14.0, 14.2)):
+        run["AP"] = ap
+    text = " ".join(report_text(recorded).split())
+    # 4.1 +- 0.1 times the quantile of one degree of freedom at 0.025 / 2, and at 0.05
+    row = "| `crosskd_ifc` minus `student` | +4.1 | +1.6 to +6.6 | +3.5 to +4.7 | 2 | helps |"
+    assert row in text and text.index("## Contrasts") < text.index("## Main arms")
+    assert "The 2 named before the runs" in text and "inside of ±0.5 AP" in text
+    assert "1 of them have no runs yet" in text
+
+
+def test_a_title_with_dollar_signs_is_no_formula(tmp_path):
+    taps = {"$2 and $\\frac": {"fc2": fc2()}}
+    case = Case(tmp_path, title="for $5 or $\\broken{", ablations=taps)
+    case.do()
+    text = open(write_report(case.results.content(), str(tmp_path / "out"))).read()
+    assert "# for $5 or $\\broken{" in text and "$2 and $\\frac" in text
 
 
 def test_a_report_needs_only_the_json(case):
@@ -544,40 +610,41 @@ def test_a_report_needs_only_the_json(case):
     assert "| `crosskd_ifc` | +2.0, n = 2 |" in rows  # equal differences, so no test
     assert "| `fc2` | fc2 | 1 | 13.0 | 26.0 | 13.0 | 13.0 |" in rows
     assert "| `fc2` | +2.0, n = 1 | +0.0, n = 1 |" in rows
-    assert "| `crosskd_ifc` | 2 | 1.50 |" in rows  # what was logged
+    assert "| `crosskd_ifc` | 2 | 1.50 |" in rows and "| arm | n | norm ratio |" in rows
     assert "python x" in text and "7 runs" in text
     for name in ("curves.png", "differences.png"):
         assert (case.folder / "out" / name).stat().st_size > 5000
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """A protocol of tiny detectors, two steps on a few pictures, with a dataset card."""
-    monkeypatch.chdir(tmp_path)
-    splits = ("train", "val", "test")
-    generate("data", num_images=dict.fromkeys(splits, 2), image_size=64)
-    files = {s: {"json": f"annotations/{s}.json", "images": s} for s in splits}
-    card = {"name": "few", "format": "coco", "root": "data", "splits": files}
-    (tmp_path / "card.yaml").write_text(yaml.safe_dump({**card, "classes": list(CLASSES)}))
-    small = ("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ())
-    teacher = tiny_cfg(*small, architecture="GeneralizedRCNN")
-    (tmp_path / "teacher.yaml").write_text(teacher.dump())
-    named = ("MODEL.CROSSKD.TEACHER.CONFIG_FILE", "teacher.yaml")
-    (tmp_path / "student.yaml").write_text(tiny_cfg(*small, *named).dump())
-    protocol = {
-        "name": "tiny",
-        "seeds": [3],
-        "validation": "few_val",
-        "test": "few_test",
-        "opts": {"DATASETS.CARDS": ["card.yaml"], "DATASETS.TRAIN": ["few_train"]},
-        "teacher": {"config": "teacher.yaml"},
-        "arms": {"fc2": {**fc2(seeds=[3]), "config": "student.yaml"}},
-    }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(protocol))
+def load_tool():
     path = os.path.join(ROOT, "tools", "compare.py")
     spec = importlib.util.spec_from_file_location("compare", path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_command_of_a_report_has_the_path_and_the_options_of_its_runs():
+    tool = load_tool()
+
+    def command(*arguments):
+        return tool.reproduction(tool.parse_args(list(arguments)))
+
+    own = os.path.join(ROOT, "benchmarks", "protocols", "shapes_fcos.yaml")
+    file = "benchmarks/protocols/shapes_fcos.yaml"
+    assert command(own) == f"python tools/compare.py {file}"
+    assert command(own, "--report-only", "--seeds", "1") == f"python tools/compare.py {file}"
+    options = ["--jobs", "2", "--num-gpus", "4", "--runs", "my runs"]
+    told = "python tools/compare.py /home/me/x.yaml --jobs 2 --num-gpus 4 --runs 'my runs'"
+    assert command("/home/me/x.yaml", *options) == told
+
+
+@pytest.fixture
+def tiny(tiny_protocol):
+    tiny_protocol(
+        name="tiny", seeds=[3], arms={"fc2": {**fc2(seeds=[3]), "config": "student.yaml"}}
+    )
+    tool = load_tool()
     return lambda *arguments: tool.main(
         tool.parse_args(["tiny.yaml", "--output", "out", "--threads", "1", *arguments])
     )
@@ -590,7 +657,8 @@ def test_a_teacher_and_its_student_train_and_are_reported(tiny, tmp_path, capsys
     assert [(run["arm"], run["seed"]) for run in first["runs"]] == [("teacher", 3), ("fc2", 3)]
     assert all({"AP", "AP_val", "curve"} <= set(run) for run in first["runs"])
     assert all(run["curve"][-1][0] == 2 for run in first["runs"])
-    assert first["command"] == "python tools/compare.py tiny.yaml"
+    command = "python tools/compare.py tiny.yaml --threads 1 --device cpu --output out"
+    assert first["command"] == command
     assert os.path.exists("out/report.md")
     # All of it again from what is kept alone.
     shutil.rmtree("output")

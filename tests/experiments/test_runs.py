@@ -1,13 +1,17 @@
 """Runs as child processes: skipped, resumed, moved aside, or failing loudly."""
 
 import fcntl
+import hashlib
 import json
 import os
+import signal
+import sys
 import threading
 
 import pytest
 
 from crosskd_ifc.experiments import runs
+from crosskd_ifc.experiments.child_process import StepCounter, supervise
 from crosskd_ifc.experiments.runs import Run, RunFailed, RunStopped
 
 # Stands for tools/train_net.py: notes its arguments, and leaves what a finished run leaves.
@@ -158,9 +162,98 @@ def test_other_weights_of_a_given_teacher_make_another_run(train, tmp_path):
     assert run.result() is None
 
 
+def test_other_weights_to_start_from_make_another_run(train, tmp_path):
+    weights = tmp_path / "R-18.pth"
+    weights.write_text("first")
+    run = make_run(tmp_path / "run", "MODEL.WEIGHTS", str(weights))
+    assert train(run) == run.result()
+    weights.write_text("others")
+    assert run.result() is None
+    weights.unlink()  # as in a fresh clone: what is recorded counts
+    assert run.result() is not None
+
+
+def test_a_new_version_of_the_built_in_data_makes_another_run(train, tmp_path, monkeypatch):
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path, "DATASETS.TRAIN", "('few',)")
+    other.opts += ["DATASETS.TEST", "('few',)"]
+    before = run.inputs(), other.inputs()
+    # of all that was recorded with the first version
+    assert before[0] == hashlib.sha256(b"{}").hexdigest() == before[1]
+    assert train(run) == run.result()
+    monkeypatch.setattr(runs.shapes, "VERSION", 2)
+    assert run.result() is None and run.inputs() != before[0] and other.inputs() == before[1]
+
+
+def test_a_config_is_read_once_until_it_is_trained(train, tmp_path, monkeypatch):
+    read, merge = [], runs.merge_from_file
+    monkeypatch.setattr(runs, "merge_from_file", lambda *a, **k: read.append(a) or merge(*a, **k))
+    run = make_run(tmp_path / "run")
+    assert run.cfg() is run.cfg() and run.digest() and len(read) == 1
+    run.opts += ["SOLVER.MAX_ITER", "11"]
+    assert run.cfg().SOLVER.MAX_ITER == 11 and len(read) == 2
+    config = tmp_path / "config.yaml"
+    config.write_text(run.cfg().dump())
+    run = Run("a run", str(config), str(tmp_path / "other"))
+    before = run.digest()
+    config.write_text(config.read_text().replace("MAX_ITER: 11", "MAX_ITER: 12"))
+    assert train(run)["iterations"] == 12 and run.digest() == before
+
+
+def test_progress_reads_only_what_is_new(tmp_path):
+    file = tmp_path / "metrics.json"
+    counter = StepCounter(str(file), 50)
+    assert counter.look() == (0, 50, 0.0)
+    file.write_text('{"iteration": 19, "time": 0.5}\n{"iteration": 39, "ti')
+    assert counter.look() == (20, 50, 0.5)
+    file.write_text(
+        "x" * len('{"iteration": 19, "time": 0.5}\n') + '{"iteration": 39, "time": 7}\n'
+    )
+    assert counter.look() == (40, 50, 7)  # what was read before isn't looked at
+    with open(file, "a") as f:
+        f.write('broken\n{"iteration": 59, "bbox/AP": 1.0}\n')
+    assert counter.look() == (50, 50, 7)
+
+
+def test_a_run_has_time_to_save_before_it_is_killed(tmp_path):
+    """Several processes look for a signal at every tenth step."""
+    counter = StepCounter(str(tmp_path / "metrics.json"), 50)
+    assert counter.grace() >= 60
+    (tmp_path / "metrics.json").write_text('{"iteration": 19, "time": 12.0}\n')
+    counter.look()
+    assert counter.grace() >= 60 + 10 * 12
+
+
+SAVES = """
+import signal, sys, time
+def save(*_):
+    time.sleep(2)
+    sys.exit(3)
+signal.signal(signal.SIGTERM, save)
+open(sys.argv[1], "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("grace, status", [(30, 3), (0.2, -signal.SIGKILL)])
+def test_a_stopped_process_is_killed_only_after_its_grace(grace, status, tmp_path):
+    ready, stop = tmp_path / "ready", threading.Event()
+    with open(tmp_path / "log", "wb") as log:
+        found, _ = supervise(
+            [sys.executable, "-c", SAVES, str(ready)],
+            log,
+            0,
+            stop,
+            every_second=lambda: ready.exists() and stop.set(),
+            grace=lambda: grace,
+        )
+    assert found == status
+
+
 def test_the_digest_changes_with_a_default_but_not_with_a_new_key(tmp_path, monkeypatch):
-    run = Run("a run", "quick/crosskd_ifc_R_18_shapes.yaml", str(tmp_path))
-    before, add = run.digest(), runs.add_crosskd_ifc_config
+    def digest():
+        return Run("a run", "quick/crosskd_ifc_R_18_shapes.yaml", str(tmp_path)).digest()
+
+    before, add = digest(), runs.add_crosskd_ifc_config
 
     def with_new_key(cfg):
         add(cfg)
@@ -168,14 +261,14 @@ def test_the_digest_changes_with_a_default_but_not_with_a_new_key(tmp_path, monk
         cfg.MODEL.NEW = "new"
 
     monkeypatch.setattr(runs, "add_crosskd_ifc_config", with_new_key)
-    assert run.digest() == before
+    assert digest() == before
 
     def with_new_default(cfg):
         add(cfg)
         cfg.MODEL.CROSSKD.LOSS.CLS_WEIGHT = 0.25
 
     monkeypatch.setattr(runs, "add_crosskd_ifc_config", with_new_default)
-    assert run.digest() != before
+    assert digest() != before
 
 
 def test_a_stopped_run_ends_its_process_and_goes_on_later(train, tmp_path):

@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import time
 from typing import Any, Iterator, List, Mapping, Optional, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -19,6 +18,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import file_lock
 from PIL import Image
+from tqdm import tqdm
 
 from .shapes_drawing import CLASSES, SPLIT_IDS, render
 
@@ -28,6 +28,7 @@ __all__ = [
     "COARSE_CLASSES",
     "LARGE",
     "NUM_IMAGES",
+    "VERSION",
     "generate",
     "register_coarse_shapes",
     "register_shapes",
@@ -50,7 +51,7 @@ LARGE = {"num_images": {"val": 1000, "test": 2500}, "seed": 1}
 AT_256 = {"num_images": {"train": 4000, "test": 2000}, "image_size": 256, "seed": 2}
 
 _PER_PROCESS = 250  # images that are worth the start of a process
-_VERSION = 1  # part of the folder's name: raise it whenever the pictures change
+VERSION = 1  # part of the folder's name: raise it whenever the pictures change
 
 logger = logging.getLogger(__name__)
 
@@ -63,28 +64,25 @@ def _parameters(num_images: Optional[Mapping[str, int]], image_size: int, seed: 
     if image_size < 64 or seed < 0:
         raise ValueError(f"image_size >= 64 and seed >= 0, given {image_size} and {seed}")
     num_images = {split: num_images[split] for split in SPLIT_IDS if split in num_images}
-    return {"version": _VERSION, "seed": seed, "image_size": image_size, "num_images": num_images}
+    return {"version": VERSION, "seed": seed, "image_size": image_size, "num_images": num_images}
 
 
 def _write(root: str, parameters: dict) -> None:
     """Writes all files of a data set into the new folder ``root``."""
     size, counts = parameters["image_size"], parameters["num_images"]
-    total, written, start = sum(counts.values()), 0, time.monotonic()
     PathManager.mkdirs(os.path.join(root, "annotations"))
     for split, count in counts.items():
         PathManager.mkdirs(os.path.join(root, split))
         images, annotations = [], []
-        for i, (image, objects) in enumerate(_rendered(parameters["seed"], split, count, size)):
+        rendered = _rendered(parameters["seed"], split, count, size)
+        rendered = tqdm(rendered, desc=split, total=count, unit=" images", disable=None)
+        for i, (image, objects) in enumerate(rendered):
             name = f"{i + 1:06d}.png"
             with PathManager.open(os.path.join(root, split, name), "wb") as f:
                 Image.fromarray(image).save(f, "PNG")
             images.append({"id": i + 1, "file_name": name, "height": size, "width": size})
             for obj in objects:  # ids start at 1: the COCO evaluation takes 0 for "no match"
                 annotations.append({"id": len(annotations) + 1, "image_id": i + 1, **obj})
-            written += 1
-            if written % 250 == 0:
-                eta = (time.monotonic() - start) / written * (total - written)
-                logger.info("%d of %d images, eta %.0f s", written, total, eta)
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
         coco = {"info": parameters, "images": images, "annotations": annotations}
         with PathManager.open(os.path.join(root, "annotations", f"{split}.json"), "w") as f:
@@ -184,7 +182,7 @@ def register_shapes(
     if root is None:
         counts = "-".join(f"{split}{count}" for split, count in num_images.items())
         root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-        root = os.path.join(root, f"crosskd_shapes-v{_VERSION}-{counts}-{image_size}px-seed{seed}")
+        root = os.path.join(root, f"crosskd_shapes-v{VERSION}-{counts}-{image_size}px-seed{seed}")
     names = []
     for split in num_images:
         name = f"{name_prefix}_{split}"

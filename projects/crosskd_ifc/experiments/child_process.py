@@ -1,6 +1,8 @@
 """One run's process and folder: who may write to the folder, and how the process ends."""
 
+import contextlib
 import fcntl
+import json
 import logging
 import os
 import subprocess
@@ -72,6 +74,7 @@ def supervise(
     threads: int,
     stop: Optional[threading.Event],
     every_second: Callable[[], None],
+    grace: Callable[[], float] = lambda: 60.0,
 ) -> Tuple[int, float]:
     """Run a command until it ends or ``stop`` is set.
 
@@ -81,6 +84,7 @@ def supervise(
         threads: its OMP_NUM_THREADS; 0 leaves the environment as it is.
         stop: set it from another thread to end the process.
         every_second: called while the process runs.
+        grace: called when the process is told to end: seconds until it is killed.
 
     Returns:
         Its exit status, and its peak memory in GB (0 where there is no /proc).
@@ -102,11 +106,46 @@ def supervise(
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=grace())
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
     return process.returncode, memory
+
+
+class StepCounter:
+    """How far a training is, from what its ``metrics.json`` has gained since the last look."""
+
+    def __init__(self, path: str, steps: int):
+        """
+        Args:
+            path: of the file, which may not be there yet.
+            steps: in all.
+        """
+        self.path, self.steps = path, steps
+        self.done, self.seconds_per_step, self._offset = 0, 0.0, 0
+
+    def look(self) -> Tuple[int, int, float]:
+        """Steps done, steps in all, and seconds per step, 0 as long as that isn't known."""
+        try:
+            with open(self.path, "rb") as f:
+                f.seek(self._offset)
+                new = f.read()
+        except FileNotFoundError:
+            new = b""
+        complete = new[: new.rfind(b"\n") + 1]  # the last line may be half written
+        self._offset += len(complete)
+        for text in complete.splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                self.done = min(max(self.done, line["iteration"] + 1), self.steps)
+                self.seconds_per_step = line.get("time", self.seconds_per_step)
+        return self.done, self.steps, self.seconds_per_step
+
+    def grace(self) -> float:
+        """Seconds that a training needs to save and exit: several processes look for a signal at
+        every tenth step; one finishes its step, or a batch of an evaluation."""
+        return 60 + 20 * self.seconds_per_step
 
 
 def _peak_memory_gb(pid: int) -> float:

@@ -5,13 +5,13 @@ Every run is one of :mod:`crosskd_ifc.experiments.runs`; each is recorded when i
 
 import concurrent.futures
 import contextlib
-import functools
 import glob
 import os
 import sys
 import threading
-import time
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+
+from tqdm import tqdm
 
 from ..common.files import move_aside
 from ..config import ConfigError
@@ -89,7 +89,7 @@ class Comparison:
         threads: int = 0,
         arguments: Sequence[str] = (),
         discard_weights: bool = False,
-        say=functools.partial(print, flush=True),
+        say: Callable[[str], None] = tqdm.write,
     ):
         """
         Args:
@@ -105,7 +105,8 @@ class Comparison:
         self.runs, self.results, self.train_net = runs, results, train_net
         self.jobs, self.discard_weights, self.say = jobs, discard_weights, say
         self.options = dict(threads=threads, arguments=arguments)
-        self.stop, self.progress = threading.Event(), Progress(jobs)
+        self.stop = threading.Event()
+        self.steps_done: Dict[Key, int] = {}  # of the runs that are under way
 
     def collect(self) -> None:
         """Record the runs that are finished in their folders."""
@@ -146,29 +147,37 @@ class Comparison:
         are resumed when they are started again.
         """
         waiting, running, failed = list(todo), {}, {}
-        self.progress.begin({key: self.runs[key].cfg().SOLVER.MAX_ITER for key in todo})
-        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool, self._stopped_at_exit():
+        steps = {key: self.runs[key].cfg().SOLVER.MAX_ITER for key in todo}
+        finished = 0
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(self.jobs))
+            stack.callback(self.stop.set)  # before the pool waits for its runs
+            bar = stack.enter_context(_bar(sum(steps.values())))
             while waiting or running:
                 for key in self._ready(waiting, running.values(), failed):
                     waiting.remove(key)
                     self.say(f"{self.runs[key].name}: started")
                     running[pool.submit(self._one, key)] = key
                 done, _ = concurrent.futures.wait(running, 1, "FIRST_COMPLETED")
-                self.progress.show()
                 for future in done:
                     key = running.pop(future)
+                    finished += steps[key]
+                    self.steps_done.pop(key, None)
                     try:
                         result = future.result()
                     except (RunFailed, ConfigError, OSError) as error:
                         failed[key] = str(error)
-                        self.progress.finish(key, None)
                         self.say(str(error))
                     else:
                         self._finish(key, result)
                 for key in [k for k in waiting if self._teacher(k) in failed]:
                     waiting.remove(key)
-                    self.progress.finish(key, None)
+                    finished += steps[key]
                     failed[key] = f"{self.runs[key].name}: not run, its teacher failed"
+                under_way = dict(self.steps_done)
+                names = (f"{arm} {seed} {n}" for (arm, seed), n in under_way.items())
+                bar.set_postfix_str(", ".join(names), refresh=False)
+                bar.update(finished + sum(under_way.values()) - bar.n)
         return failed
 
     def _ready(self, waiting, running, failed) -> List[Key]:
@@ -182,64 +191,39 @@ class Comparison:
 
     def _one(self, key: Key) -> dict:
         run = self.runs[key]
-        if key[0] == TEACHER and run.result() is not None and not has_weights(run):
+        if run.result() is not None and not has_weights(run):  # they are needed, else it were done
             move_aside(run.folder)
 
-        def report(*state):
-            self.progress.update(key, *state)
+        def report(done: int, *_) -> None:
+            self.steps_done[key] = done
 
         return train(run, self.train_net, stop=self.stop, on_progress=report, **self.options)
 
     def _finish(self, key: Key, result: dict) -> None:
         self.results.add({key: result})
-        self.progress.finish(key, result["seconds"])
         if self.discard_weights and key[0] != TEACHER:
             for path in glob.glob(os.path.join(glob.escape(self.runs[key].folder), "*.pth")):
                 os.remove(path)
         minutes = result["seconds"] / 60
         self.say(f"{self.runs[key].name}: AP {result['AP']:.1f} in {minutes:.1f} min")
 
-    @contextlib.contextmanager
-    def _stopped_at_exit(self):
-        try:
-            yield
-        finally:
-            self.stop.set()
+
+class _Lines:
+    """A file for tqdm where there is no terminal: each state of the bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
-class Progress:
-    """One line for what is running, with an ETA from the speed of the runs that are finished."""
-
-    def __init__(self, jobs: int):
-        self.jobs, self.lock, self.last = jobs, threading.Lock(), time.monotonic()
-        self.left: Dict[Key, int] = {}
-        self.running: Dict[Key, str] = {}
-        self.steps, self.seconds = {}, {}
-
-    def begin(self, steps: Dict[Key, int]) -> None:
-        self.steps, self.left = dict(steps), dict(steps)
-
-    def update(self, key: Key, done: int, total: int, _) -> None:
-        with self.lock:
-            self.left[key] = total - done
-            self.running[key] = f"{key[0]} {key[1]}: {done}/{total}"
-
-    def finish(self, key: Key, seconds: Optional[float]) -> None:
-        with self.lock:
-            self.left.pop(key, None)
-            self.running.pop(key, None)
-            if seconds is not None:
-                self.seconds[key] = seconds / self.steps[key]  # evaluation and start included
-
-    def show(self, period: float = 60) -> None:
-        """Print the line, if it is time to."""
-        with self.lock:
-            if time.monotonic() - self.last < period:
-                return
-            self.last = time.monotonic()
-            line = ", ".join(self.running.values())
-            line += f"; {len(self.left)} runs to go"
-            if self.seconds:
-                unit = sum(self.seconds.values()) / len(self.seconds)
-                line += f", about {unit * sum(self.left.values()) / self.jobs / 60:.0f} min"
-        print(line, file=sys.stderr, flush=True)
+def _bar(steps: int) -> tqdm:
+    """One bar for the steps of all runs."""
+    how = dict(total=steps, unit=" steps", smoothing=0.05)
+    if sys.stderr.isatty():
+        how.update(dynamic_ncols=True)
+    else:
+        how.update(file=_Lines(), mininterval=60, delay=60, ascii=True, ncols=100)
+    return tqdm(**how)

@@ -4,7 +4,7 @@ from typing import Dict, List, Set
 
 import numpy as np
 
-from ..common.plotting import pyplot, save_figure
+from ..common.plotting import literal, pyplot, save_figure
 from .protocol import TEACHER
 from .statistics import Difference
 from .tables import Section, Table
@@ -27,8 +27,8 @@ def draw_curves(table: Table, path: str) -> None:
         _curves(axis, table, section)
     content = table.content
     figure.suptitle(
-        f"{content['title']}\nAP on {content['validation'] or content['test']}: "
-        "mean of the seeds; bands: lowest to highest",
+        literal(f"{content['title']}\nAP on {content['validation'] or content['test']}: ")
+        + "mean of the seeds; bands: lowest to highest",
         fontsize=11,
     )
     save_figure(figure, path)
@@ -71,7 +71,7 @@ def draw_differences(table: Table, path: str) -> bool:
         line[0].set_yticks(range(len(names)), names, fontsize=9)
         line[0].set_ylim(len(names) - 0.4, -0.6)
         line[0].annotate(
-            title,
+            literal(title),
             (0, 1),
             (-8, 5),
             xycoords="axes fraction",
@@ -85,8 +85,9 @@ def draw_differences(table: Table, path: str) -> bool:
         for axis in same:
             axis.set_xlim(min(low), max(high))
     figure.suptitle(
-        f"{table.content['title']}\nDifference of AP on {table.content['test']}, paired by seed\n"
-        "mean with 95 % interval (of two seeds: cut at the border); circles: each seed",
+        literal(f"{table.content['title']}\nDifference of AP on {table.content['test']}")
+        + ", paired by seed\n"
+        + "mean with 95 % interval (of two seeds: cut at the border); circles: each seed",
         fontsize=11,
     )
     save_figure(figure, path)
@@ -111,7 +112,7 @@ def _curves(axis, table: Table, section: Section) -> None:
         if len(values) > 1 and name not in grey:
             band = values.min(0), values.max(0)
             axis.fill_between(iterations, *band, color=line.get_color(), alpha=0.12, linewidth=0)
-    axis.set_title(section.group or "main arms", fontsize=11)
+    axis.set_title(literal(section.group or "main arms"), fontsize=11)
     axis.set_xlabel("iteration")
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
@@ -119,13 +120,15 @@ def _curves(axis, table: Table, section: Section) -> None:
 
 
 def _common_points(table: Table, name: str, seeds: Set[int]) -> Dict[str, List]:
-    """{"iterations", "AP" (one list for each of ``seeds``)} at the iterations that all have."""
-    runs = [run for seed, run in table.current(name).items() if seed in seeds]
-    curves = [dict(map(tuple, run["curve"])) for run in runs]
-    common = sorted(set.intersection(*map(set, curves))) if curves else []
+    """{"iterations", "AP" (one list for each of ``seeds``, the mean of its replicates)} at the
+    iterations that all have."""
+    found = [runs for seed, runs in table.current(name).items() if seed in seeds]
+    curves = [[dict(map(tuple, run["curve"])) for run in runs] for runs in found]
+    common = sorted(set.intersection(*(set(c) for each in curves for c in each))) if curves else []
     if not common:
         return {}
-    return {"iterations": common, "AP": [[curve[i] for i in common] for curve in curves]}
+    means = [[float(np.mean([c[i] for c in each])) for i in common] for each in curves]
+    return {"iterations": common, "AP": means}
 
 
 def _forest(axis, names: List[str], by_arm: Dict[str, Difference]) -> None:

@@ -23,7 +23,7 @@ from it. With fewer ``seeds`` of its own, which may be others, they are taken in
 protocol's: ``seeds: [1, 2, 3, 4]`` and ``teacher: {seeds: [11, 12]}`` give the seeds 1 and 3 the
 teacher of seed 11. Arms with a model-zoo teacher, or with MODEL.CROSSKD.TEACHER.WEIGHTS among their
 ``opts``, don't need it. ``versus`` names the arms that paired differences are taken to.
-``contrasts`` are the few differences that the protocol is run for; name them before the first run.
+``contrasts`` are the differences that the protocol is run for; name them before the first run.
 They are tested as one family, and for equivalence within ``margin``.
 """
 

@@ -5,11 +5,12 @@ the difference of two arms is taken seed by seed.
 """
 
 import os
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from tabulate import tabulate
 
+from ..common.files import replacing
 from .figures import draw_curves, draw_differences
 from .protocol import TEACHER
 from .statistics import (
@@ -27,6 +28,7 @@ _STATISTICS = (
     *("grad_cosine_pyramid", "grad_ratio_pyramid"),
     *("grad_cosine_shared", "grad_ratio_shared"),  # of records before there was one place for all
 )
+_NAMES = {"fused_length": "norm ratio"}  # of the combined feature to the teacher's
 _LOGGED = "Logged in the last quarter of the training, means over the seeds (docs/options.md):"
 
 
@@ -42,15 +44,15 @@ def write_report(content: dict, folder: str) -> str:
     draw_curves(table, os.path.join(folder, "curves.png"))
     has_differences = draw_differences(table, os.path.join(folder, "differences.png"))
     path = os.path.join(folder, "report.md")
-    with open(path, "w") as f:
-        f.write(report_text(content, differences_figure=has_differences))
+    with replacing(path) as f:
+        f.write(report_text(content, differences_figure=has_differences).encode())
     return path
 
 
 def report_text(content: dict, *, differences_figure: bool = True) -> str:
     """The report, Markdown that reads well as plain text, too."""
     table = Table(content)
-    lines = [f"# {content['title']}", "", *_introduction(content), ""]
+    lines = [f"# {content['title']}", "", *_introduction(content), "", *_contrasts(table)]
     for section in table.sections():
         lines += [f"## {section.group[:1].upper()}{section.group[1:] or 'Main arms'}", ""]
         lines += [_results(table, section), ""]
@@ -59,8 +61,18 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
         lines += _power(table, section)
         logged = _statistics(table, section)
         lines += [_LOGGED, "", logged, ""] if logged else []
-    if any(run.get("outdated") for run in content["runs"]):
-        lines += ["\\* of earlier settings: in no mean, difference or figure.", ""]
+    if any(len(runs) > 1 for arm in table.arms for runs in table.current(arm).values()):
+        lines += [
+            "Runs of a seed that were made again, on another machine or with another version of",
+            "the code, are averaged first; a difference is that of runs made together.",
+            "",
+        ]
+    outdated = sum(bool(run.get("outdated")) for run in content["runs"])
+    if outdated:
+        lines += [
+            f"{outdated} runs are of earlier settings (\\*): in no mean, difference or figure.",
+            "",
+        ]
     lines += ["## Figures", "", "![Learning curves](curves.png)", ""]
     if differences_figure:
         lines += ["![Paired differences](differences.png)", ""]
@@ -79,6 +91,38 @@ def _introduction(content: dict) -> List[str]:
     ]
 
 
+def _contrasts(table: Table) -> List[str]:
+    """The differences that were named beforehand, and what they come to."""
+    content = table.content
+    named, margin = content.get("contrasts", []), content.get("margin")
+    if not named:
+        return []
+    rows = [
+        [
+            f"`{c.arm}` minus `{c.reference}`",
+            f"{c.difference.mean:+.1f}",
+            _interval(c.corrected),
+            _interval(c.equivalence),
+            _n(c.difference),
+            c.verdict,
+        ]
+        for c in table.contrasts()
+    ]
+    headers = ["contrast", "AP", "corrected interval", "90 % interval", "n", "verdict"]
+    text = (
+        f"The {len(named)} named before the runs, with Holm's correction for as many tests at 5 %:"
+    )
+    lines = ["## Contrasts", "", text]
+    lines += ['"helps" and "hurts": the corrected interval leaves out 0.']
+    if margin is not None:
+        lines += [
+            f'"no effect worth having": else, the 90 % interval lies inside of ±{margin:g} AP.'
+        ]
+    if len(rows) < len(named):
+        lines += [f"{len(named) - len(rows)} of them have no runs yet."]
+    return [*lines, "", tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
+
+
 def _results(table: Table, section: Section) -> str:
     arms = [n for n in section.references if n not in section.arms] + section.arms
     seeds = sorted({seed for name in section.arms for seed in table.runs[name]})
@@ -87,14 +131,14 @@ def _results(table: Table, section: Section) -> str:
     rows = []
     for name in arms:
         # An arm of another section, over this section's seeds, is here to compare with.
-        runs = {seed: run for seed, run in table.runs[name].items() if seed in seeds}
-        if not runs:
+        if not set(seeds) & set(table.runs[name]):
             continue
-        each = " / ".join(_cell(runs.get(seed)) for seed in seeds)
-        current = {seed: run for seed, run in table.current(name).items() if seed in seeds}
-        row = [f"`{name}`", table.arms[name]["title"], len(current)]
-        row += [_mean(current, "AP"), _mean(current, "AP50"), each]
-        rows.append(row + ([_mean(current, "AP_val")] if with_validation else []))
+        current = [runs for seed, runs in table.current(name).items() if seed in seeds]
+        row = [f"`{name}`", table.arms[name]["title"], _with_runs(current)]
+        row += [_mean(table.scores(name, key), seeds) for key in ("AP", "AP50")]
+        row += [" / ".join(_cell(table, name, seed) for seed in seeds)]
+        row += [_mean(table.scores(name, "AP_val"), seeds)] if with_validation else []
+        rows.append(row)
     headers += ["AP (val)"] if with_validation else []
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
@@ -136,7 +180,7 @@ def _statistics(table: Table, section: Section) -> str:
             counts = [len(values) for values in row.values() if values]
             n = " to ".join(map(str, sorted({min(counts), max(counts)})))
             rows.append([f"`{arm}`", n, *means])
-    headers = ["arm", "n", *(f"`{key}`" for key in keys)]
+    headers = ["arm", "n", *(_NAMES.get(key, f"`{key}`") for key in keys)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
 
 
@@ -144,16 +188,37 @@ def _difference(found: Difference) -> str:
     text = f"{found.mean:+.1f}"
     if found.interval is not None:
         p = f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
-        text += " ({:+.1f} to {:+.1f}), {}".format(*found.interval, p)
-    return f"{text}, n = {len(found.values)}"
+        text += f" ({_interval(found.interval)}), {p}"
+    return f"{text}, n = {_n(found)}"
 
 
-def _cell(run: Optional[dict]) -> str:
-    return f"{run['AP']:.1f}{'*' if run.get('outdated') else ''}" if run else "-"
+def _interval(found: Optional[Tuple[float, float]]) -> str:
+    return "{:+.1f} to {:+.1f}".format(*found) if found else ""
 
 
-def _mean(runs: Mapping[int, dict], key: str) -> str:
-    values = [run[key] for run in runs.values() if key in run]
+def _n(found: Difference) -> str:
+    """How many seeds; how many teachers where they share them, and pairs of runs where more."""
+    seeds = len(found.values)
+    more = [f"{found.teachers} teachers"] if found.teachers < seeds else []
+    more += [f"{found.pairs} pairs"] if found.pairs > seeds else []
+    return f"{seeds} ({', '.join(more)})" if more else str(seeds)
+
+
+def _with_runs(by_seed: Sequence[List[dict]]) -> str:
+    """How many seeds, and how many runs where more."""
+    seeds, runs = len(by_seed), sum(map(len, by_seed))
+    return f"{seeds} ({runs} runs)" if runs > seeds else str(seeds)
+
+
+def _cell(table: Table, arm: str, seed: int) -> str:
+    if seed in table.current(arm):
+        return f"{table.scores(arm)[seed]:.1f}"
+    outdated = table.runs[arm].get(seed)
+    return f"{outdated[-1]['AP']:.1f}*" if outdated else "-"
+
+
+def _mean(scores: Mapping[int, float], seeds: Sequence[int]) -> str:
+    values = [score for seed, score in scores.items() if seed in seeds]
     if not values:
         return ""
     summary = describe_sample(values)
@@ -175,8 +240,11 @@ def _provenance(content: dict) -> List[str]:
         if all(_teacher_seed(run) == run["seed"] for run in runs):
             lines.append("Each seed has its own teacher.")
         else:
-            lines.append("Seeds without a teacher of their own share the others', in turn")
-            lines.append("(`teacher_seed`).")
+            lines += [
+                "Seeds without a teacher of their own share the others', in turn",
+                "(`teacher_seed`). With three or more teachers, intervals and tests are those of",
+                "the teachers' means; with fewer, those of the seeds, for these teachers only.",
+            ]
     lines += _several_teachers(content)
     return lines + ["All numbers: [results.json](results.json)."]
 

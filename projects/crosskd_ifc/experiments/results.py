@@ -1,16 +1,26 @@
-"""``results.json`` of a protocol: all that a report needs, whatever becomes of the folders."""
+"""``results.json`` of a protocol: all that a report needs, whatever becomes of the folders.
 
+A finished run stays in the file for good. One of the same arm, seed and settings that is made
+again, on another machine or with another version of the code, is another replicate beside it. Runs
+of a seed that belong together have the same number, "replicate" (where it isn't there, 1): they
+have learned from the same training of a teacher, or come from the same file. Runs of earlier
+settings stay, too, and are marked "outdated".
+"""
+
+import contextlib
 import functools
+import itertools
 import json
 import os
-from typing import Dict, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from iopath.common.file_io import file_lock
 
 from ..common.files import replacing
 from ..config import ConfigError
 from .protocol import TEACHER, Protocol
-from .runs import Run
+from .results_file import read_results
+from .runs import Run, is_same_input
 
 Key = Tuple[str, int]  # arm, seed
 
@@ -24,49 +34,102 @@ class Results:
             protocol: its arms are described in the file.
             path: the JSON file; its folder is made when it is written.
             runs: all runs of the protocol.
-            command: how to run all this again.
+            command: how to run all this again; what the file says stays until runs are added.
         """
         self.protocol, self.path, self.command = protocol, path, command
+        self._given_command = command
         self.digests = {key: run.digest() for key, run in runs.items()}
         self._inputs = functools.lru_cache(maxsize=None)(lambda key: runs[key].inputs())
         # Beside the file, whatever folder its runs lie in.
         self.lock = os.path.join(os.path.dirname(os.path.abspath(path)), ".results")
-        self.entries: Dict[Key, dict] = {}
+        self.entries: List[dict] = []
         self._read()
 
     def is_finished(self, key: Key) -> bool:
-        """Whether there is an entry for the run's present settings."""
-        entry = self.entries.get(key)
-        if entry is None or entry["config_sha256"] != self.digests.get(key):
-            return False
-        inputs = entry.get("inputs_sha256")  # not in records of old
-        return inputs is None or inputs == self._inputs(key)
+        """Whether there is a run of these settings."""
+        return any(_key(e) == key and self._is_current(e) for e in self.entries)
 
     def add(self, found: Dict[Key, dict]) -> None:
         """Put what :func:`crosskd_ifc.experiments.runs.train` returned into the file."""
+        with self._rewriting():
+            before = len(self.entries)
+            for key, done in found.items():
+                entry = self._entry(key, done)
+                number = self._number_of_teacher(entry)
+                self._put([entry], [] if number is None else [number])
+            if len(self.entries) > before:
+                self.command = self._given_command
+
+    def include(self, path: str) -> int:
+        """Put the runs of another results file of this protocol into this one, such as those of
+        another machine; returns how many were new.
+
+        Raises:
+            ConfigError: for a file that isn't one of this protocol's.
+        """
+        groups: Dict[Tuple[int, int], List[dict]] = {}
+        for entry in self._read_other(path)["runs"]:
+            groups.setdefault((entry["seed"], _number(entry)), []).append(entry)
+        with self._rewriting():
+            before = len(self.entries)
+            for entries in groups.values():
+                self._put(entries, [])
+            return len(self.entries) - before
+
+    def _put(self, entries: List[dict], preferred: List[int]) -> None:
+        """Append those that aren't there yet, as replicates of one number."""
+        new = [e for e in entries if not any(_is_same_run(e, other) for other in self.entries)]
+        taken = {_number(o) for o in self.entries for e in new if _settings(o) == _settings(e)}
+        number = next(n for n in itertools.chain(preferred, itertools.count(1)) if n not in taken)
+        for entry in new:
+            entry = {k: v for k, v in entry.items() if k != "replicate"}
+            self.entries.append({**entry, "replicate": number} if number > 1 else entry)
+
+    def _number_of_teacher(self, entry: dict) -> Optional[int]:
+        """The replicate of its teacher that a student has learned from, if that is known."""
+        for other in self.entries:
+            if other["arm"] == TEACHER != entry["arm"] and "teacher_sha256" in entry:
+                if other.get("teacher_sha256") == entry["teacher_sha256"]:
+                    return _number(other)
+        return None
+
+    @contextlib.contextmanager
+    def _rewriting(self):
         os.makedirs(os.path.dirname(self.lock), exist_ok=True)
         with file_lock(self.lock):
             self._read()
-            self.entries.update({key: self._entry(key, done) for key, done in found.items()})
+            yield
             if self.entries:
                 self._write()
+
+    def _is_current(self, entry: dict) -> bool:
+        key = _key(entry)
+        if entry["config_sha256"] != self.digests.get(key):
+            return False
+        return is_same_input(entry.get("inputs_sha256"), self._inputs(key))
 
     def content(self) -> dict:
         """What the file holds."""
         protocol = self.protocol
         order = list(protocol.arms)
-        for key, entry in self.entries.items():
+        for entry in self.entries:
             entry.pop("outdated", None)
-            entry.update({} if self.is_finished(key) else {"outdated": True})
-        known = sorted(
-            (k for k in self.entries if k[0] in order), key=lambda k: (order.index(k[0]), k[1])
-        )
+            entry.update({} if self._is_current(entry) else {"outdated": True})
+
+        def place(entry: dict) -> tuple:
+            # Arms that the protocol had once come last: they cost time, too.
+            arm = entry["arm"]
+            known = order.index(arm) if arm in order else len(order)
+            return known, arm, entry["seed"], _number(entry)
+
         return {
             "name": protocol.name,
             "title": protocol.title,
             "command": self.command,
             "validation": protocol.validation,
             "test": protocol.test,
+            **({"margin": protocol.margin} if protocol.margin else {}),
+            **({"contrasts": [list(x) for x in protocol.contrasts]} if protocol.contrasts else {}),
             "arms": [
                 {
                     "arm": arm.name,
@@ -79,8 +142,7 @@ class Results:
                 }
                 for arm in protocol.arms.values()
             ],
-            # Also those of arms that the protocol had once: they cost time.
-            "runs": [self.entries[k] for k in [*known, *sorted(set(self.entries) - set(known))]],
+            "runs": sorted(self.entries, key=place),
         }
 
     def _entry(self, key: Key, done: dict) -> dict:
@@ -114,23 +176,19 @@ class Results:
         }
 
     def _read(self) -> None:
-        if not os.path.exists(self.path):
-            return
-        try:
-            with open(self.path) as f:
-                content = json.load(f)
-            runs, name = content["runs"], content["name"]
-            found = {(entry["arm"], entry["seed"]): entry for entry in runs}
-        except (ValueError, KeyError, TypeError) as error:
+        if os.path.exists(self.path):
+            content = self._read_other(self.path)
+            self.entries = content["runs"]
+            self.command = content.get("command", self.command)
+
+    def _read_other(self, path: str) -> dict:
+        content = read_results(path)
+        if content["name"] != self.protocol.name:
             raise ConfigError(
-                f"{self.path}: not the results of a comparison: {type(error).__name__} {error}"
-            ) from error
-        if name != self.protocol.name:
-            raise ConfigError(
-                f"{self.path}: holds the results of {name!r}, not of {self.protocol.name!r} "
-                f"({self.protocol.path}); give another --output"
+                f"{path}: holds the results of {content['name']!r}, not of "
+                f"{self.protocol.name!r} ({self.protocol.path}); give another --output"
             )
-        self.entries.update(found)
+        return content
 
     def _write(self) -> None:
         content = self.content()
@@ -146,3 +204,22 @@ class Results:
 
 def _is_flat(value) -> bool:
     return not isinstance(value, list)
+
+
+def _key(entry: dict) -> Key:
+    return entry["arm"], entry["seed"]
+
+
+def _number(entry: dict) -> int:
+    return entry.get("replicate", 1)
+
+
+def _settings(entry: dict) -> tuple:
+    return entry["arm"], entry["seed"], entry["config_sha256"]
+
+
+def _is_same_run(entry: dict, other: dict) -> bool:
+    """Whether two entries tell of one training, not of two that agree."""
+    same = ("arm", "seed", "config_sha256", "AP", "AP50", "seconds", "seconds_per_step", "curve")
+    teachers = {e["teacher_sha256"] for e in (entry, other) if "teacher_sha256" in e}
+    return all(entry[key] == other[key] for key in same) and len(teachers) < 2

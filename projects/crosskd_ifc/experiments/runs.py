@@ -23,8 +23,10 @@ from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json, write_json
 from ..common.paths import resolve_path
 from ..config import add_crosskd_ifc_config, distillation_requested
+from ..data import shapes
 from ..modeling.attach import load_teacher_config
-from .child_process import RunFailed, RunStopped, claim_folder, supervise
+from ..weights.state_dicts import is_missing
+from .child_process import RunFailed, RunStopped, StepCounter, claim_folder, supervise
 
 # Keys of MODEL.CROSSKD that came after the first records, with the value that stands for what was
 # done before.
@@ -50,9 +52,22 @@ class Run:
     folder: str
     opts: List[str] = dataclasses.field(default_factory=list)
     needs: Sequence["Run"] = ()
+    _built: Tuple[tuple, Optional[CfgNode]] = dataclasses.field(
+        default=((), None), init=False, repr=False, compare=False
+    )
 
     def cfg(self) -> CfgNode:
-        """The full config, frozen."""
+        """The full config, frozen; its files are read once."""
+        key = (self.config, self.folder, *self.opts)
+        if self._built[0] != key:
+            self._built = key, self._build_cfg()
+        return self._built[1]
+
+    def read_again(self) -> "Run":
+        """The same run, whose config files will be read anew."""
+        return dataclasses.replace(self, needs=tuple(run.read_again() for run in self.needs))
+
+    def _build_cfg(self) -> CfgNode:
         cfg = get_cfg()
         add_crosskd_ifc_config(cfg)
         merge_from_file(cfg, find_config(self.config, key=self.name)[0], key=self.name)
@@ -72,15 +87,27 @@ class Run:
         text = json.dumps([settings, *(run.digest() for run in self.needs)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def inputs(self) -> str:
-        """A digest of what the settings only name: dataset cards, and the config and weights of a
-        teacher that no run of ``needs`` trains."""
+    def inputs(self) -> Optional[str]:
+        """A digest of what the settings only name: dataset cards, the weights that the student
+        starts from, config and weights of a teacher that no run of ``needs`` trains, and the
+        version of the built-in data, from the second on. None if one of the weights isn't there.
+        """
         cfg, found = self.cfg(), {}
+        start = cfg.MODEL.WEIGHTS
+        teacher, weights = None, ""
+        if not self.needs and distillation_requested(cfg):
+            teacher, weights = load_teacher_config(cfg)
+        if any(file and is_missing(file) for file in (start, weights)):
+            return None
         for card in cfg.DATASETS.CARDS:
             path = resolve_path(card, what="dataset card", key="DATASETS.CARDS")
             found[card] = file_sha256(path)
-        if not self.needs and distillation_requested(cfg):
-            teacher, weights = load_teacher_config(cfg)
+        if start and "://" not in start:
+            found["start"] = file_sha256(start.split("?")[0])
+        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        if shapes.VERSION > 1 and any(name.startswith("crosskd_shapes") for name in names):
+            found["shapes"] = shapes.VERSION
+        if teacher is not None:
             found["teacher"] = [_settings(teacher), weights, file_sha256(weights)]
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
@@ -97,8 +124,15 @@ class Run:
         done = read_json(self.path("run.json"))
         if not done or done["digest"] != self.digest():
             return None
-        inputs = done.get("inputs_sha256")  # not in records of old
-        return done if inputs is None or inputs == self.inputs() else None
+        return done if is_same_input(done.get("inputs_sha256"), self.inputs()) else None
+
+
+def is_same_input(recorded: Optional[str], present: Optional[str]) -> bool:
+    """Whether a record was made with the present input.
+
+    Records of old have none; and where a file is gone, as in a fresh clone, the record counts.
+    """
+    return recorded is None or present is None or recorded == present
 
 
 def train(
@@ -139,7 +173,8 @@ def train(
     done = run.result()
     if done is not None:
         return done
-    digest, inputs = run.digest(), run.inputs()
+    run = run.read_again()  # the child is about to
+    digest, inputs = run.digest(), run.inputs() or ""
     with claim_folder(run.folder, name=run.name, digest=digest + inputs, stop=stop) as log:
         done = run.result()  # of the process that we waited for
         if done is not None:
@@ -151,10 +186,16 @@ def train(
         command = [sys.executable, "-W", "ignore", train_net, "--resume", *arguments]
         command += ["--config-file", find_config(run.config, key=run.name)[0]]
         command += [*run.opts, "OUTPUT_DIR", run.folder]
-        steps, start = run.cfg().SOLVER.MAX_ITER, time.monotonic()
+        counter = StepCounter(run.path("metrics.json"), run.cfg().SOLVER.MAX_ITER)
+        start = time.monotonic()
         try:
             status, memory = supervise(
-                command, log, threads, stop, lambda: on_progress(*_progress(run, steps))
+                command,
+                log,
+                threads,
+                stop,
+                every_second=lambda: on_progress(*counter.look()),
+                grace=counter.grace,
             )
         finally:
             seconds = earlier + time.monotonic() - start
@@ -167,17 +208,10 @@ def train(
             raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
         done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **_collect(run)}
         done.update(versions=versions(), hardware=hardware(run.cfg().MODEL.DEVICE, threads))
-        done.update(inputs_sha256=inputs, needs_sha256=needs)
+        done.update(inputs_sha256=inputs or None, needs_sha256=needs)
         done["weights_sha256"] = file_sha256(run.weights)
         write_json(run.path("run.json"), done)
         return done
-
-
-def _progress(run: Run, steps: int):
-    lines = _metrics(run)
-    times = [line["time"] for line in lines[-3:] if "time" in line]
-    done = min(max((line["iteration"] + 1 for line in lines), default=0), steps)
-    return done, steps, times[-1] if times else 0.0
 
 
 def _metrics(run: Run) -> List[dict]:

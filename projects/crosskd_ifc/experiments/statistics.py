@@ -1,8 +1,19 @@
-"""Statistics of arms over seeds, and of their differences, taken seed by seed."""
+"""Statistics of arms over seeds, and of their differences, taken seed by seed.
+
+Students of several seeds may share a teacher; then their differences aren't independent of each
+other. From three teachers on, the independent units of an interval are the teachers: the mean of
+each one's students is one value. Where each seed has a teacher of its own, or none, the units are
+the seeds, as they are for one or two teachers: then an interval holds for these teachers only.
+
+With as many students of each teacher, the t test over the teachers' means is exact for normal
+differences, whatever teachers and seeds each add to the spread, also for few teachers. The price is
+a long interval: its quantile is 4.30 for three teachers, 3.18 for four, 2.36 for eight. With
+unequal numbers the test is approximate, and each teacher still counts alike.
+"""
 
 import bisect
 import math
-from typing import Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from scipy import integrate, optimize, special, stats
@@ -22,13 +33,26 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A paired difference: ``values`` by seed, and their mean; the 95 % confidence interval and the
-    p value of Student's t test are None for less than two seeds, or differences without spread."""
+    """A paired difference.
+
+    Attributes:
+        values: by seed.
+        mean: of the units.
+        interval: the 95 % confidence interval of Student's t test of the units; None for less than
+            two, or for differences without spread.
+        p: of the test; None likewise.
+        units: what is independent of each other: the teachers' means, or ``values``.
+        teachers: how many the seeds have, as many as seeds where each has its own.
+        pairs: how many pairs of runs it is made of, with replicates more than seeds.
+    """
 
     values: Dict[int, float]
     mean: float
     interval: Optional[Tuple[float, float]]
     p: Optional[float]
+    units: Tuple[float, ...]
+    teachers: int
+    pairs: int
 
 
 def describe_sample(values: Sequence[float]) -> Summary:
@@ -37,18 +61,57 @@ def describe_sample(values: Sequence[float]) -> Summary:
     return Summary(len(values), float(np.mean(values)), deviation)
 
 
-def paired_difference(ours: Scores, theirs: Scores) -> Optional[Difference]:
-    """``ours`` minus ``theirs`` over the seeds that both have; None if there is none."""
+def paired_difference(
+    ours: Scores, theirs: Scores, teachers: Optional[Mapping[int, int]] = None
+) -> Optional[Difference]:
+    """``ours`` minus ``theirs`` over the seeds that both have; None if there is none.
+
+    Args:
+        ours, theirs: AP by seed.
+        teachers: seed -> its teacher; seeds without one count as having one of their own.
+    """
     seeds = sorted(set(ours) & set(theirs))
-    if not seeds:
-        return None
-    values = {seed: ours[seed] - theirs[seed] for seed in seeds}
-    mean, spread = float(np.mean(list(values.values()))), np.ptp(list(values.values()))
-    if len(seeds) < 2 or spread < 1e-9:
-        return Difference(values, mean, None, None)
-    test = stats.ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds])
-    interval = test.confidence_interval(1 - LEVEL)
-    return Difference(values, mean, (float(interval.low), float(interval.high)), float(test.pvalue))
+    return summarize({s: ours[s] - theirs[s] for s in seeds}, teachers) if seeds else None
+
+
+def summarize(
+    values: Mapping[int, float], teachers: Optional[Mapping[int, int]] = None
+) -> Difference:
+    """Mean, interval and test of differences by seed; see the module for what ``teachers`` does."""
+    by_teacher: Dict[Tuple[bool, int], List[float]] = {}
+    for seed, value in values.items():
+        known = seed in (teachers or {})
+        by_teacher.setdefault((known, teachers[seed] if known else seed), []).append(value)
+    means = [float(np.mean(found)) for found in by_teacher.values()]
+    units = tuple(means if 3 <= len(means) < len(values) else values.values())
+    mean = float(np.mean(units))
+    if len(units) < 2 or np.ptp(units) < 1e-9:
+        return Difference(dict(values), mean, None, None, units, len(means), len(values))
+    p = float(stats.ttest_1samp(units, 0).pvalue)
+    interval = t_interval(units)
+    return Difference(dict(values), mean, interval, p, units, len(means), len(values))
+
+
+def t_interval(units: Sequence[float], level: float = LEVEL) -> Tuple[float, float]:
+    """Student's confidence interval, 1 - ``level`` of it inside, of at least two values."""
+    found = stats.ttest_1samp(units, 0).confidence_interval(1 - level)
+    return float(found.low), float(found.high)
+
+
+def holm(p_values: Sequence[float]) -> List[float]:
+    """The levels at which Holm's procedure tests each of several hypotheses, in their order.
+
+    The smallest of m p values is tested at LEVEL / m, the next at LEVEL / (m - 1), and so on. From
+    the first that isn't rejected on, none is, and the level stays. So a p value lies below its
+    level exactly if Holm rejects its hypothesis, and its interval at this level leaves out 0
+    exactly then. The chance of any false rejection is at most LEVEL, whatever the tests have in
+    common (Holm, 1979).
+    """
+    levels, left = [0.0] * len(p_values), len(p_values)
+    for i in sorted(range(len(p_values)), key=lambda i: p_values[i]):
+        levels[i] = LEVEL / left
+        left -= p_values[i] < levels[i]
+    return levels
 
 
 def pooled_deviation(differences: Iterable[Difference]) -> Optional[float]:

@@ -1,8 +1,11 @@
 """What ``results.json`` holds, by arm and section."""
 
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Optional
 
-from .statistics import paired_difference
+import numpy as np
+
+from .contrasts import Contrast, judge
+from .statistics import Difference, summarize
 
 
 class Section(NamedTuple):
@@ -15,28 +18,43 @@ class Section(NamedTuple):
 
 
 class Table:
-    """What ``results.json`` holds, by arm."""
+    """What ``results.json`` holds, by arm.
+
+    The replicates of a seed are one value, their mean; the difference of two arms is that of the
+    replicates that both have, if there are any. A run that repeats another to the last digit, as on
+    one machine, tells nothing new: it counts once.
+    """
 
     def __init__(self, content: dict):
         self.content = content
         self.arms = {arm["arm"]: arm for arm in content["arms"]}
-        self.runs: Dict[str, Dict[int, dict]] = {name: {} for name in self.arms}
+        self.runs: Dict[str, Dict[int, List[dict]]] = {name: {} for name in self.arms}
         for run in content["runs"]:
             if run["arm"] in self.runs:
-                self.runs[run["arm"]][run["seed"]] = run
+                self.runs[run["arm"]].setdefault(run["seed"], []).append(run)
 
-    def current(self, arm: str) -> Dict[int, dict]:
-        """seed -> run of an arm, without those of earlier settings."""
-        return {seed: run for seed, run in self.runs[arm].items() if not run.get("outdated")}
+    def current(self, arm: str) -> Dict[int, List[dict]]:
+        """seed -> runs of an arm, without those of earlier settings and mere repetitions."""
+        found: Dict[int, List[dict]] = {}
+        for seed, runs in self.runs[arm].items():
+            distinct: Dict[str, dict] = {}
+            for run in runs:
+                if not run.get("outdated"):
+                    distinct.setdefault(repr([run["AP"], run["AP50"], run["curve"]]), run)
+            if distinct:
+                found[seed] = list(distinct.values())
+        return found
 
     def scores(self, arm: str, key: str = "AP") -> Dict[int, float]:
-        """seed -> ``key`` of an arm, without runs of earlier settings."""
-        return {seed: run[key] for seed, run in self.current(arm).items() if key in run}
+        """seed -> ``key`` of an arm, the mean of its replicates."""
+        return _means(
+            {s: [r[key] for r in runs if key in r] for s, runs in self.current(arm).items()}
+        )
 
     def logged(self, arm: str, key: str) -> Dict[int, float]:
-        """seed -> what an arm's run has logged, the mean of the last quarter of its training."""
-        runs = {seed: run.get("statistics", {}) for seed, run in self.current(arm).items()}
-        return {seed: found[key] for seed, found in runs.items() if key in found}
+        """seed -> what an arm's runs have logged, the mean of their training's last quarter."""
+        logs = {s: [r.get("statistics", {}) for r in x] for s, x in self.current(arm).items()}
+        return _means({s: [log[key] for log in found if key in log] for s, found in logs.items()})
 
     def sections(self) -> List[Section]:
         """The main arms, then each group of ablations; arms without a run are left out."""
@@ -49,10 +67,38 @@ class Table:
                 sections.append(Section(group, names, references))
         return sections
 
+    def difference(self, arm: str, other: str, key: str = "AP") -> Optional[Difference]:
+        """``arm`` minus ``other``, None where they have no seed in common."""
+        ours, theirs = self.current(arm), self.current(other)
+        values, teachers, pairs = {}, {}, 0
+        for seed in sorted(set(ours) & set(theirs)):
+            for run in (*theirs[seed], *ours[seed]):
+                if "teacher_seed" in run:
+                    teachers[seed] = run["teacher_seed"]
+            first, second = (
+                {run.get("replicate", 1): run[key] for run in runs if key in run}
+                for runs in (ours[seed], theirs[seed])
+            )
+            if first and second:
+                common = set(first) & set(second)
+                means = [np.mean([x[n] for n in common or x]) for x in (first, second)]
+                values[seed] = float(means[0] - means[1])
+                pairs += max(len(common), 1)
+        return summarize(values, teachers)._replace(pairs=pairs) if values else None
+
     def differences(self, section: Section, key: str = "AP"):
         """(arm, reference, difference) of a section, in order, where there are common seeds."""
         for arm in section.arms:
             for other in self.arms[arm]["versus"]:
-                found = paired_difference(self.scores(arm, key), self.scores(other, key))
+                found = self.difference(arm, other, key)
                 if found is not None:
                     yield arm, other, found
+
+    def contrasts(self) -> List[Contrast]:
+        """What the differences come to that the protocol has named."""
+        named = [(a, b, self.difference(a, b)) for a, b in self.content.get("contrasts", [])]
+        return judge(named, self.content.get("margin"))
+
+
+def _means(values: Dict[int, List[float]]) -> Dict[int, float]:
+    return {seed: float(np.mean(found)) for seed, found in values.items() if found}

@@ -1,0 +1,67 @@
+"""The differences that a protocol has named before its runs, and what they come to."""
+
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+from .statistics import LEVEL, Difference, holm, t_interval
+
+Interval = Tuple[float, float]
+
+
+class Contrast(NamedTuple):
+    """One named difference.
+
+    Attributes:
+        arm, reference: their names.
+        difference: over the seeds that both have.
+        corrected: its interval at the level of Holm's procedure (:func:`.statistics.holm`).
+        equivalence: the 90 % interval. That it lies inside of +-margin is the same as that two
+            one-sided tests at 5 % each (TOST; Schuirmann, 1987) refuse a difference beyond it.
+        verdict: "helps" or "hurts" where ``corrected`` leaves out 0; else "no effect worth having"
+            where ``equivalence`` lies inside of the margin; else "unresolved".
+    """
+
+    arm: str
+    reference: str
+    difference: Difference
+    corrected: Optional[Interval]
+    equivalence: Optional[Interval]
+    verdict: str
+
+
+def judge(
+    named: Sequence[Tuple[str, str, Optional[Difference]]], margin: Optional[float]
+) -> List[Contrast]:
+    """Judge the contrasts of a protocol together.
+
+    A contrast without runs is left out of the result, but not of the number of tests: others must
+    not look better because it isn't run yet.
+
+    Args:
+        named: (arm, reference, difference) of all of them.
+        margin: of the equivalence tests, in AP; None for none.
+    """
+    p_values = [1.0 if d is None or d.p is None else d.p for _, _, d in named]
+    found = []
+    for (arm, reference, difference), level in zip(named, holm(p_values)):
+        if difference is None:
+            continue
+        corrected = equivalence = None
+        if difference.interval is not None:
+            corrected = t_interval(difference.units, level)
+            equivalence = t_interval(difference.units, 2 * LEVEL)
+        verdict = _verdict(corrected, equivalence, margin)
+        found.append(Contrast(arm, reference, difference, corrected, equivalence, verdict))
+    return found
+
+
+def _verdict(
+    corrected: Optional[Interval], equivalence: Optional[Interval], margin: Optional[float]
+) -> str:
+    if corrected is not None and corrected[0] > 0:
+        return "helps"
+    if corrected is not None and corrected[1] < 0:
+        return "hurts"
+    if equivalence is not None and margin is not None:
+        if -margin < equivalence[0] and equivalence[1] < margin:
+            return "no effect worth having"
+    return "unresolved"
