@@ -17,6 +17,9 @@ import logging
 import os
 import sys
 
+import crosskd_ifc  # noqa: F401  before detectron2, whose warnings about itself it ignores
+
+# isort: split
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
