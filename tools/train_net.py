@@ -4,6 +4,7 @@
 Takes detectron2's own arguments:
 
     python tools/train_net.py --config-file CONFIG [--num-gpus 8] [KEY VALUE ...]
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file CONFIG
     python tools/train_net.py --config-file CONFIG --resume
     python tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS model_final.pth
 
@@ -32,7 +33,11 @@ from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.data.mapper import SampleError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
-from crosskd_ifc.training.launching import PassOnSigterm
+from crosskd_ifc.training.launching import (
+    PassOnSigterm,
+    is_one_of_torchruns,
+    run_in_torchrun,
+)
 from crosskd_ifc.training.preemption import Terminated, end_with_parent, message_in_traceback
 from crosskd_ifc.training.preflight import (
     check_evaluation_config,
@@ -100,6 +105,11 @@ def argument_parser():
 def launch_all(args) -> None:
     machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
     timeout = datetime.timedelta(minutes=args.timeout)
+    if is_one_of_torchruns():
+        if args.num_gpus * args.num_machines > 1:
+            raise ConfigError("--num-gpus and --num-machines: torchrun says it; leave them out")
+        run_in_torchrun(main, args, timeout=timeout)
+        return
     options = dict(dist_url=args.dist_url, args=(args,), timeout=timeout, **machines)
     if args.num_gpus * args.num_machines == 1:
         setup(args)
