@@ -150,7 +150,6 @@ def main():
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("crosskd_ifc").setLevel(logging.INFO)  # the generation of the data set
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # advice to torch's own developers
     runs = build_runs(args.output, args.seed)
     cfg = runs["student"].cfg()
     start = time.monotonic()

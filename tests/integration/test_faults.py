@@ -199,7 +199,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(config, out, *arguments):
-    command = [sys.executable, "-W", "ignore", TRAIN_NET, "--config-file", str(config)]
+    command = [sys.executable, TRAIN_NET, "--config-file", str(config)]
     command += [*map(str, arguments), "OUTPUT_DIR", str(out)]
     with open(f"{out}.{len(arguments)}.log", "ab") as log:
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
@@ -293,7 +293,7 @@ def test_a_process_ends_with_the_one_that_started_it_even_if_an_interrupt_is_los
         "    time.sleep(600)\n"
     )
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-W", "ignore", str(script)]
+    command = [sys.executable, str(script)]
     parent = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     assert parent.stdout.readline() == "ready\n"
