@@ -66,7 +66,7 @@ class FCOS(fcos.FCOS):
 
 @META_ARCH_REGISTRY.register()
 class CrossKDFCOS(DenseStudent, FCOS):
-    """:class:`FCOS` that, once a teacher is attached, also returns distillation losses in training.
+    """``FCOS`` that, once a teacher is attached, also returns distillation losses in training.
 
     Centerness is trained on the ground truth alone.
     """
