@@ -33,11 +33,7 @@ from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.data.mapper import SampleError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
-from crosskd_ifc.training.launching import (
-    PassOnSigterm,
-    is_one_of_torchruns,
-    run_in_torchrun,
-)
+from crosskd_ifc.training.launching import PassOnSigterm
 from crosskd_ifc.training.preemption import Terminated, end_with_parent, message_in_traceback
 from crosskd_ifc.training.preflight import (
     check_evaluation_config,
@@ -45,6 +41,7 @@ from crosskd_ifc.training.preflight import (
     check_weights,
 )
 from crosskd_ifc.training.preflight_data import check_classes, check_test_data
+from crosskd_ifc.training.torchrun import is_one_of_torchruns, run_in_torchrun
 from crosskd_ifc.weights.reading import WeightsError
 
 
@@ -103,13 +100,13 @@ def argument_parser():
 
 
 def launch_all(args) -> None:
-    machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
-    timeout = datetime.timedelta(minutes=args.timeout)
     if is_one_of_torchruns():
         if args.num_gpus * args.num_machines > 1:
             raise ConfigError("--num-gpus and --num-machines: torchrun says it; leave them out")
-        run_in_torchrun(main, args, timeout=timeout)
+        run_in_torchrun(main, args, timeout=datetime.timedelta(minutes=args.timeout))
         return
+    machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
+    timeout = datetime.timedelta(minutes=args.timeout)
     options = dict(dist_url=args.dist_url, args=(args,), timeout=timeout, **machines)
     if args.num_gpus * args.num_machines == 1:
         setup(args)

@@ -1,48 +1,15 @@
 """Starting a run's processes so that SIGTERM stops them all, whenever it comes."""
 
-import datetime
 import multiprocessing
 import os
 import signal
-from typing import Any, Callable, List
+from typing import Any, List
 
-import torch
-from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 from .preemption import Terminated, die_by_signal
 
 _AGAIN = 0.1  # seconds
-
-
-def is_one_of_torchruns() -> bool:
-    """Whether torchrun has started this process as one of several."""
-    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
-def run_in_torchrun(main: Callable, *args: Any, timeout: datetime.timedelta) -> Any:
-    """Run a function as one of torchrun's processes, as ``detectron2.engine.launch`` does in a
-    process that it starts itself.
-
-    Reads torchrun's environment variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT.
-
-    Args:
-        timeout: how long processes wait for one another.
-
-    Returns:
-        What the function returns.
-    """
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
-    try:
-        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-        comm.synchronize()
-        return main(*args)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 class PassOnSigterm:
