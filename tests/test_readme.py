@@ -288,7 +288,7 @@ def test_what_the_logs_say_is_told_as_recorded():
         for arm in ("crosskd", "crosskd_ifc")
     )
     assert f"have a cosine of {pooled[0]} with the teacher's" in readme()
-    assert f"fc features of CrossKD-IFC's {combined[0]}," in readme()
+    assert f"fc features of CrossKD-IFC's students have one of {combined[0]}," in readme()
     told = "({} and {} at 160x120, {} and {} at 640x480)"
     assert told.format(pooled[1], combined[1], pooled[2], combined[2]) in readme()
     length = float(logged("shapes_faster_rcnn", "sum", "fused_length"))
@@ -386,6 +386,7 @@ def test_the_costs_in_short_are_the_measured_ones():
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_cpu", speed=False)
     assert f"takes {both} times the time of the plain student's step" in costs_told()
     assert f"together, {plain} times the plain step" in costs_told()
+    assert f"takes {float(plain):.1f} times the plain student's step" in read("README.md")
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16", speed=True)
     told = f"On an H100 (16 images of 800x1333) it is {both} times and {plain} times, with AMP "
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16_amp", speed=True)
@@ -466,6 +467,8 @@ def test_the_headline_is_that_of_the_recorded_runs():
     assert [row for row in rows_of_the_headline() if row not in text] == []
     counts = [len(table.scores("crosskd_ifc")) for table in map(results, HEADLINE)]
     assert "n = {}, {} and {}".format(*counts) in text
+    photos = [tell(found) for found in differences("crosskd_ifc", "crosskd")[1:3]]
+    assert "{} and {} on the photos".format(*photos) in " ".join(text.split())
 
 
 def test_the_replaced_pairs_are_told_as_recorded():
