@@ -4,11 +4,15 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import torchvision
 from test_train_net import ROOT, files, write_config  # noqa: F401  a fixture
+
+from crosskd_ifc import ConfigError
+from crosskd_ifc.common.config_files import find_config
 
 TOOLS = os.path.join(ROOT, "tools")
 
@@ -81,3 +85,11 @@ def test_a_warning_of_other_code_is_shown(tmp_path):
         "warnings.warn('`torch.jit.script` is deprecated', FutureWarning)\n"
     )
     assert noise(told(str(script), folder=tmp_path))
+
+
+@pytest.mark.parametrize("place", ["/nowhere", ".."])
+def test_a_path_is_not_looked_for_in_the_model_zoo(place):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pkg_resources warns of such names
+        with pytest.raises(ConfigError, match=r"was not found. Tried:(.*\n)+.*model zoo: "):
+            find_config(f"{place}/teacher.yaml", key="--config-file")
