@@ -1,9 +1,10 @@
 # make demo     train the teacher and three students on generated data, compare them
 # make test     the quick tests          make test-slow   all tests
 # make lint     black, isort, flake8, import-linter (rooms of the package)     make format      apply black and isort
+# make docs     build the site of docs/ into site/, in an environment of its own, .venv-docs (150 MB)
 # make setup    build .venv (every target does this first when it is missing or out of date)
-# make lock     write requirements.lock anew from setup.py (UPGRADE=1: with the newest releases)
-# make clean    remove .venv and caches, keep output/ and datasets/
+# make lock     write requirements.lock and requirements-docs.lock anew from setup.py (UPGRADE=1: with the newest releases)
+# make clean    remove .venv, .venv-docs, site/ and caches, keep output/ and datasets/
 #
 # PYTHON=...    the interpreter to build .venv with (3.11 or newer)
 # ARGS=...      more arguments for pytest
@@ -12,6 +13,7 @@ PYTHON ?=
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
+DOCS := .venv-docs
 LINTED := $(wildcard projects tools tests benchmarks setup.py)
 
 # caches of tools that would otherwise write into the home folder
@@ -19,13 +21,13 @@ export MPLBACKEND := Agg
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
 export BLACK_CACHE_DIR := $(CURDIR)/$(VENV)/cache/black
 
-.PHONY: setup demo test test-slow lint format lock clean
+.PHONY: setup demo test test-slow lint format docs lock clean
 
 setup:
 	@PYTHON="$(PYTHON)" sh tools/setup_venv.sh
 
 demo: setup
-	$(PY) -W ignore tools/demo.py
+	$(PY) tools/demo.py
 
 test: setup
 	$(PY) -m pytest -q -m "not slow" $(ARGS)
@@ -43,6 +45,16 @@ format: setup
 	$(PY) -m isort --quiet $(LINTED)
 	$(PY) -m black --quiet -l 100 $(LINTED)
 
+# It reads the sources without importing them: no torch, no detectron2.
+docs: $(DOCS)/.stamp
+	$(DOCS)/bin/zensical build --clean --strict
+
+$(DOCS)/.stamp: requirements-docs.lock
+	rm -rf $(DOCS)
+	$(or $(PYTHON),python3) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --require-hashes -r requirements-docs.lock
+	touch $@
+
 # setuptools 80.9 and newer print a warning whenever detectron2.model_zoo is imported
 lock: setup
 	$(PY) -m venv $(VENV)/lock && $(VENV)/lock/bin/pip install --quiet uv
@@ -52,8 +64,15 @@ lock: setup
 	    --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
 	    $(if $(UPGRADE),--upgrade) --output-file $(VENV)/lock/requirements.lock >/dev/null
 	{ sed -n '/^#/p' requirements.lock; cat $(VENV)/lock/requirements.lock; } > $(VENV)/lock/new
-	mv $(VENV)/lock/new requirements.lock && rm -rf $(VENV)/lock
+	mv $(VENV)/lock/new requirements.lock
+	sed -n 's/^ *"docs": \[\(.*\)\].*/\1/p' setup.py | tr -d '" ' | tr , '\n' > $(VENV)/lock/docs.in
+	sed '/^#/d' requirements-docs.lock > $(VENV)/lock/requirements-docs.lock
+	$(VENV)/lock/bin/uv pip compile $(VENV)/lock/docs.in \
+	    --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
+	    $(if $(UPGRADE),--upgrade) --output-file $(VENV)/lock/requirements-docs.lock >/dev/null
+	{ sed -n '/^#/p' requirements-docs.lock; cat $(VENV)/lock/requirements-docs.lock; } > $(VENV)/lock/new
+	mv $(VENV)/lock/new requirements-docs.lock && rm -rf $(VENV)/lock
 
 clean:
-	rm -rf $(VENV) build projects/*.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) site .cache build projects/*.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ EXTRAS = {
     "cluster": ["submitit>=1.5"],  # comparisons as SLURM jobs
     "data": ["imagehash>=4.3"],  # near-duplicates in a data set
     "deploy": ["onnx>=1.16", "onnxruntime>=1.18"],  # students outside of detectron2
-    "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+    "docs": ["mkdocstrings[python]>=1.0", "zensical>=0.0.73"],  # make docs
     "timm": ["timm>=1.0"],  # timm backbones, and detectron2's own ViT, MViT and Swin
     "tune": ["optuna>=4.0"],  # search of settings
 }

@@ -16,13 +16,15 @@ import signal
 import sys
 import time
 
+import crosskd_ifc  # before detectron2, whose warnings about itself it ignores
+
+# isort: split
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
-import crosskd_ifc
 from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.curves import plot_curves
 from crosskd_ifc.analysis.detections import compare_on_dataset

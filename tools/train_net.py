@@ -4,6 +4,7 @@
 Takes detectron2's own arguments:
 
     python tools/train_net.py --config-file CONFIG [--num-gpus 8] [KEY VALUE ...]
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file CONFIG
     python tools/train_net.py --config-file CONFIG --resume
     python tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS model_final.pth
 
@@ -18,6 +19,9 @@ import logging
 import os
 import sys
 
+import crosskd_ifc  # noqa: F401  before detectron2, whose warnings about itself it ignores
+
+# isort: split
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -39,6 +43,7 @@ from crosskd_ifc.training.preflight import (
     check_weights,
 )
 from crosskd_ifc.training.preflight_data import check_classes, check_test_data
+from crosskd_ifc.training.torchrun import is_one_of_torchruns, run_in_torchrun
 from crosskd_ifc.weights.reading import MisfitError, StrictReader
 
 logger = logging.getLogger("crosskd_ifc")
@@ -140,6 +145,11 @@ def argument_parser():
 
 
 def launch_all(args) -> None:
+    if is_one_of_torchruns():
+        if args.num_gpus * args.num_machines > 1:
+            raise ConfigError("--num-gpus and --num-machines: torchrun says it; leave them out")
+        run_in_torchrun(main, args, timeout=datetime.timedelta(minutes=args.timeout))
+        return
     machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
     timeout = datetime.timedelta(minutes=args.timeout)
     alone = args.num_gpus * args.num_machines <= 1

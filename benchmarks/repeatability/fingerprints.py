@@ -29,7 +29,7 @@ def train(config, folder, steps, teachers):
     if teacher:
         opts += ["MODEL.CROSSKD.TEACHER.WEIGHTS", teachers[teacher]]
     script = os.path.join(ROOT, "tools", "train_net.py")
-    command = [sys.executable, "-W", "ignore", script, "--config-file", config, *opts]
+    command = [sys.executable, script, "--config-file", config, *opts]
     path = os.path.join(ROOT, "projects")
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -5,6 +5,9 @@ Importing this package registers its architectures, proposal generator, ROI head
 built-in data sets.
 """
 
+from .common import known_warnings  # noqa: F401  first: the imports below give them
+
+# isort: split
 from .config import ConfigError, add_crosskd_ifc_config
 from .data.shapes import AT_256, LARGE, register_coarse_shapes, register_shapes
 from .distillation.fusion import FEATURE_FUSION_REGISTRY, standardize_like

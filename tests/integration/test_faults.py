@@ -199,7 +199,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(config, out, *arguments):
-    command = [sys.executable, "-W", "ignore", TRAIN_NET, "--config-file", str(config)]
+    command = [sys.executable, TRAIN_NET, "--config-file", str(config)]
     command += [*map(str, arguments), "OUTPUT_DIR", str(out)]
     with open(f"{out}.{len(arguments)}.log", "ab") as log:
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)

@@ -370,7 +370,7 @@ def test_a_disk_without_any_room_is_one_line(folder, small_disk):
             f.write(bytes(1024))
     words = ["--config-file", config, "--resume", "OUTPUT_DIR", out]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", TRAIN_NET, *map(str, words)],
+        [sys.executable, TRAIN_NET, *map(str, words)],
         stderr=subprocess.PIPE,
         text=True,
     )

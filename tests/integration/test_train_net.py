@@ -1,6 +1,7 @@
 """tools/train_net.py from end to end, on a handful of pictures of the built-in kind."""
 
 import copy
+import functools
 import glob
 import importlib.util
 import json
@@ -257,6 +258,31 @@ def test_two_processes_on_the_cpu_train_and_evaluate_together(files, tmp_path):
     assert any("bbox/AP" in line for line in metrics(out))
     model = torch.load(out / "model_final.pth", weights_only=False)["model"]
     assert not any(k.startswith("module.") for k in model)
+
+
+def test_torchrun_starts_two_processes_that_train_together(files, tmp_path):
+    config, out = write_config(files, tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", TRAIN_NET, "--config-file", config]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = functools.partial(
+        subprocess.run, env=environment, capture_output=True, text=True, timeout=300
+    )
+    done = run(command)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    log = (out / "log.txt").read_text()
+    assert "Rank of current process: 0. World size: 2" in log
+    assert (out / "log.txt.rank1").exists()
+    assert any("bbox/AP" in line for line in metrics(out))
+    # The same as detectron2's launcher gives.
+    weights = torch.load(out / "model_final.pth", weights_only=False)["model"]
+    other = ["OUTPUT_DIR", str(tmp_path / "launched"), "TEST.EVAL_PERIOD", "0"]
+    run([sys.executable, TRAIN_NET, "--num-gpus", "2", "--config-file", config, *other], check=True)
+    launched = torch.load(tmp_path / "launched" / "model_final.pth", weights_only=False)["model"]
+    assert all(torch.equal(value, launched[name]) for name, value in weights.items())
+
+    done = run([*command, "--num-gpus", "2"])
+    assert done.returncode != 0 and "error: --num-gpus" in done.stderr
 
 
 @pytest.mark.parametrize(

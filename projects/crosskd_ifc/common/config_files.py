@@ -57,16 +57,16 @@ def find_config(name: str, *, key: str) -> Tuple[str, str]:
         ConfigError: listing what was tried.
     """
     try:
-        zoo_path = model_zoo.get_config_file(name)
-    except RuntimeError:
-        zoo_path = ""
-    try:
-        tried = () if zoo_path else (f"model zoo: {name}",)
+        tried = (f"model zoo: {name}",)
         return resolve_path(name, what="config", key=key, extra_tried=tried), ""
     except FileNotFoundError as error:
-        if not zoo_path:
-            raise ConfigError(str(error)) from None
-    return zoo_path, name
+        missing = ConfigError(str(error))
+    if os.path.isabs(name) or os.pardir in name.split("/"):  # leads out of the zoo's folder
+        raise missing
+    try:
+        return model_zoo.get_config_file(name), name
+    except RuntimeError:
+        raise missing from None
 
 
 def merge_from_file(cfg: CN, path: str, *, key: str) -> None:

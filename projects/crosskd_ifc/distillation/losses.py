@@ -144,7 +144,7 @@ def confident_iou(
 ) -> torch.Tensor:
     """``sum_r confidence_r * -log(max(IoU(cross_r, teacher_r), 1e-6)) / normalizer``.
 
-    The IoU loss of UnitBox (Yu et al., 2016). Arguments as in :func:`confident_giou`.
+    The IoU loss of UnitBox (Yu et al., 2016). Arguments as in ``confident_giou``.
     """
     cross, teacher = at_least_float32(cross_boxes), at_least_float32(teacher_boxes.detach())
     intersection, union = _overlap(cross, teacher)

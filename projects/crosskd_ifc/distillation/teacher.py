@@ -45,7 +45,7 @@ class Teacher:
         Args:
             model: a detectron2 detector with weights.
             student_format: channel order of the student's images, such as "BGR" (its INPUT.FORMAT).
-            precision: of :meth:`autocast`'s context, "float32", "bfloat16" or "float16".
+            precision: of ``autocast``'s context, "float32", "bfloat16" or "float16".
             cfg: the teacher's config.
             description: where the weights are from.
 

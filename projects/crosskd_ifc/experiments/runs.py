@@ -183,7 +183,7 @@ def train(
         state = {"digest": digest + inputs, "seconds": earlier}
         write_json(run.path("started.json"), state)
         needs = [file_sha256(needed.weights) for needed in run.needs]
-        command = [sys.executable, "-W", "ignore", train_net, "--resume", *arguments]
+        command = [sys.executable, train_net, "--resume", *arguments]
         command += ["--config-file", find_config(run.config, key=run.name)[0]]
         command += [*run.opts, "OUTPUT_DIR", run.folder]
         counter = StepCounter(run.path("metrics.json"), run.cfg().SOLVER.MAX_ITER)

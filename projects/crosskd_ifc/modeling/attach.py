@@ -32,7 +32,7 @@ def attach_teacher(
     random state is left as it was.
 
     Args:
-        model: a student of a CrossKD meta-architecture, such as :class:`CrossKDRCNN`.
+        model: a student of a CrossKD meta-architecture, such as ``CrossKDRCNN``.
         cfg: the student's config, with ``MODEL.CROSSKD``.
         teacher: an already built detector with weights, instead of
             ``MODEL.CROSSKD.TEACHER.CONFIG_FILE``; it is put into eval mode and frozen in place.

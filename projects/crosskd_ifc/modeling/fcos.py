@@ -3,6 +3,8 @@
 Shape shorthand: C channels of the pyramid, K foreground classes.
 """
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
@@ -22,7 +24,7 @@ class FCOS(fcos.FCOS):
     """
 
     @configurable
-    def __init__(self, *, input_format: str, **kwargs):
+    def __init__(self, *, input_format: str, **kwargs: Any):
         """
         Args:
             input_format: channel order of the images.
@@ -64,7 +66,7 @@ class FCOS(fcos.FCOS):
 
 @META_ARCH_REGISTRY.register()
 class CrossKDFCOS(DenseStudent, FCOS):
-    """:class:`FCOS` that, once a teacher is attached, also returns distillation losses in training.
+    """``FCOS`` that, once a teacher is attached, also returns distillation losses in training.
 
     Centerness is trained on the ground truth alone.
     """

@@ -20,7 +20,7 @@ from .student import Student
 
 @META_ARCH_REGISTRY.register()
 class CrossKDRCNN(Student, GeneralizedRCNN):
-    """:class:`GeneralizedRCNN` that, once a teacher is attached, also returns distillation losses
+    """``GeneralizedRCNN`` that, once a teacher is attached, also returns distillation losses
     in training.
 
     Without a teacher, in evaluation and export it is its parent, bit for bit; so are its checkpoint

@@ -10,7 +10,7 @@ from .dense import DenseStudent
 
 @META_ARCH_REGISTRY.register()
 class CrossKDRetinaNet(DenseStudent, RetinaNet):
-    """:class:`RetinaNet` that, once a teacher is attached, also returns distillation losses in
+    """``RetinaNet`` that, once a teacher is attached, also returns distillation losses in
     training."""
 
     stock_class = RetinaNet

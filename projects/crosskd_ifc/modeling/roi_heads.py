@@ -19,7 +19,7 @@ from ..distillation.traces import HeadTrace, MaskTrace
 
 @ROI_HEADS_REGISTRY.register()
 class CrossKDROIHeads(StandardROIHeads):
-    """:class:`StandardROIHeads` that can be recorded; unrecorded, it is its parent bit for bit."""
+    """``StandardROIHeads`` that can be recorded; unrecorded, it is its parent bit for bit."""
 
     _trace: Optional[HeadTrace] = None
 

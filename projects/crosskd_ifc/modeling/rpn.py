@@ -17,7 +17,7 @@ from ..distillation.traces import StepTrace
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class CrossKDRPN(RPN):
-    """:class:`RPN` whose losses can include mimicking; without that it is its parent, bit for
+    """``RPN`` whose losses can include mimicking; without that it is its parent, bit for
     bit."""
 
     _mimic: Optional[Tuple[RPNMimic, StepTrace]] = None

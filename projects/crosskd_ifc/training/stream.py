@@ -182,7 +182,7 @@ class TrainingStream:
             cfg: DATALOADER and SOLVER.IMS_PER_BATCH are read; the seed is drawn from numpy.
             records: in detectron2's format.
             mapper: a record -> what the model gets; default: detectron2's. Its failures come as
-                :class:`SampleError`.
+                ``SampleError``.
         """
         self._cfg, self.records = cfg, records
         self.seed = comm.shared_random_seed()

@@ -46,13 +46,13 @@ logger = logging.getLogger(__name__)
 
 
 class CrossKDTrainer(DefaultTrainer):
-    """:class:`DefaultTrainer` that distils if the config names a teacher, and trains any plain
+    """``DefaultTrainer`` that distils if the config names a teacher, and trains any plain
     config unchanged."""
 
     def __init__(self, cfg: CfgNode):
         """
         Args:
-            cfg: with the keys of :func:`add_crosskd_ifc_config`.
+            cfg: with the keys of ``add_crosskd_ifc_config``.
 
         Raises:
             ConfigError: for settings that can't work, before anything is trained.
@@ -315,7 +315,7 @@ def set_fusion_weight_decay(
 ) -> torch.optim.Optimizer:
     """Give what the distillation learns a parameter group with ``FUSION.WEIGHT_DECAY``.
 
-    For an optimizer of your own, before its first step; :class:`CrossKDTrainer` calls it for
+    For an optimizer of your own, before its first step; ``CrossKDTrainer`` calls it for
     detectron2's.
 
     Args:
