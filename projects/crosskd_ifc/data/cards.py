@@ -9,17 +9,11 @@ XYXY_ABS).
 
 import logging
 import math
-import os
-import re
 from functools import partial
-from reprlib import repr as short  # a hostile card's values may be huge
-from typing import Any, Dict, List, Optional, Sequence, Tuple
-
-from detectron2.utils.file_io import PathManager
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from ..common.paths import resolve_path
-from .card import Card
-from .files import read_yaml
+from .card import Card, load_card
 from .loading import load_split
 from .mapper import SampleError
 
@@ -35,95 +29,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # names become parts of file names
-_NAME_RULE = "a name of letters, digits, '_', '-' and '.'"
-_KEYS = ("name", "format", "root", "splits", "classes", "evaluator", "year")
-_registered: Dict[str, "Card"] = {}  # data set name -> the card that it came from
-
-
-def load_card(path: str) -> Card:
-    """Reads and checks a dataset card, but not the data set.
-
-    Raises:
-        ValueError: names the card, the key, what was given and what is possible.
-    """
-    # A link to a card and the card are the same card.
-    path = os.path.realpath(path)
-
-    def refuse(key, given, possible):
-        raise ValueError(f"dataset card {path}: {key} is {short(given)}; expected {possible}")
-
-    def expand(key, value, base):
-        if not isinstance(value, str) or not value or "\0" in value:
-            refuse(key, value, "a path")
-        names = [a or b for a, b in re.findall(r"\$(?:(\w+)|\{([^}]*)\})", value)]
-        unset = [name for name in names if not os.environ.get(name)]
-        if unset:
-            refuse(key, value, f"the environment variable {unset[0]} to be set")
-        value = os.path.expanduser(os.path.expandvars(value))
-        return os.path.normpath(os.path.join(base, value))
-
-    try:
-        raw = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"dataset card {error}") from error
-    if not isinstance(raw, dict):
-        refuse("the content", raw, f"a mapping with the keys {', '.join(_KEYS)}")
-    for key in raw:
-        if key not in _KEYS:
-            raise ValueError(
-                f"dataset card {path}: unknown key {short(key)}; known are {', '.join(_KEYS)}"
-            )
-    voc = raw.get("format") == "voc"
-    needed = _KEYS[:4] + (("classes", "evaluator") if voc else ())
-    if voc and raw.get("evaluator") == "pascal_voc":
-        needed += ("year",)
-    for key in needed:
-        if raw.get(key) is None:
-            raise ValueError(f"dataset card {path}: the key {key!r} is missing")
-
-    if not _is_name(raw["name"]):
-        refuse("name", raw["name"], _NAME_RULE)
-    if raw["format"] not in ("voc", "coco"):
-        refuse("format", raw["format"], "'voc' or 'coco'")
-    evaluator = raw.get("evaluator", "coco")
-    if evaluator not in (("coco", "pascal_voc") if voc else ("coco",)):
-        refuse("evaluator", evaluator, "'coco', or with format voc 'pascal_voc'")
-    year = raw.get("year")
-    if year is not None and (not voc or year not in (2007, 2012)):
-        refuse("year", year, "2007 or 2012, with format voc only")
-    classes = raw.get("classes")
-    if classes is not None:
-        if not isinstance(classes, list) or not classes:
-            refuse("classes", classes, "a list of class names")
-        for i, name in enumerate(classes):
-            key = f"classes[{i}]"
-            if not isinstance(name, str) or not name.strip() or name in classes[:i]:
-                refuse(key, name, "a new string (quotes make one of 1, yes or no)")
-            if evaluator == "pascal_voc" and re.search(r"[/\\\0]", name):
-                refuse(key, name, "no slash: the VOC evaluator writes a file of this name")
-        classes = tuple(classes)
-
-    root = expand("root", raw["root"], os.path.dirname(path))
-    if not PathManager.isdir(root):
-        refuse("root", raw["root"], f"an existing folder; {root} is none (paths start at the card)")
-    splits = raw["splits"]
-    if not isinstance(splits, dict) or not splits:
-        refuse("splits", splits, "a mapping from split names to files")
-    checked = {}
-    for split, entry in splits.items():
-        key = f"splits.{split}" if _is_name(split) else "a key of splits"
-        if not _is_name(split):
-            refuse(key, split, _NAME_RULE)
-        if voc:
-            if not _is_name(entry) or entry.endswith(".txt"):
-                refuse(key, entry, "the name of a file in ImageSets/Main, without .txt")
-            checked[split] = entry
-        else:
-            if not isinstance(entry, dict) or set(entry) != {"json", "images"}:
-                refuse(key, entry, "a mapping with exactly the keys 'json' and 'images'")
-            checked[split] = {k: expand(f"{key}.{k}", entry[k], root) for k in ("json", "images")}
-    return Card(path, raw["name"], raw["format"], root, checked, classes, evaluator, year)
+_registered: Dict[str, Card] = {}  # data set name -> the card that it came from
 
 
 def register_cards(cards: Sequence[str]) -> List[str]:
@@ -233,10 +139,6 @@ def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], in
             f"images: {', '.join(dropped_from[:3])}{', ...' if len(dropped_from) > 3 else ''}"
         )
     return result, num_flat + num_outside
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def _has_area(annotation: dict) -> bool:
