@@ -114,6 +114,11 @@ class VocCard(_Card):
                     f"classes[{i}] is {short(name)}; expected no slash: the VOC evaluator writes a "
                     "file of this name"
                 )
+            if len(name.encode()) > 251:  # of 255 bytes that a file's name may have
+                raise ValueError(
+                    f"classes[{i}] is {short(name)}; expected at most 251 bytes: the VOC evaluator "
+                    "writes a file of this name"
+                )
         return self
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from ..common.paths import resolve_path
+from ..config import ConfigError
 from .card import Card, load_card
 from .loading import load_split
 from .mapper import SampleError
@@ -33,10 +34,21 @@ _registered: Dict[str, Card] = {}  # data set name -> the card that it came from
 
 
 def register_cards(cards: Sequence[str]) -> List[str]:
-    """Registers the cards of ``DATASETS.CARDS``, each found as `resolve_path` says."""
+    """Registers the cards of ``DATASETS.CARDS``, each found as `resolve_path` says.
+
+    Raises:
+        ConfigError: a card can't be found or is wrong.
+    """
     names = []
     for card in cards:
-        names += register_card(resolve_path(card, what="dataset card", key="DATASETS.CARDS"))
+        try:
+            path = resolve_path(card, what="dataset card", key="DATASETS.CARDS")
+        except FileNotFoundError as error:
+            raise ConfigError(str(error)) from None
+        try:
+            names += register_card(path)
+        except ValueError as error:
+            raise ConfigError(f"DATASETS.CARDS: {error}") from error
     return names
 
 

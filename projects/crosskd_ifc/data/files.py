@@ -9,6 +9,7 @@ import json
 import os
 import re
 import warnings
+from reprlib import repr as short
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ import yaml
 from detectron2.utils.file_io import PathManager
 
 __all__ = [
+    "IMAGE_FORMATS",
     "ImageFacts",
     "inspect_image",
     "read_coco_json",
@@ -25,6 +27,10 @@ __all__ = [
     "read_voc_split",
     "read_yaml",
 ]
+
+
+# What photos come in. Pillow knows more, and starts Ghostscript for EPS, whatever a file's name is.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -199,9 +205,8 @@ def inspect_image(path: str) -> ImageFacts:
     size = stored = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 image.load()  # first: some formats hold their EXIF data behind the pixels
                 size = stored = image.size
                 orientation = _orientation(image, faults)
@@ -209,7 +214,7 @@ def inspect_image(path: str) -> ImageFacts:
                     size = stored[::-1]
                 if image.mode.startswith(("I", "F")):
                     faults.append(("more than 8 bits", f"mode {image.mode}"))
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        except Image.DecompressionBombError as error:
             faults.append(("image too large", str(error).split(",")[0]))
         except UnidentifiedImageError:
             faults.append(("unreadable image", "not an image" if data else "the file is empty"))
@@ -218,6 +223,8 @@ def inspect_image(path: str) -> ImageFacts:
             faults.append((kind, str(error)))
         except Exception as error:  # Pillow's decoders raise what they like on hostile bytes
             faults.append(("unreadable image", f"{type(error).__name__}: {error}"))
+    large = [w for w in caught if issubclass(w.category, Image.DecompressionBombWarning)]
+    faults += [("large image", str(w.message).split(",")[0]) for w in large[:1]]
     if any("exif" in str(warning.message).lower() for warning in caught):
         faults.append(("bad EXIF", "corrupt"))
     return ImageFacts(size, stored, digest, faults)
@@ -234,6 +241,8 @@ def _orientation(image, faults: List[Tuple[str, str]]) -> int:
         return 1
     if body and body[:4] not in (b"II*\0", b"MM\0*"):
         faults.append(("bad EXIF", "no TIFF header"))  # Pillow is silent about it
+    if value is not None and value not in range(1, 9):
+        faults.append(("bad EXIF", f"orientation {short(value)}, expected 1 to 8"))
     if value not in range(2, 9):
         return 1
     faults.append(("EXIF orientation", f"orientation {value}"))

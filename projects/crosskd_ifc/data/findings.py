@@ -14,7 +14,11 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "missing image": ("error", "training stops"),
     "unreadable image": ("error", "training stops"),
     "truncated image": ("error", "training stops"),
-    "image too large": ("error", "over Pillow's limit against decompression bombs; not decoded"),
+    "image too large": (
+        "error",
+        "over twice Pillow's limit against decompression bombs; training stops",
+    ),
+    "large image": ("warning", "over Pillow's limit; decoded all the same, which takes memory"),
     "more than 8 bits": ("error", "training stops; detectron2 would clip the pixels at 255"),
     "image size mismatch": ("error", "training stops"),
     "broken record": (
@@ -30,6 +34,7 @@ KINDS: Dict[str, Tuple[str, str]] = {
         "error",
         "cut off at the border in training, or dropped; VOC pixels count from 1",
     ),
+    "broken outline": ("error", "training stops"),
     "annotation id 0": ("warning", "the COCO evaluator never counts this box as found"),
     "box of no image": ("warning", "these boxes are never used"),
     "unusable outline": ("warning", "no polygon with 3 points; detectron2 skips the object"),
