@@ -27,6 +27,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.data.cards import fill_in_class_count
 from crosskd_ifc.data.mapper import SampleError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
 from crosskd_ifc.training.launching import PassOnSigterm
@@ -48,6 +49,7 @@ def setup(args):
         args.config_file, _ = find_config(args.config_file, key="--config-file")
         merge_from_file(cfg, args.config_file, key="--config-file")
     merge_from_list(cfg, args.opts, key="command line")
+    fill_in_class_count(cfg)
     cfg.freeze()
     (check_evaluation_config if args.eval_only else check_training_config)(cfg)
     if not (args.resume and has_checkpoint(cfg.OUTPUT_DIR)):

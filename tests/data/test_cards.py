@@ -572,7 +572,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]>' + _xml([BOX])
         (
             _put(A_XML, XML_DECLARATION.format("ISO-8859-1") + _xml([("r\xf6d", 1, 1, 9, 9)])),
             "unknown class",
-            "object 1, r\xc3\xb6d",
+            "object 1, 'r\xc3\xb6d'",
         ),
         (_put(A_XML, "<annotation/>"), "unreadable annotation", "<size><width> is missing"),
         (
@@ -805,6 +805,31 @@ def test_broken_json_is_a_finding(tmp_path, content):
     assert list(report.found) == ["unreadable split"]
 
 
+def test_photos_that_look_alike_in_two_splits_are_found(tmp_path):
+    voc = Voc(tmp_path)
+    blurred = Image.open(io.BytesIO(_image(7, (8, 6)))).resize((40, 30))
+    blurred.save(voc.root / A_JPG, quality=90)
+    blurred.save(voc.root / "JPEGImages/d.jpg", quality=60)
+    assert voc.found() == {
+        "alike in two splits": ["JPEGImages/d.jpg in val, JPEGImages/a.jpg in train"]
+    }
+
+
+def test_classes_that_a_card_lacks_are_told_ready_to_paste(tmp_path):
+    voc = Voc(tmp_path)
+    voc.annotate("a", [BOX, ("red rod", 1, 1, 9, 9), ("virus", 1, 1, 9, 9), ("virus", 2, 2, 9, 9)])
+    text = str(check_card(load_card(str(voc.card))))
+    assert "lacks, with their boxes: virus 2, 'red rod' 1\n" in text
+    assert 'classes: ["cell", "rod", "red rod", "virus"]' in text
+    voc.change(classes=json.loads(text.split("classes: ")[-1].splitlines()[0]))
+    assert "unknown class" not in voc.found()
+    (tmp_path / "second").mkdir()
+    coco = Coco(tmp_path / "second", classes=["cell"])
+    coco.found()
+    text = str(check_card(load_card(str(coco.card))))
+    assert "lacks, with their boxes: rod 3\n" in text and 'classes: ["cell", "rod"]' in text
+
+
 def test_every_kind_of_finding_is_tested():
     text = Path(__file__).read_text() + Path(data_files.__file__).read_text()
     assert not [kind for kind in KINDS if f'"{kind}"' not in text]
@@ -834,6 +859,29 @@ def test_the_tool_prints_counts_examples_and_its_exit_status_tells(tmp_path, too
     assert "error: box without area (6)" in out and "... and 1 more" in out
     assert "9 errors" in out and "\x85" not in out
     assert re.search(r"images +3 +2\n  boxes +12 +4\n    cell +3 +2\n    rod +6 +2\n", out)
+
+
+def test_the_tool_shows_all_places_json_and_a_picture(tmp_path, tool, capsys):
+    voc = Voc(tmp_path, classes=["cell", "rod", "a $class"])
+    for image_id in "abc":
+        voc.annotate(image_id, [BOX, ("rod", 3, 3, 3, 3), ("rod", 4, 4, 4, 4), BOX])
+    assert tool(["check", str(voc.card), "--all"]) == 1
+    out = capsys.readouterr().out
+    assert "object 2, rod [3, 3, 3, 3]" in out and "... and" not in out
+    assert out.count("object 3, rod [4, 4, 4, 4]") == 3 and "  'a $class'  " in out
+    picture = tmp_path / "boxes.png"
+    assert tool(["check", str(voc.card), "--json", "--picture", str(picture)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["splits"]["train"] == {
+        "images": 3,
+        "boxes": 12,
+        "classes": {"cell": 6, "rod": 6, "a $class": 0},
+    }
+    kinds = {finding["kind"]: finding for finding in found["findings"]}
+    assert len(kinds["box without area"]["places"]) == 6
+    assert kinds["box without area"]["severity"] == "error"
+    with Image.open(picture) as image:
+        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(10**6)) > 5
 
 
 def test_what_cant_be_checked_is_exit_status_2(tmp_path, tool, capsys):

@@ -27,7 +27,7 @@ from typing import (
 from detectron2.utils.file_io import PathManager
 
 from .files import read_coco_json, read_voc_annotation, read_voc_lines, read_voc_split
-from .findings import Findings
+from .findings import Findings, quoted
 from .outlines import is_outline, outline_fault
 
 __all__ = [
@@ -88,12 +88,14 @@ def check_voc(report: Findings, split: str) -> List[ListedImage]:
                 report.add("missing annotation", path)
         pictures.append(ListedImage(image, size))
         for number, (name, box, element) in enumerate(objects, 1):
-            where = f"{path} object {number}, {name} {_numbers(box)}"
+            where = f"{path} object {number}, {quoted(name)} {_numbers(box)}"
             counts["boxes"] += 1
+            report.sizes[split].append((box[2] - box[0] + 1, box[3] - box[1] + 1))
             if name in report.classes:
                 counts[report.classes.index(name)] += 1
             else:
                 report.add("unknown class", where)
+                report.unknown[name] += 1
             _check_box(report, where, box, size, first=1)
             if (name, *box) in seen:
                 report.add("duplicate box", where)
@@ -295,9 +297,13 @@ def check_coco(report: Findings, split: str) -> List[ListedImage]:
                 report.add("box of no image", f"{where}, image_id {short(record['image_id'])}")
             continue
         image, box = images[record["image_id"]], record["bbox"]
-        name = names.get(record["category_id"], f"category {short(record['category_id'])}")
-        where += f" in {image['file_name']}, {name} {_numbers(box)}"
+        name = names.get(record["category_id"], "")
+        shown = quoted(name) if name else f"category {short(record['category_id'])}"
+        where += f" in {image['file_name']}, {shown} {_numbers(box)}"
         counts["boxes"] += 1
+        report.sizes[split].append((box[2], box[3]))
+        if name not in report.classes and record["category_id"] in index:
+            report.unknown[name] += 1
         if record["category_id"] in index:
             counts[index[record["category_id"]]] += 1
         else:

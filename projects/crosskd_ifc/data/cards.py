@@ -12,9 +12,12 @@ import math
 from functools import partial
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from detectron2.config import CfgNode
+
 from ..common.paths import resolve_path
-from ..config import ConfigError
+from ..config import ConfigError, class_count
 from .card import Card, load_card
+from .files import read_coco_json
 from .loading import load_split
 from .mapper import SampleError
 
@@ -22,6 +25,7 @@ __all__ = [
     "Card",
     "card_of",
     "drop_degenerate_boxes",
+    "fill_in_class_count",
     "load_card",
     "register_card",
     "register_cards",
@@ -30,6 +34,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_COUNT = 80  # of COCO, in detectron2's config
 _registered: Dict[str, Card] = {}  # data set name -> the card that it came from
 
 
@@ -104,6 +109,36 @@ def card_of(name: str) -> Optional[Tuple[Card, str]]:
     loader = DatasetCatalog[name] if name in DatasetCatalog else None
     is_ours = isinstance(loader, partial) and loader.func is load_split
     return loader.args[:2] if is_ours else None
+
+
+def fill_in_class_count(cfg: CfgNode) -> None:
+    """Sets the number of classes of a config's detector to that of its data set's card, unless it
+    was set by hand: left at detectron2's default, 80.
+
+    The data set is the first of DATASETS.TRAIN, or of TEST. Registers DATASETS.CARDS.
+
+    Args:
+        cfg: changed in place.
+
+    Raises:
+        ConfigError: a card can't be found or is wrong.
+    """
+    key, count = class_count(cfg)
+    if count != _DEFAULT_COUNT or not cfg.DATASETS.CARDS:
+        return
+    register_cards(cfg.DATASETS.CARDS)
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    card, split = (card_of(names[0]) if names else None) or (None, "")
+    if card is None:
+        return
+    classes = card.classes
+    if classes is None:  # of a COCO card that leaves them to its json
+        try:
+            found = read_coco_json(card.splits[split]["json"])["categories"]
+            classes = {category["id"]: 0 for category in found}
+        except (KeyError, TypeError, ValueError):
+            return  # loading it says what is wrong
+    cfg.merge_from_list([key, len(classes)])
 
 
 def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], int]:

@@ -17,6 +17,7 @@ from .annotations import ListedImage, check_coco, check_voc
 from .card import Card, CocoCard, VocCard, load_card
 from .files import ImageFacts, inspect_image
 from .findings import Findings
+from .near_duplicates import MISSING, alike, is_available
 
 __all__ = ["check_card", "check_dataset"]
 
@@ -109,6 +110,10 @@ def _check_pictures(report: Findings, pictures: Dict[str, List[ListedImage]]) ->
             if key in contents[split]:
                 report.add("picture twice", f"{path} and {contents[split][key]} in {split}")
             contents[split].setdefault(key, path)
+
+    def has_hash(path: str) -> bool:
+        return facts[path].hash is not None
+
     for one, two in itertools.combinations(contents, 2):
         small, large = sorted((one, two), key=lambda split: len(contents[split]))
         shared = contents[small].keys() & contents[large].keys()
@@ -120,3 +125,12 @@ def _check_pictures(report: Findings, pictures: Dict[str, List[ListedImage]]) ->
                 other = contents[large][key]
                 also = f" (there {other})" if other != path else ""
                 report.add("picture in two splits", f"{path} in {small} and {large}{also}")
+        ours, theirs = (
+            [path for key, path in contents[split].items() if key not in shared and has_hash(path)]
+            for split in (small, large)
+        )
+        pairs = alike([facts[path].hash for path in ours], [facts[path].hash for path in theirs])
+        for i, j in pairs:
+            report.add("alike in two splits", f"{ours[i]} in {small}, {theirs[j]} in {large}")
+    if len(contents) > 1 and not is_available():
+        report.not_looked_for.append(f"photos that look alike in two splits: {MISSING}")

@@ -23,6 +23,7 @@ from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json, write_json
 from ..common.paths import resolve_path
 from ..config import add_crosskd_ifc_config, distillation_requested
+from ..data.cards import fill_in_class_count
 from ..modeling.attach import load_teacher_config
 from .child_process import RunFailed, RunStopped, claim_folder, supervise
 
@@ -57,6 +58,7 @@ class Run:
         add_crosskd_ifc_config(cfg)
         merge_from_file(cfg, find_config(self.config, key=self.name)[0], key=self.name)
         merge_from_list(cfg, [*self.opts, "OUTPUT_DIR", self.folder], key=self.name)
+        fill_in_class_count(cfg)
         cfg.freeze()
         return cfg
 
