@@ -15,6 +15,7 @@ from crosskd_ifc.config import class_count, distillation_requested
 from crosskd_ifc.data.cards import fill_in_class_count
 from crosskd_ifc.modeling.attach import load_teacher_config
 from crosskd_ifc.training.preflight import check_training_config
+from crosskd_ifc.training.preflight_data import check_classes
 from crosskd_ifc.training.recipe import DETECTORS, write_configs
 
 
@@ -44,9 +45,8 @@ def make_card(folder, *, images=40, size=(640, 480), side=24, classes=("a", "b",
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
     }
     (folder / "data.json").write_text(json.dumps(content))
-    files = {"json": "data.json", "images": "."}
     card = {"name": "recipe", "format": "coco", "root": "."}
-    card["splits"] = {"test": files, "train": files, "val": files}
+    card["splits"] = {s: {"json": "data.json", "images": "."} for s in ("test", "train", "val")}
     (folder / "card.yaml").write_text(yaml.safe_dump(card))
     return str(folder / "card.yaml")
 
@@ -109,7 +109,7 @@ def test_sizes_schedule_and_anchors_follow_the_data(tmp_path):
     assert small.INPUT.MIN_SIZE_TEST == 96 and small.INPUT.MAX_SIZE_TEST == 128
     assert small.MODEL.ANCHOR_GENERATOR.SIZES == [[8], [16], [32], [64], [128]]
     assert (small.SOLVER.IMS_PER_BATCH, small.SOLVER.BASE_LR) == (4, 0.005)
-    assert (small.SOLVER.MAX_ITER, small.SOLVER.STEPS) == (2000, [1400, 1800])
+    assert (small.SOLVER.MAX_ITER, small.SOLVER.STEPS) == (2000, (1400, 1800))
     large = written("large", size=(4000, 2000), side=320, images=8000, gpus=8)
     assert large.INPUT.MIN_SIZE_TEST == 800 and large.INPUT.MAX_SIZE_TEST == 1600
     assert large.MODEL.ANCHOR_GENERATOR.SIZES[0] == [32]
@@ -163,8 +163,6 @@ def test_a_class_count_left_alone_is_the_cards_and_one_set_by_hand_must_agree(
     fill_in_class_count(cfg)
     assert class_count(cfg) == (key, 5)
     with pytest.raises(ConfigError, match=f"{key} is 5, but .* has 3 classes"):
-        from crosskd_ifc.training.preflight_data import check_classes
-
         check_classes(cfg)
 
 
