@@ -1,36 +1,101 @@
 #!/usr/bin/env python
-"""Reads a data set and lists what is wrong with it, before a long training finds out.
+"""From a folder of photos to configs to train with; and what is wrong with a data set.
 
-    python tools/prepare_data.py check configs/datasets/bccd.yaml   # a dataset card
-    python tools/prepare_data.py check voc_2007_train               # a registered data set
+    python tools/prepare_data.py init PHOTOS --output cells.yaml       # writes a dataset card
+    python tools/prepare_data.py check cells.yaml                      # what is wrong with it?
+    python tools/prepare_data.py configs cells.yaml --teacher R101 --student R18 --output configs
 
-Every image is decoded in full, on one core. Exit status: 0 no errors
-(there may be warnings), 1 errors were found, 2 the data set can't be checked.
+`check` decodes every image in full, on one core. Exit status: 0 no errors (there may be warnings),
+1 errors were found, 2 there is nothing to check, or what was asked for can't be done.
 """
 
 import argparse
+import json
 import sys
 from typing import List, Optional
 
 import crosskd_ifc  # noqa: F401  registers the built-in data sets
 from crosskd_ifc.data.check import check_dataset
+from crosskd_ifc.data.histograms import draw_histograms
+from crosskd_ifc.data.layouts import LAYOUTS
+from crosskd_ifc.data.new_card import make_card
+from crosskd_ifc.training.recipe import BACKBONES, DETECTORS, write_configs
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command line and returns the exit status."""
+def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="list what is wrong with a data set")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    init = command("init", "write a dataset card for a folder of photos")
+    init.add_argument("folder", help="photos with VOC XML, COCO json, YOLO files or CSV below it")
+    init.add_argument("--output", required=True, metavar="CARD", help="the card to write, X.yaml")
+    init.add_argument(
+        "--split",
+        default="",
+        help="train/val/test, such as 0.8/0.1/0.1, instead of " "the folder's own lists",
+    )
+    init.add_argument("--layout", default="", choices=("", *LAYOUTS), help="if it holds several")
+    init.add_argument("--seed", type=int, default=0, help="of the split")
+    init.add_argument(
+        "--ignore-near-duplicates",
+        action="store_true",
+        help="split photos that " "look alike as all others",
+    )
+    init.add_argument("--force", action="store_true", help="replace an existing card")
+
+    check = command("check", "list what is wrong with a data set")
     check.add_argument("target", help="a dataset card, or the name of a registered data set")
-    args = parser.parse_args(argv)
+    check.add_argument("--all", action="store_true", help="every place, not only the first ones")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--picture", metavar="PNG", help="draw box sizes and class counts")
+
+    configs = command("configs", "write configs of teacher, plain and distilled student")
+    configs.add_argument("card", help="a dataset card")
+    configs.add_argument("--output", required=True, metavar="FOLDER", help="for the configs")
+    configs.add_argument("--teacher", default="R101", choices=BACKBONES, help="backbone")
+    configs.add_argument("--student", default="R18", choices=BACKBONES, help="backbone")
+    configs.add_argument("--detector", default="faster_rcnn", choices=DETECTORS, help="both")
+    start = configs.add_mutually_exclusive_group()
+    start.add_argument(
+        "--pretrained", action="store_true", help="from ImageNet weights, as " "without this option"
+    )
+    start.add_argument("--from-scratch", action="store_true", help="from random weights")
+    configs.add_argument("--gpus", type=int, default=1, help="0: for a CPU")
+    configs.add_argument("--force", action="store_true", help="replace existing configs")
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs the command line and returns the exit status."""
+    args = parse(argv)
     try:
+        if args.command == "init":
+            options = dict(split=args.split, layout=args.layout, seed=args.seed, force=args.force)
+            near = not args.ignore_near_duplicates
+            print(make_card(args.folder, args.output, near_duplicates=near, **options))
+            return 0
+        if args.command == "configs":
+            options = dict(teacher=args.teacher, student=args.student, detector=args.detector)
+            options.update(pretrained=not args.from_scratch, gpus=args.gpus, force=args.force)
+            print(write_configs(args.card, args.output, **options))
+            return 0
         report = check_dataset(args.target)
+        if args.picture:
+            draw_histograms(report, args.picture)
     except (OSError, ValueError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
-    print(report)
+    if args.json:
+        print(json.dumps(report.as_dict(), indent=1))
+    else:
+        print(report.text(examples=None) if args.all else report)
     return 1 if report.total("error") else 0
 
 

@@ -33,6 +33,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.data.cards import fill_in_class_count
 from crosskd_ifc.training.checkpointer import SafeCheckpointer, has_checkpoint
 from crosskd_ifc.training.errors import CLEAR_ERRORS, message_in_traceback, one_line_errors
 from crosskd_ifc.training.output_folder import check_output_folder, training_alone_in
@@ -57,6 +58,7 @@ def setup(args) -> CfgNode:
         args.config_file, _ = find_config(args.config_file, key="--config-file")
         merge_from_file(cfg, args.config_file, key="--config-file")
     merge_from_list(cfg, args.opts, key="command line")
+    fill_in_class_count(cfg)
     cfg.freeze()
     with one_line_errors(cfg):
         check_output_folder(cfg.OUTPUT_DIR)

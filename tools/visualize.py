@@ -20,6 +20,7 @@ from detectron2.config import get_cfg
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config
 from crosskd_ifc.analysis.pictures import inspect_pair
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.data.cards import fill_in_class_count
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -52,6 +53,7 @@ def main(args: argparse.Namespace) -> None:
     path, _ = find_config(args.config_file, key="--config-file")
     merge_from_file(cfg, path, key="--config-file")
     merge_from_list(cfg, args.opts, key="command line")
+    fill_in_class_count(cfg)
     if args.dataset:
         cfg.DATASETS.TEST = (args.dataset,)
     cfg.freeze()

@@ -11,7 +11,18 @@ import torch
 from detectron2.data import DatasetCatalog
 from helpers import tiny_cfg
 from PIL import Image
-from test_cards import XML_DECLARATION, Coco, Voc, _image, _write, _xml
+from test_cards import (
+    EPS,
+    OUTLINES_BROKEN,
+    OUTLINES_GOOD,
+    TRIANGLE,
+    XML_DECLARATION,
+    Coco,
+    Voc,
+    _image,
+    _write,
+    _xml,
+)
 
 from crosskd_ifc import ConfigError, CrossKDTrainer
 from crosskd_ifc.data.cards import register_card
@@ -160,6 +171,7 @@ JSON_REFUSED = {
     "an outline that is one flat list": _annotation(segmentation=[1, 1, 9, 1, 9, 9]),
     "an outline of texts": _annotation(segmentation=["1, 1, 9, 1, 9, 9"]),
     "an outline that is a number": _annotation(segmentation=7),
+    "an image id in text": _annotation(image_id="1"),
 }
 
 
@@ -227,6 +239,72 @@ def test_a_file_that_is_no_coco_json_is_one_error_that_names_it(content, tmp_pat
         DatasetCatalog.get(name)
 
 
+@pytest.mark.parametrize("case", OUTLINES_BROKEN)
+@pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
+def test_a_broken_outline_is_one_error_before_training(case, key, tmp_path):
+    outline, message = OUTLINES_BROKEN[case]
+    coco = Coco(tmp_path)
+    coco.json["annotations"][1]["segmentation"] = outline
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    opts = ("MODEL.MASK_ON", True, key, (name,))
+    (tmp_path / "good").mkdir()
+    good = register_card(str(Voc(tmp_path / "good").card))[0]
+    train = good if key == "DATASETS.TEST" else name
+    with pytest.raises(ValueError, match=f"train.json: annotation 2: .*{message}") as error:
+        CrossKDTrainer(_cfg(train, "OUTPUT_DIR", str(tmp_path), *opts))
+    assert isinstance(error.value, SampleError if key == "DATASETS.TRAIN" else ConfigError)
+    assert len(str(error.value)) < 700
+
+
+def _outlines(tmp_path, *outlines):
+    """A data set with these outlines, and its name."""
+    coco = Coco(tmp_path)
+    for annotation, outline in zip(coco.json["annotations"], outlines):
+        annotation["segmentation"] = outline
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    return register_card(str(coco.card))[0]
+
+
+def test_good_outlines_reach_the_model(tmp_path):
+    name = _outlines(tmp_path, *[outline or [TRIANGLE] for outline in OUTLINES_GOOD])
+    cfg = _cfg(name, "MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", "bitmask")
+    stream = CrossKDTrainer.build_train_loader(cfg).stream
+    for record in stream.records:
+        instances = build_mapper(cfg, is_train=True)(record)["instances"]
+        assert len(instances) == 2 and instances.gt_masks.tensor.any()
+
+
+@pytest.mark.parametrize(
+    "outlines, opts, message",
+    [
+        ([[TRIANGLE]] * 5 + [None], (), "images/2.png: .* no outline"),
+        ([[TRIANGLE]] * 5, (), "images/2.png: .* no outline"),
+        ([], (), "images/0.png: .* no outline"),
+        ([[TRIANGLE]] * 5 + [OUTLINES_GOOD[2]], (), "images/2.png: .*INPUT.MASK_FORMAT 'bitmask'"),
+    ],
+    ids=["null", "missing", "none at all", "RLE where polygons are read"],
+)
+def test_masks_are_trained_only_where_every_object_has_an_outline(
+    outlines, opts, message, tmp_path
+):
+    name = _outlines(tmp_path, *outlines)
+    assert len(_all_samples(name)) == 3  # boxes alone
+    with pytest.raises(SampleError, match=message):
+        CrossKDTrainer.build_train_loader(_cfg(name, "MODEL.MASK_ON", True, *opts))
+
+
+def test_outlines_of_data_sets_without_a_card_are_looked_at_too(tmp_path):
+    record = {"file_name": "a.png", "image_id": 0, "height": 30, "width": 40}
+    box = {"bbox": [1, 1, 9, 9], "bbox_mode": 1, "category_id": 0}
+    outline = [np.array([1, 1, 9, float("nan"), 9, 9])]
+    record["annotations"] = [{**box, "segmentation": [np.array(TRIANGLE)]}]
+    record["annotations"].append({**box, "segmentation": outline})
+    DatasetCatalog.register("own_outlines", lambda: [record])
+    with pytest.raises(SampleError, match="a.png: .*not finite"):
+        CrossKDTrainer.build_train_loader(_cfg("own_outlines", "MODEL.MASK_ON", True))
+
+
 # Test sets: what only an evaluator reads
 
 
@@ -244,6 +322,10 @@ COCO_NOT_EVALUATED = {
     "an area of text": (_put(area="9"), "'area'"),
     "iscrowd null": (_put(iscrowd=None), "'iscrowd'"),
     "a box of three": (_put(bbox=[1, 1, 5]), "'bbox'"),
+    "an id of text": (_put(id="two"), "'id'"),
+    "a huge id": (_put(id=2**63 - 1), "'id'"),
+    "a negative area": (_put(area=-4.0), "'area'"),
+    "an area that is NaN": (_put(area=float("nan")), "'area'"),
 }
 
 
@@ -254,11 +336,22 @@ def test_a_coco_file_that_cant_be_evaluated_trains_but_is_no_test_set(case, tmp_
     change(coco.json["annotations"][1])
     _write(coco.root / "train.json", json.dumps(coco.json))
     name = register_card(str(coco.card))[0]
-    message = f"DATASETS.TEST.*card.yaml: splits.train: .*/train.json: annotation 2: {field} "
+    message = f"DATASETS.TEST.*card.yaml: splits.train: .*/train.json: annotation .*: {field} "
     with pytest.raises(ConfigError, match=message):
         CrossKDTrainer(_cfg(name, "DATASETS.TEST", (name,)))
     if case != "a box of three":
         assert len(_all_samples(name)) == 3
+
+
+def test_a_test_set_with_a_huge_category_id_is_refused(tmp_path):
+    coco = Coco(tmp_path)
+    coco.json["categories"][0]["id"] = 2**63 - 1
+    for annotation in coco.json["annotations"][3:]:
+        annotation["category_id"] = 2**63 - 1
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    with pytest.raises(ConfigError, match="train.json: category 9223372036854775807: 'id'"):
+        check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
 
 
 @pytest.mark.parametrize("outline", [None, [], [[1, 2, 3, 4]], "none"])
@@ -357,6 +450,7 @@ def _exif(orientation):
 IMAGES_REFUSED = {
     "zero bytes": (b"", "not an image"),
     "text": (b"hello", "not an image"),
+    "an EPS, which Pillow would give to Ghostscript": (EPS, "not an image"),
     "missing": (None, "missing"),
     "only a header": (_image(1)[:150], "unreadable|can't use"),
     "truncated": (_image(1)[:-300], "truncated"),
@@ -395,6 +489,7 @@ IMAGES_READ = {
     "turned upside down by EXIF": _image(1, exif=_exif(3)),
     "corrupt EXIF": _image(1, exif=b"Exif\0\0junk"),
     "a PNG named .jpg": _image(1, kind="PNG"),
+    **{f"a {kind}": _image(1, kind=kind) for kind in ("BMP", "GIF", "TIFF", "WEBP", "PPM")},
 }
 
 

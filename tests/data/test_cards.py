@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,17 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
+from helpers import tiny_cfg
 from PIL import Image
+from pycocotools import mask as mask_util
 
+from crosskd_ifc import ConfigError
 from crosskd_ifc.common.paths import resolve_path
 from crosskd_ifc.data import files as data_files
 from crosskd_ifc.data.cards import drop_degenerate_boxes, load_card, register_card, register_cards
 from crosskd_ifc.data.check import check_card
 from crosskd_ifc.data.findings import KINDS
+from crosskd_ifc.training.preflight import check_evaluation_config
 
 REPO = Path(__file__).resolve().parents[2]
 BCCD = Path(os.environ.get("CROSSKD_IFC_BCCD") or REPO / "../shared/data/bccd")
@@ -52,6 +57,46 @@ def _xml(objects, width=40, height=30):
         + "</annotation>"
     )
 
+
+# COCO outlines that detectron2 or pycocotools would crash on, of images of 40 x 30.
+INF = float("inf")
+TRIANGLE = [1, 1, 9, 1, 9, 9]
+OUTLINES_BROKEN = {
+    "NaN": ([[1, 1, 9, float("nan"), 9, 9]], "not finite"),
+    "infinite": ([TRIANGLE, [1, 1, 9, 1, INF, 9]], "not finite"),
+    "both infinities": ([[1, 1, INF, 1, -INF, 9]], "not finite"),
+    "a huge coordinate": ([[1, 1, 1e8, 1, 9, 9]], "beyond"),
+    "a huge negative one": ([[1, 1, -(10**400), 1, 9, 9]], "beyond"),
+    "texts": ([["1", "1", "9", "1", "9", "9"]], "not all numbers"),
+    "a null": ([[1, 1, None, 1, 9, 9]], "not all numbers"),
+    "points as pairs": ([[[1, 1], [9, 1], [9, 9]]], "not all numbers"),
+    "RLE without size": ({"counts": [1200]}, "size"),
+    "RLE of another size": ({"counts": [900], "size": [30, 30]}, "size"),
+    "RLE of a huge size": ({"counts": [2**62], "size": [2**31, 2**31]}, "size"),
+    "RLE of a size in text": ({"counts": [1200], "size": ["30", "40"]}, "size"),
+    "RLE without counts": ({"size": [30, 40]}, "counts"),
+    "RLE of too few": ({"counts": [1, 2, 3], "size": [30, 40]}, "6 pixels"),
+    "RLE of too many": ({"counts": [1200, 1200], "size": [30, 40]}, "2400 pixels"),
+    "RLE with a negative run": ({"counts": [1300, -100], "size": [30, 40]}, "counts"),
+    "RLE with a huge run": ({"counts": [2**80], "size": [30, 40]}, "pixels"),
+    "RLE of texts": ({"counts": ["1200"], "size": [30, 40]}, "counts"),
+    "RLE of floats": ({"counts": [1200.0], "size": [30, 40]}, "counts"),
+    "RLE of garbage": ({"counts": "garbage!", "size": [30, 40]}, "counts"),
+    "RLE of other letters": ({"counts": "PP0\u20ac", "size": [30, 40]}, "counts"),
+    "RLE that never ends": ({"counts": "o" * 99, "size": [30, 40]}, "counts"),
+    "RLE that is cut off": ({"counts": "Po", "size": [30, 40]}, "counts"),
+    "a short RLE": ({"counts": "0123", "size": [30, 40]}, "pixels"),
+}
+_MASK = np.zeros((30, 40), dtype=np.uint8, order="F")
+_MASK[3:12, 5:38:3] = 1
+OUTLINES_GOOD = [
+    [TRIANGLE],
+    [TRIANGLE, [-5, 2.5, 60, 3, 4, 5, 6, 7]],
+    {"counts": mask_util.encode(_MASK)["counts"].decode(), "size": [30, 40]},
+    {"counts": [100, 1000, 100], "size": [30, 40]},
+    None,
+    [],
+]
 
 XML_DECLARATION = '<?xml version="1.0" encoding="{}"?>'
 
@@ -157,6 +202,7 @@ class Coco(Voc):
         (dict(classes=["cell", 1]), "classes[1]"),
         (dict(classes=["cell", "cell"]), "classes[1]"),
         (dict(classes=["../cell"], evaluator="pascal_voc", year=2007), "classes[0]"),
+        (dict(classes=["\u20ac" * 90], evaluator="pascal_voc", year=2007), "classes[0]"),
         (dict(evaluator=None), "evaluator"),
         (dict(evaluator="lvis"), "evaluator"),
         (dict(evaluator="pascal_voc"), "year"),
@@ -261,6 +307,13 @@ def test_cards_are_found_from_the_current_folder_then_in_configs(tmp_path, monke
         resolve_path("no.yaml", what="config", key="SOME.KEY", extra_tried=["model zoo: no.yaml"])
     for part in ("SOME.KEY", f"{tmp_path}/no.yaml", str(REPO / "configs/no.yaml"), "model zoo: no"):
         assert part in str(error.value)
+
+
+def test_an_error_of_a_card_names_the_config_key_once(tmp_path):
+    for card in (str(Voc(tmp_path, year=7).card), "no_such_card.yaml"):
+        with pytest.raises(ConfigError, match="^DATASETS.CARDS: ") as error:
+            check_evaluation_config(tiny_cfg("DATASETS.CARDS", (card,)))
+        assert str(error.value).count("DATASETS.CARDS") == 1 and card in str(error.value)
 
 
 def test_the_cards_of_the_readme_are_valid(tmp_path, monkeypatch):
@@ -485,6 +538,16 @@ def _objects(*objects):
     return lambda voc: voc.annotate("a", [BOX, ("rod", 1, 1, 40, 30), *objects])
 
 
+def _long_exif(orientation):
+    """As _exif, in 32 bits."""
+    entry = struct.pack("<HHII", 274, 4, 1, orientation)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0)
+
+
+EPS = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n"
+    b"0 0 moveto 40 30 lineto stroke\nshowpage\n%%EOF\n"
+)
 A_XML, A_JPG = "Annotations/a.xml", "JPEGImages/a.jpg"
 BOMB = '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]>' + _xml([BOX])
 
@@ -509,7 +572,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]>' + _xml([BOX])
         (
             _put(A_XML, XML_DECLARATION.format("ISO-8859-1") + _xml([("r\xf6d", 1, 1, 9, 9)])),
             "unknown class",
-            "object 1, r\xc3\xb6d",
+            "object 1, 'r\xc3\xb6d'",
         ),
         (_put(A_XML, "<annotation/>"), "unreadable annotation", "<size><width> is missing"),
         (
@@ -540,6 +603,9 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]>' + _xml([BOX])
         (_put(A_JPG, _image(0, (30, 40), exif=_exif(6))), "EXIF orientation", ": orientation 6"),
         (_put(A_JPG, _image(0, exif=b"Exif\0\0nonsense")), "bad EXIF", A_JPG),
         (_put(A_JPG, _image(0, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")), "bad EXIF", A_JPG),
+        (_put(A_JPG, _image(0, exif=_exif(0))), "bad EXIF", A_JPG + ": orientation 0, expected 1"),
+        (_put(A_JPG, _image(0, exif=_long_exif(65537))), "bad EXIF", ": orientation 65537, "),
+        (_put(A_JPG, EPS), "unreadable image", A_JPG + ": not an image"),
         (
             _put(A_JPG, _image(0, kind="PNG", mode="I;16")),
             "more than 8 bits",
@@ -583,10 +649,14 @@ def test_an_exif_tag_that_swaps_the_size_is_told_with_the_mismatch(tmp_path):
     assert found["image size mismatch"][0].endswith("image 30x40, turned by its EXIF tag")
 
 
-def test_an_image_over_the_bomb_limit_is_not_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    found = Voc(tmp_path).found()
-    assert list(found) == ["image too large"] and len(found["image too large"]) == 5
+@pytest.mark.parametrize("limit, kind", [(500, "image too large"), (1000, "large image")])
+def test_only_an_image_over_twice_pillows_limit_isnt_decoded(tmp_path, monkeypatch, limit, kind):
+    voc = Voc(tmp_path)  # of 1,200 pixels each
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    found = voc.found()
+    assert list(found) == [kind] and len(found[kind]) == 5
+    _write(voc.root / A_JPG, _image(0)[:-200])
+    assert ("truncated image" in voc.found()) == (kind == "large image")
 
 
 def test_a_missing_image_with_another_ending_is_named(tmp_path):
@@ -650,6 +720,11 @@ def _add(kind, record):
             "annotation 1.*wrong: segmentation",
         ),
         (_set("annotations", 0, segmentation=["1, 1"]), "broken record", "wrong: segmentation"),
+        (_set("annotations", 0, area=-1), "broken record", "wrong: area"),
+        (_set("annotations", 0, area=float("nan")), "broken record", "wrong: area"),
+        (_set("annotations", 0, id=2**63 - 1), "broken record", "wrong: id"),
+        (_add("categories", {"id": 2**63 - 1, "name": "x"}), "broken record", "wrong: id"),
+        (_set("annotations", 0, image_id="0"), "broken record", "image_id '0' is text"),
         (
             _add("images", {"id": 9, "file_name": "0.png", "width": 0, "height": 3}),
             "broken record",
@@ -693,6 +768,22 @@ def test_a_coco_defect_is_found(tmp_path, defect, kind, place):
     assert re.search(place, found[kind][0])
 
 
+@pytest.mark.parametrize("case", OUTLINES_BROKEN)
+def test_a_broken_outline_is_found(tmp_path, case):
+    coco = Coco(tmp_path)
+    coco.json["annotations"][0]["segmentation"] = OUTLINES_BROKEN[case][0]
+    found = coco.found()
+    assert list(found) == ["broken outline"]
+    assert re.search(f"annotation 1 .*{OUTLINES_BROKEN[case][1]}", found["broken outline"][0])
+
+
+def test_good_outlines_are_no_findings(tmp_path):
+    coco = Coco(tmp_path)
+    for annotation, outline in zip(coco.json["annotations"], OUTLINES_GOOD):
+        annotation["segmentation"] = outline
+    assert coco.found() == {}
+
+
 def test_an_unknown_category_is_found(tmp_path):
     coco = Coco(tmp_path)
     coco.json["annotations"][0]["category_id"] = 2
@@ -712,6 +803,31 @@ def test_broken_json_is_a_finding(tmp_path, content):
     _write(coco.root / "train.json", content)
     report = check_card(load_card(str(coco.card)))
     assert list(report.found) == ["unreadable split"]
+
+
+def test_photos_that_look_alike_in_two_splits_are_found(tmp_path):
+    voc = Voc(tmp_path)
+    blurred = Image.open(io.BytesIO(_image(7, (8, 6)))).resize((40, 30))
+    blurred.save(voc.root / A_JPG, quality=90)
+    blurred.save(voc.root / "JPEGImages/d.jpg", quality=60)
+    assert voc.found() == {
+        "alike in two splits": ["JPEGImages/d.jpg in val, JPEGImages/a.jpg in train"]
+    }
+
+
+def test_classes_that_a_card_lacks_are_told_ready_to_paste(tmp_path):
+    voc = Voc(tmp_path)
+    voc.annotate("a", [BOX, ("red rod", 1, 1, 9, 9), ("virus", 1, 1, 9, 9), ("virus", 2, 2, 9, 9)])
+    text = str(check_card(load_card(str(voc.card))))
+    assert "lacks, with their boxes: virus 2, 'red rod' 1\n" in text
+    assert 'classes: ["cell", "rod", "red rod", "virus"]' in text
+    voc.change(classes=json.loads(text.split("classes: ")[-1].splitlines()[0]))
+    assert "unknown class" not in voc.found()
+    (tmp_path / "second").mkdir()
+    coco = Coco(tmp_path / "second", classes=["cell"])
+    coco.found()
+    text = str(check_card(load_card(str(coco.card))))
+    assert "lacks, with their boxes: rod 3\n" in text and 'classes: ["cell", "rod"]' in text
 
 
 def test_every_kind_of_finding_is_tested():
@@ -743,6 +859,29 @@ def test_the_tool_prints_counts_examples_and_its_exit_status_tells(tmp_path, too
     assert "error: box without area (6)" in out and "... and 1 more" in out
     assert "9 errors" in out and "\x85" not in out
     assert re.search(r"images +3 +2\n  boxes +12 +4\n    cell +3 +2\n    rod +6 +2\n", out)
+
+
+def test_the_tool_shows_all_places_json_and_a_picture(tmp_path, tool, capsys):
+    voc = Voc(tmp_path, classes=["cell", "rod", "a $class"])
+    for image_id in "abc":
+        voc.annotate(image_id, [BOX, ("rod", 3, 3, 3, 3), ("rod", 4, 4, 4, 4), BOX])
+    assert tool(["check", str(voc.card), "--all"]) == 1
+    out = capsys.readouterr().out
+    assert "object 2, rod [3, 3, 3, 3]" in out and "... and" not in out
+    assert out.count("object 3, rod [4, 4, 4, 4]") == 3 and "  'a $class'  " in out
+    picture = tmp_path / "boxes.png"
+    assert tool(["check", str(voc.card), "--json", "--picture", str(picture)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["splits"]["train"] == {
+        "images": 3,
+        "boxes": 12,
+        "classes": {"cell": 6, "rod": 6, "a $class": 0},
+    }
+    kinds = {finding["kind"]: finding for finding in found["findings"]}
+    assert len(kinds["box without area"]["places"]) == 6
+    assert kinds["box without area"]["severity"] == "error"
+    with Image.open(picture) as image:
+        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(10**6)) > 5
 
 
 def test_what_cant_be_checked_is_exit_status_2(tmp_path, tool, capsys):
@@ -786,7 +925,8 @@ def test_the_blood_cell_photos_have_exactly_two_errors(monkeypatch):
     card = str(REPO / "configs/datasets/bccd.yaml")
     report = check_card(load_card(card))
     places = report.found["box without area"]
-    assert report.total("error") == 2 == len(places) and report.total("warning") == 0
+    assert report.total("error") == 2 == len(places) and report.total("warning") == 1
+    assert "BloodImage_00037.jpg in val" in list(report.found["alike in two splits"])[0]
     assert sorted(re.findall(r"BloodImage_\d+", " ".join(places))) == [
         "BloodImage_00338",
         "BloodImage_00343",

@@ -5,9 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import TrainingSampler
+from detectron2.structures import BoxMode
 from helpers import tiny_cfg
+from PIL import Image
 
+from crosskd_ifc import ConfigError, CrossKDTrainer
 from crosskd_ifc.training.stream import SampleStream, TrainingStream
 
 
@@ -145,3 +149,108 @@ def test_detectron2s_other_samplers_can_be_entered_too():
     entered = build(5)
     assert entered.enter(build(4).state_dict(), 4)
     assert batches(entered, 5) == whole[4:]
+
+
+# Data sets that aren't lists of complete records
+
+
+def photos(folder, sizes, *, boxes=((2, 2, 30, 30),), **fields):
+    """Real images with one box each, as records without a size."""
+    found = []
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (40 * i % 256, 90, 30)).save(folder / f"{i}.png")
+        record = {"file_name": str(folder / f"{i}.png"), "image_id": i, **fields}
+        box = {"bbox": boxes[i % len(boxes)], "bbox_mode": BoxMode.XYXY_ABS}
+        found.append({**record, "annotations": [{**box, "category_id": i % 3}]})
+    return found
+
+
+def training_batches(count, *opts, repeat=()):
+    cfg = tiny_cfg("MODEL.CROSSKD.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, *opts)
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = list(repeat)  # the oldest detectron2 has no such key
+    return list(itertools.islice(CrossKDTrainer.build_train_loader(cfg), count))
+
+
+def test_records_without_a_size_are_grouped_by_that_of_their_images(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter: high, not wide
+    records = photos(tmp_path, [(60, 40), (40, 60), (60, 40), (40, 60)])
+    Image.new("RGB", (60, 40)).save(tmp_path / "2.png", exif=exif)
+    DatasetCatalog.register("own_sizeless", lambda: records)
+    for batch in training_batches(6, "DATASETS.TRAIN", ("own_sizeless",)):
+        assert len({x["width"] > x["height"] for x in batch}) == 1
+        assert {x["image_id"] for x in batch} <= {0} or 0 not in {x["image_id"] for x in batch}
+
+
+def test_a_record_without_size_and_file_says_what_to_do():
+    with pytest.raises(ValueError, match="image id 7.*DATALOADER.ASPECT_RATIO_GROUPING"):
+        TrainingStream(tiny_cfg(), [{"image_id": 7}], mapper)
+
+
+class Photos(torch.utils.data.Dataset):
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        if index >= len(self):  # a torch data set needn't end by itself
+            raise RuntimeError("beyond the end")
+        return self.records[index]
+
+
+def test_a_torch_dataset_in_the_catalog_is_trained_on_as_a_list_is(tmp_path):
+    records = photos(tmp_path, [(60, 40)] * 3, boxes=[(2, 2, 30, 30), (5, 5, 5, 9)])
+    DatasetCatalog.register("own_list", lambda: records)
+    DatasetCatalog.register("own_torch", lambda: Photos(records))
+
+    def seen(*names):
+        np.random.seed(3)
+        batches = training_batches(4, "DATASETS.TRAIN", names)
+        return [x["image_id"] for batch in batches for x in batch]
+
+    assert seen("own_torch") == seen("own_list")
+    assert set(seen("own_torch")) == {0, 2}  # the box of 1 has no area
+    assert set(seen("own_torch", "own_list")) == {0, 2}
+
+
+def test_an_iterable_dataset_is_refused_by_name():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return itertools.repeat({"image_id": 0})
+
+    DatasetCatalog.register("own_endless", Endless)
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN: 'own_endless' .*IterableDataset"):
+        training_batches(1, "DATASETS.TRAIN", ("own_endless",))
+
+
+SAMPLERS = ["RepeatFactorTrainingSampler", "WeightedTrainingSampler"]
+SAMPLERS += ["WeightedCategoryTrainingSampler"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_with_weights_know_the_images_that_are_left(tmp_path, sampler):
+    """Image 0 of the first data set loses its only box; of the second, each image counts twice."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    first = photos(tmp_path / "a", [(60, 40)] * 3, boxes=[(5, 5, 5, 9), (2, 2, 9, 9), (2, 2, 9, 9)])
+    second = photos(tmp_path / "b", [(60, 40)] * 2)
+    for record in second:
+        record["image_id"] += 10
+    for record in first + second:
+        record["annotations"][0]["category_id"] = 0
+    DatasetCatalog.register("own_first", lambda: first)
+    DatasetCatalog.register("own_second", lambda: second)
+    opts = ("DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.5)
+    opts += ("DATASETS.TRAIN", ("own_first", "own_second"))
+    rounds = training_batches(12, *opts, repeat=[["own_second", 2.0]])
+    seen = [x["image_id"] for batch in rounds for x in batch]
+    times = [1, 1, 1, 1] if sampler == "RepeatFactorTrainingSampler" else [1, 1, 2, 2]
+    counts = [seen.count(image) for image in (1, 2, 10, 11)]
+    assert counts == [24 // sum(times) * n for n in times]
+
+
+def test_a_weighted_sampler_needs_the_data_set_of_each_record():
+    opts = ("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler", "DATASETS.TRAIN", ("a", "b"))
+    with pytest.raises(ConfigError, match="SAMPLER_TRAIN.*'dataset_name'"):
+        TrainingStream(tiny_cfg(*opts), records(), mapper)

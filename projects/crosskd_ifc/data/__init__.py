@@ -3,7 +3,7 @@
 Imports ``common`` and ``config``.
 """
 
-from .card import Card
-from .cards import load_card, register_card, register_cards
+from .card import Card, load_card
+from .cards import register_card, register_cards
 
 __all__ = ["Card", "load_card", "register_card", "register_cards"]

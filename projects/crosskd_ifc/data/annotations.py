@@ -8,21 +8,35 @@ from 1 and the last one is inside the box, so that 1 <= xmin < xmax <= width; in
 import itertools
 import math
 import os
+import re
 from collections import Counter
 from reprlib import repr as short
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Container,
+    Dict,
+    Iterable,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from detectron2.utils.file_io import PathManager
 
 from .files import read_coco_json, read_voc_annotation, read_voc_lines, read_voc_split
-from .findings import Findings
+from .findings import Findings, quoted
+from .outlines import is_outline, outline_fault
 
 __all__ = [
     "ListedImage",
     "check_coco",
     "check_voc",
+    "coco_category_fault",
     "coco_evaluator_fault",
-    "is_outline",
+    "text_id_fault",
     "voc_evaluator_fault",
     "voc_list_fault",
 ]
@@ -74,12 +88,14 @@ def check_voc(report: Findings, split: str) -> List[ListedImage]:
                 report.add("missing annotation", path)
         pictures.append(ListedImage(image, size))
         for number, (name, box, element) in enumerate(objects, 1):
-            where = f"{path} object {number}, {name} {_numbers(box)}"
+            where = f"{path} object {number}, {quoted(name)} {_numbers(box)}"
             counts["boxes"] += 1
+            report.sizes[split].append((box[2] - box[0] + 1, box[3] - box[1] + 1))
             if name in report.classes:
                 counts[report.classes.index(name)] += 1
             else:
                 report.add("unknown class", where)
+                report.unknown[name] += 1
             _check_box(report, where, box, size, first=1)
             if (name, *box) in seen:
                 report.add("duplicate box", where)
@@ -118,12 +134,41 @@ def coco_evaluator_fault(record: Dict[str, Any], *, masks: bool) -> str:
         masks: whether masks are evaluated too.
     """
     needed = {
+        "id": _ID,
         "bbox": (_is_box, "a list of four numbers"),
-        "area": (_is_number, "a number"),
+        "area": (_is_area, "a number of pixels, 0 or more"),
         "iscrowd": (_is_flag, "0 or 1"),
     }
     if masks:
         needed["segmentation"] = (_is_mask, "polygons of at least three points, or a run length")
+    return _first_fault(record, needed)
+
+
+def coco_category_fault(record: Dict[str, Any]) -> str:
+    """As `coco_evaluator_fault`, of a category."""
+    return _first_fault(record, {"id": _ID})
+
+
+def text_id_fault(record: Dict[str, Any], images: Container[Any]) -> str:
+    """Returns what is wrong with an annotation whose image_id would be an image's id, if one of the
+    two weren't text, or "".
+
+    Args:
+        images: the ids of all images.
+    """
+    image_id = record.get("image_id")
+    if isinstance(image_id, str) and re.fullmatch(r"-?[0-9]{1,18}", image_id):
+        other, kinds = int(image_id), ("text", "a number")
+    elif isinstance(image_id, int):
+        other, kinds = str(image_id), ("a number", "text")
+    else:
+        return ""
+    if image_id in images or other not in images:
+        return ""
+    return f"its image_id {short(image_id)} is {kinds[0]}, but the id of the image is {kinds[1]}"
+
+
+def _first_fault(record: Dict[str, Any], needed: Dict[str, Tuple[Callable, str]]) -> str:
     for key, (test, expected) in needed.items():
         if not test(record.get(key)):
             found = f"is {short(record[key])}" if key in record else "is missing"
@@ -132,15 +177,15 @@ def coco_evaluator_fault(record: Dict[str, Any], *, masks: bool) -> str:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int)
+    return isinstance(value, int) and abs(value) < 2**53  # pycocotools keeps them in floats
 
 
 def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and 0 < value < 10**9
+    return isinstance(value, int) and 0 < value < 10**6
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, str))
+    return isinstance(value, str) or _is_int(value)
 
 
 def _is_text(value: Any) -> bool:
@@ -150,6 +195,10 @@ def _is_text(value: Any) -> bool:
 def _is_number(value: Any) -> bool:
     # json reads nan and inf, and integers that no float can hold.
     return isinstance(value, float) or isinstance(value, int) and abs(value) < 1e300
+
+
+def _is_area(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < math.inf
 
 
 def _is_box(value: Any) -> bool:
@@ -165,12 +214,7 @@ def _is_mask(value: Any) -> bool:
     return bool(value) and (isinstance(value, dict) or len(value[0]) > 4)
 
 
-def is_outline(value: Any) -> bool:
-    """Whether detectron2 can read a COCO ``segmentation``: none, polygons, or a run-length code."""
-    if isinstance(value, list):
-        return all(isinstance(polygon, list) for polygon in value)
-    return not value or isinstance(value, dict)
-
+_ID = (_is_int, "a whole number, less than 2**53")
 
 # The fields of a COCO file that detectron2 or its evaluator read, with what they must be.
 _CATEGORY = {"id": _is_int, "name": _is_text}
@@ -180,7 +224,7 @@ _ANNOTATION = {
     "image_id": _is_id,
     "category_id": _is_int,
     "bbox": _is_box,
-    "area": _is_number,
+    "area": _is_area,
     "iscrowd": _is_flag,
     "segmentation": is_outline,  # a flat list of numbers is the usual mistake
     "ignore": lambda value: not value,  # detectron2 asserts that it is off
@@ -246,12 +290,20 @@ def check_coco(report: Findings, split: str) -> List[ListedImage]:
         if record["id"] == 0:
             report.add("annotation id 0", where)  # pycocotools takes 0 for "not matched"
         if record["image_id"] not in images:
-            report.add("box of no image", f"{where}, image_id {short(record['image_id'])}")
+            fault = text_id_fault(record, images)
+            if fault:
+                broken(f"annotation {record['id']}: {fault}")
+            else:
+                report.add("box of no image", f"{where}, image_id {short(record['image_id'])}")
             continue
         image, box = images[record["image_id"]], record["bbox"]
-        name = names.get(record["category_id"], f"category {short(record['category_id'])}")
-        where += f" in {image['file_name']}, {name} {_numbers(box)}"
+        name = names.get(record["category_id"], "")
+        shown = quoted(name) if name else f"category {short(record['category_id'])}"
+        where += f" in {image['file_name']}, {shown} {_numbers(box)}"
         counts["boxes"] += 1
+        report.sizes[split].append((box[2], box[3]))
+        if name not in report.classes and record["category_id"] in index:
+            report.unknown[name] += 1
         if record["category_id"] in index:
             counts[index[record["category_id"]]] += 1
         else:
@@ -263,7 +315,10 @@ def check_coco(report: Findings, split: str) -> List[ListedImage]:
             report.add("duplicate box", where)
         boxes[image["id"]].add(key)
         outline = record.get("segmentation")
-        if outline and isinstance(outline, list):
+        fault = outline_fault(outline, (image["height"], image["width"]))
+        if fault:
+            report.add("broken outline", f"{where}: {fault}")
+        elif outline and isinstance(outline, list):
             if not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in outline):
                 report.add("unusable outline", where)
     pictures = []

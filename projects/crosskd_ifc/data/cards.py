@@ -9,17 +9,15 @@ XYXY_ABS).
 
 import logging
 import math
-import os
-import re
 from functools import partial
-from reprlib import repr as short  # a hostile card's values may be huge
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
-from detectron2.utils.file_io import PathManager
+from detectron2.config import CfgNode
 
 from ..common.paths import resolve_path
-from .card import Card
-from .files import read_yaml
+from ..config import ConfigError, class_count
+from .card import Card, load_card
+from .files import read_coco_json
 from .loading import load_split
 from .mapper import SampleError
 
@@ -27,6 +25,7 @@ __all__ = [
     "Card",
     "card_of",
     "drop_degenerate_boxes",
+    "fill_in_class_count",
     "load_card",
     "register_card",
     "register_cards",
@@ -35,102 +34,26 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # names become parts of file names
-_NAME_RULE = "a name of letters, digits, '_', '-' and '.'"
-_KEYS = ("name", "format", "root", "splits", "classes", "evaluator", "year")
-_registered: Dict[str, "Card"] = {}  # data set name -> the card that it came from
-
-
-def load_card(path: str) -> Card:
-    """Reads and checks a dataset card, but not the data set.
-
-    Raises:
-        ValueError: names the card, the key, what was given and what is possible.
-    """
-    # A link to a card and the card are the same card.
-    path = os.path.realpath(path)
-
-    def refuse(key, given, possible):
-        raise ValueError(f"dataset card {path}: {key} is {short(given)}; expected {possible}")
-
-    def expand(key, value, base):
-        if not isinstance(value, str) or not value or "\0" in value:
-            refuse(key, value, "a path")
-        names = [a or b for a, b in re.findall(r"\$(?:(\w+)|\{([^}]*)\})", value)]
-        unset = [name for name in names if not os.environ.get(name)]
-        if unset:
-            refuse(key, value, f"the environment variable {unset[0]} to be set")
-        value = os.path.expanduser(os.path.expandvars(value))
-        return os.path.normpath(os.path.join(base, value))
-
-    try:
-        raw = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"dataset card {error}") from error
-    if not isinstance(raw, dict):
-        refuse("the content", raw, f"a mapping with the keys {', '.join(_KEYS)}")
-    for key in raw:
-        if key not in _KEYS:
-            raise ValueError(
-                f"dataset card {path}: unknown key {short(key)}; known are {', '.join(_KEYS)}"
-            )
-    voc = raw.get("format") == "voc"
-    needed = _KEYS[:4] + (("classes", "evaluator") if voc else ())
-    if voc and raw.get("evaluator") == "pascal_voc":
-        needed += ("year",)
-    for key in needed:
-        if raw.get(key) is None:
-            raise ValueError(f"dataset card {path}: the key {key!r} is missing")
-
-    if not _is_name(raw["name"]):
-        refuse("name", raw["name"], _NAME_RULE)
-    if raw["format"] not in ("voc", "coco"):
-        refuse("format", raw["format"], "'voc' or 'coco'")
-    evaluator = raw.get("evaluator", "coco")
-    if evaluator not in (("coco", "pascal_voc") if voc else ("coco",)):
-        refuse("evaluator", evaluator, "'coco', or with format voc 'pascal_voc'")
-    year = raw.get("year")
-    if year is not None and (not voc or year not in (2007, 2012)):
-        refuse("year", year, "2007 or 2012, with format voc only")
-    classes = raw.get("classes")
-    if classes is not None:
-        if not isinstance(classes, list) or not classes:
-            refuse("classes", classes, "a list of class names")
-        for i, name in enumerate(classes):
-            key = f"classes[{i}]"
-            if not isinstance(name, str) or not name.strip() or name in classes[:i]:
-                refuse(key, name, "a new string (quotes make one of 1, yes or no)")
-            if evaluator == "pascal_voc" and re.search(r"[/\\\0]", name):
-                refuse(key, name, "no slash: the VOC evaluator writes a file of this name")
-        classes = tuple(classes)
-
-    root = expand("root", raw["root"], os.path.dirname(path))
-    if not PathManager.isdir(root):
-        refuse("root", raw["root"], f"an existing folder; {root} is none (paths start at the card)")
-    splits = raw["splits"]
-    if not isinstance(splits, dict) or not splits:
-        refuse("splits", splits, "a mapping from split names to files")
-    checked = {}
-    for split, entry in splits.items():
-        key = f"splits.{split}" if _is_name(split) else "a key of splits"
-        if not _is_name(split):
-            refuse(key, split, _NAME_RULE)
-        if voc:
-            if not _is_name(entry) or entry.endswith(".txt"):
-                refuse(key, entry, "the name of a file in ImageSets/Main, without .txt")
-            checked[split] = entry
-        else:
-            if not isinstance(entry, dict) or set(entry) != {"json", "images"}:
-                refuse(key, entry, "a mapping with exactly the keys 'json' and 'images'")
-            checked[split] = {k: expand(f"{key}.{k}", entry[k], root) for k in ("json", "images")}
-    return Card(path, raw["name"], raw["format"], root, checked, classes, evaluator, year)
+_DEFAULT_COUNT = 80  # of COCO, in detectron2's config
+_registered: Dict[str, Card] = {}  # data set name -> the card that it came from
 
 
 def register_cards(cards: Sequence[str]) -> List[str]:
-    """Registers the cards of ``DATASETS.CARDS``, each found as `resolve_path` says."""
+    """Registers the cards of ``DATASETS.CARDS``, each found as `resolve_path` says.
+
+    Raises:
+        ConfigError: a card can't be found or is wrong.
+    """
     names = []
     for card in cards:
-        names += register_card(resolve_path(card, what="dataset card", key="DATASETS.CARDS"))
+        try:
+            path = resolve_path(card, what="dataset card", key="DATASETS.CARDS")
+        except FileNotFoundError as error:
+            raise ConfigError(str(error)) from None
+        try:
+            names += register_card(path)
+        except ValueError as error:
+            raise ConfigError(f"DATASETS.CARDS: {error}") from error
     return names
 
 
@@ -188,6 +111,36 @@ def card_of(name: str) -> Optional[Tuple[Card, str]]:
     return loader.args[:2] if is_ours else None
 
 
+def fill_in_class_count(cfg: CfgNode) -> None:
+    """Sets the number of classes of a config's detector to that of its data set's card, unless it
+    was set by hand: left at detectron2's default, 80.
+
+    The data set is the first of DATASETS.TRAIN, or of TEST. Registers DATASETS.CARDS.
+
+    Args:
+        cfg: changed in place.
+
+    Raises:
+        ConfigError: a card can't be found or is wrong.
+    """
+    key, count = class_count(cfg)
+    if count != _DEFAULT_COUNT or not cfg.DATASETS.CARDS:
+        return
+    register_cards(cfg.DATASETS.CARDS)
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    card, split = (card_of(names[0]) if names else None) or (None, "")
+    if card is None:
+        return
+    classes = card.classes
+    if classes is None:  # of a COCO card that leaves them to its json
+        try:
+            found = read_coco_json(card.splits[split]["json"])["categories"]
+            classes = {category["id"]: 0 for category in found}
+        except (KeyError, TypeError, ValueError):
+            return  # loading it says what is wrong
+    cfg.merge_from_list([key, len(classes)])
+
+
 def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], int]:
     """Drops the annotations whose box has no area, a coordinate that is no finite number, or no
     part inside its image.
@@ -233,10 +186,6 @@ def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], in
             f"images: {', '.join(dropped_from[:3])}{', ...' if len(dropped_from) > 3 else ''}"
         )
     return result, num_flat + num_outside
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def _has_area(annotation: dict) -> bool:

@@ -6,19 +6,18 @@ becomes a finding. `KINDS` lists all that is looked for.
 
 import itertools
 import os
-import sys
-import time
 from collections import Counter
-from typing import Any, Dict, List
+from typing import Dict, List
 
 from detectron2.utils.file_io import PathManager
+from tqdm import tqdm
 
 from ..common.paths import resolve_path
 from .annotations import ListedImage, check_coco, check_voc
-from .card import Card
-from .cards import load_card
+from .card import Card, CocoCard, VocCard, load_card
 from .files import ImageFacts, inspect_image
 from .findings import Findings
+from .near_duplicates import MISSING, alike, is_available
 
 __all__ = ["check_card", "check_dataset"]
 
@@ -64,14 +63,20 @@ def _registered_as_card(name: str) -> Card:
     meta = MetadataCatalog.get(name)
     evaluator, classes = meta.get("evaluator_type", "coco"), meta.get("thing_classes")
     classes = tuple(classes) if classes else None
+    both = {"name": name, "classes": classes, "evaluator": evaluator}
     hint = f"DETECTRON2_DATASETS is {os.environ.get('DETECTRON2_DATASETS', 'datasets')!r}"
     if evaluator not in ("coco", "pascal_voc"):
         raise ValueError(f"{name}: data sets of the kind {evaluator!r} can't be checked")
     if meta.get("dirname") and meta.get("split"):
         if not PathManager.isdir(meta.dirname):
             raise ValueError(f"{name}: its folder {meta.dirname} doesn't exist ({hint})")
-        splits: Dict[str, Any] = {name: meta.split}
-        return Card("", name, "voc", meta.dirname, splits, classes, evaluator, meta.get("year"))
+        return VocCard.model_construct(
+            format="voc",
+            root=meta.dirname,
+            splits={name: meta.split},
+            year=meta.get("year"),
+            **both,
+        )
     if not meta.get("json_file") or meta.get("image_root") is None:
         raise ValueError(f"{name}: it is neither a VOC folder nor a COCO json file")
     if not PathManager.isfile(meta.json_file):
@@ -81,22 +86,21 @@ def _registered_as_card(name: str) -> Card:
             raise ValueError(f"{name}: {meta.json_file} doesn't exist ({hint})") from error
     splits = {name: {"json": meta.json_file, "images": meta.image_root}}
     root = os.path.dirname(os.path.commonprefix([meta.json_file, meta.image_root]))
-    return Card("", name, "coco", root, splits, classes, evaluator)
+    return CocoCard.model_construct(format="coco", root=root, splits=splits, **both)
 
 
 def _check_pictures(report: Findings, pictures: Dict[str, List[ListedImage]]) -> None:
     """Decodes every image once, and compares the splits by content (by path where unreadable)."""
     facts: Dict[str, ImageFacts] = {}
-    progress = _Progress(len({picture.path for split in pictures.values() for picture in split}))
+    paths = dict.fromkeys(picture.path for split in pictures.values() for picture in split)
+    for path in tqdm(paths, unit=" images", leave=False):
+        facts[path] = inspect_image(path)
+        for kind, detail in facts[path].faults:
+            report.add(kind, f"{path}{': ' if detail else ''}{detail}")
     contents: Dict[str, Dict[str, str]] = {}
     for split, members in pictures.items():
         contents[split] = {}
         for path, size in members:
-            if path not in facts:
-                facts[path] = inspect_image(path)
-                progress.step()
-                for kind, detail in facts[path].faults:
-                    report.add(kind, f"{path}{': ' if detail else ''}{detail}")
             fact = facts[path]
             if size and fact.size and size != fact.size:
                 turned = ", turned by its EXIF tag" if fact.size != fact.stored_size else ""
@@ -106,6 +110,10 @@ def _check_pictures(report: Findings, pictures: Dict[str, List[ListedImage]]) ->
             if key in contents[split]:
                 report.add("picture twice", f"{path} and {contents[split][key]} in {split}")
             contents[split].setdefault(key, path)
+
+    def has_hash(path: str) -> bool:
+        return facts[path].hash is not None
+
     for one, two in itertools.combinations(contents, 2):
         small, large = sorted((one, two), key=lambda split: len(contents[split]))
         shared = contents[small].keys() & contents[large].keys()
@@ -117,24 +125,12 @@ def _check_pictures(report: Findings, pictures: Dict[str, List[ListedImage]]) ->
                 other = contents[large][key]
                 also = f" (there {other})" if other != path else ""
                 report.add("picture in two splits", f"{path} in {small} and {large}{also}")
-
-
-class _Progress:
-    """Says every few seconds on stderr how far the images are."""
-
-    def __init__(self, total: int, period: float = 5.0):
-        self.total, self.period = total, period
-        self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
-
-    def step(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.last < self.period:
-            return
-        self.last = now
-        left = (now - self.start) / self.done * (self.total - self.done)
-        print(
-            f"{self.done:,} of {self.total:,} images, about {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
+        ours, theirs = (
+            [path for key, path in contents[split].items() if key not in shared and has_hash(path)]
+            for split in (small, large)
         )
+        pairs = alike([facts[path].hash for path in ours], [facts[path].hash for path in theirs])
+        for i, j in pairs:
+            report.add("alike in two splits", f"{ours[i]} in {small}, {theirs[j]} in {large}")
+    if len(contents) > 1 and not is_available():
+        report.not_looked_for.append(f"photos that look alike in two splits: {MISSING}")

@@ -9,15 +9,20 @@ import json
 import os
 import re
 import warnings
+from reprlib import repr as short
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from xml.etree import ElementTree
 
 import yaml
 from detectron2.utils.file_io import PathManager
 
+from .near_duplicates import is_available, perceptual_hash
+
 __all__ = [
+    "IMAGE_FORMATS",
     "ImageFacts",
     "inspect_image",
+    "parse_xml",
     "read_coco_json",
     "read_text",
     "read_voc_annotation",
@@ -25,6 +30,10 @@ __all__ = [
     "read_voc_split",
     "read_yaml",
 ]
+
+
+# What photos come in. Pillow knows more, and starts Ghostscript for EPS, whatever a file's name is.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -100,6 +109,20 @@ def read_voc_split(root: str, split: str) -> List[str]:
     return ids
 
 
+def parse_xml(path: str) -> ElementTree.Element:
+    """Returns the root of an XML file. Document types, and with them all entities, are refused."""
+    text = read_text(path)
+    try:
+        parser = ElementTree.XMLParser(target=_NoDoctype())
+        # Bytes, as detectron2: from a str the encoding that the file declares would be ignored.
+        parser.feed(text.encode())
+        return parser.close()
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: no such encoding
+        raise ValueError(f"{path}: not valid XML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_voc_annotation(
     path: str,
 ) -> Tuple[Tuple[int, int], List[Tuple[str, List[float], ElementTree.Element]]]:
@@ -112,16 +135,7 @@ def read_voc_annotation(
     Raises:
         ValueError: also for content that detectron2's VOC reader couldn't read.
     """
-    text = read_text(path)
-    try:
-        parser = ElementTree.XMLParser(target=_NoDoctype())
-        # Bytes, as detectron2: from a str the encoding that the file declares would be ignored.
-        parser.feed(text.encode())
-        tree = parser.close()
-    except (ElementTree.ParseError, LookupError) as error:  # LookupError: no such encoding
-        raise ValueError(f"{path}: not valid XML: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    tree = parse_xml(path)
 
     def get(element, tag, convert, where=""):
         found = element.find(tag)
@@ -171,6 +185,7 @@ class ImageFacts(NamedTuple):
         size: (width, height) after the EXIF orientation, as detectron2 sees it; None if unknown.
         stored_size: the same before turning.
         digest: equal for files of equal content; None if the file can't be opened.
+        hash: of `perceptual_hash`; None if it can't be decoded, or the package is missing.
         faults: pairs of a kind from `findings.KINDS` and a detail, which may be "".
     """
 
@@ -178,6 +193,7 @@ class ImageFacts(NamedTuple):
     stored_size: Optional[Tuple[int, int]]
     digest: Optional[str]
     faults: List[Tuple[str, str]]
+    hash: Optional[Any] = None
 
 
 def inspect_image(path: str) -> ImageFacts:
@@ -196,12 +212,11 @@ def inspect_image(path: str) -> ImageFacts:
     except OSError as error:
         return ImageFacts(None, None, None, [("unreadable image", error.strerror or str(error))])
     digest = hashlib.sha1(data).hexdigest()
-    size = stored = None
+    size = stored = bits = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 image.load()  # first: some formats hold their EXIF data behind the pixels
                 size = stored = image.size
                 orientation = _orientation(image, faults)
@@ -209,7 +224,9 @@ def inspect_image(path: str) -> ImageFacts:
                     size = stored[::-1]
                 if image.mode.startswith(("I", "F")):
                     faults.append(("more than 8 bits", f"mode {image.mode}"))
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+                elif is_available():
+                    bits = perceptual_hash(image)
+        except Image.DecompressionBombError as error:
             faults.append(("image too large", str(error).split(",")[0]))
         except UnidentifiedImageError:
             faults.append(("unreadable image", "not an image" if data else "the file is empty"))
@@ -218,9 +235,11 @@ def inspect_image(path: str) -> ImageFacts:
             faults.append((kind, str(error)))
         except Exception as error:  # Pillow's decoders raise what they like on hostile bytes
             faults.append(("unreadable image", f"{type(error).__name__}: {error}"))
+    large = [w for w in caught if issubclass(w.category, Image.DecompressionBombWarning)]
+    faults += [("large image", str(w.message).split(",")[0]) for w in large[:1]]
     if any("exif" in str(warning.message).lower() for warning in caught):
         faults.append(("bad EXIF", "corrupt"))
-    return ImageFacts(size, stored, digest, faults)
+    return ImageFacts(size, stored, digest, faults, bits)
 
 
 def _orientation(image, faults: List[Tuple[str, str]]) -> int:
@@ -234,6 +253,8 @@ def _orientation(image, faults: List[Tuple[str, str]]) -> int:
         return 1
     if body and body[:4] not in (b"II*\0", b"MM\0*"):
         faults.append(("bad EXIF", "no TIFF header"))  # Pillow is silent about it
+    if value is not None and value not in range(1, 9):
+        faults.append(("bad EXIF", f"orientation {short(value)}, expected 1 to 8"))
     if value not in range(2, 9):
         return 1
     faults.append(("EXIF orientation", f"orientation {value}"))

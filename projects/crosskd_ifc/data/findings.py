@@ -1,8 +1,10 @@
 """What a check of a data set can find, and what it has found."""
 
+import json
 import os
-from collections import Counter
-from typing import Dict, Tuple
+import re
+from collections import Counter, defaultdict
+from typing import Any, Dict, List, Optional, Tuple
 
 from .card import Card
 
@@ -14,7 +16,11 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "missing image": ("error", "training stops"),
     "unreadable image": ("error", "training stops"),
     "truncated image": ("error", "training stops"),
-    "image too large": ("error", "over Pillow's limit against decompression bombs; not decoded"),
+    "image too large": (
+        "error",
+        "over twice Pillow's limit against decompression bombs; training stops",
+    ),
+    "large image": ("warning", "over Pillow's limit; decoded all the same, which takes memory"),
     "more than 8 bits": ("error", "training stops; detectron2 would clip the pixels at 255"),
     "image size mismatch": ("error", "training stops"),
     "broken record": (
@@ -30,6 +36,7 @@ KINDS: Dict[str, Tuple[str, str]] = {
         "error",
         "cut off at the border in training, or dropped; VOC pixels count from 1",
     ),
+    "broken outline": ("error", "training stops"),
     "annotation id 0": ("warning", "the COCO evaluator never counts this box as found"),
     "box of no image": ("warning", "these boxes are never used"),
     "unusable outline": ("warning", "no polygon with 3 points; detectron2 skips the object"),
@@ -41,6 +48,7 @@ KINDS: Dict[str, Tuple[str, str]] = {
     ),
     "bad EXIF": ("warning", "detectron2 ignores it; other programs may turn the image"),
     "picture in two splits": ("warning", "results on one say little if training saw the other"),
+    "alike in two splits": ("warning", "photos that look alike; as for a picture in two splits"),
     "picture twice": ("warning", "the same picture more than once in one split"),
     "split inside a split": ("note", "never train on one and test on the other"),
     "image without boxes": ("note", "left out of training by DATALOADER.FILTER_EMPTY_ANNOTATIONS"),
@@ -55,6 +63,9 @@ class Findings:
         found: kind -> the places, each once however many splits share it.
         counts: split -> number of "images", "boxes", and of boxes under each class's index.
         classes: the class names.
+        sizes: split -> (width, height) of each box, in pixels.
+        unknown: class -> number of boxes, of classes in the annotations that the card lacks.
+        not_looked_for: what couldn't be, with the reason.
     """
 
     def __init__(self, card: Card):
@@ -62,6 +73,9 @@ class Findings:
         self.found: Dict[str, Dict[str, None]] = {}
         self.counts: Dict[str, Counter] = {}
         self.classes: Tuple[str, ...] = card.classes or ()
+        self.sizes: Dict[str, List[Tuple[float, float]]] = defaultdict(list)
+        self.unknown: Counter = Counter()
+        self.not_looked_for: List[str] = []
 
     def add(self, kind: str, where: str) -> None:
         """Records a finding of one of the `KINDS`; the same one twice counts once."""
@@ -78,11 +92,41 @@ class Findings:
         """Returns the number of findings of a severity: "error", "warning" or "note"."""
         return sum(len(v) for kind, v in self.found.items() if KINDS[kind][0] == severity)
 
+    def as_dict(self) -> Dict[str, Any]:
+        """Returns everything as plain values, for JSON."""
+        return {
+            "card": self.card.path,
+            "name": self.card.name,
+            "classes": list(self.classes),
+            "splits": {
+                split: {
+                    "images": counts["images"],
+                    "boxes": counts["boxes"],
+                    "classes": {name: counts[i] for i, name in enumerate(self.classes)},
+                }
+                for split, counts in self.counts.items()
+            },
+            "unknown_classes": dict(self.unknown),
+            "findings": [
+                {"kind": k, "severity": KINDS[k][0], "means": self.meaning(k), "places": list(v)}
+                for k, v in self.found.items()
+            ],
+            "not_looked_for": self.not_looked_for,
+        }
+
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, examples: Optional[int] = 5) -> str:
+        """Returns a report for people.
+
+        Args:
+            examples: places shown of each kind; None for all.
+        """
         card, splits = self.card, list(self.counts)
         rows = [("", *splits)]
         for key, title in (("images", "images"), ("boxes", "boxes"), *enumerate(self.classes)):
-            title = f"  {_printable(title)}" if isinstance(key, int) else title
+            title = f"  {quoted(title)}" if isinstance(key, int) else title
             rows.append((title, *(f"{self.counts[split][key]:,}" for split in splits)))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = [f"{card.name}: {card.format.upper()} format, {len(self.classes)} classes"]
@@ -96,9 +140,16 @@ class Findings:
             for kind in kinds:
                 places = list(self.found[kind])
                 lines += ["", f"{severity}: {kind} ({len(places):,}) - {self.meaning(kind)}"]
-                lines += [f"  {_printable(place)}" for place in places[:_EXAMPLES]]
-                if len(places) > _EXAMPLES:
-                    lines.append(f"  ... and {len(places) - _EXAMPLES:,} more")
+                lines += [f"  {_printable(place)}" for place in places[:examples]]
+                if examples is not None and len(places) > examples:
+                    lines.append(f"  ... and {len(places) - examples:,} more (--all shows them)")
+        if self.unknown:
+            counts = ", ".join(f"{quoted(n)} {k:,}" for n, k in self.unknown.most_common())
+            names = json.dumps([*self.classes, *sorted(self.unknown)], ensure_ascii=False)
+            lines += ["", f"classes that the card lacks, with their boxes: {_printable(counts)}"]
+            lines += ["to have them all, put into the card:", f"  classes: {_printable(names)}"]
+        lines += [""] * bool(self.not_looked_for)
+        lines += [f"not looked for: {what}" for what in self.not_looked_for]
         totals = [(self.total(s), s) for s in ("error", "warning", "note")]
         return "\n".join([*lines, "", ", ".join(f"{n:,} {s}{'s' * (n != 1)}" for n, s in totals)])
 
@@ -110,9 +161,11 @@ _CLASS_WITHOUT_BOXES = {
 }
 
 
-_EXAMPLES = 5
+def quoted(name: str) -> str:
+    """Returns a class's name, in quotes unless it is one plain word."""
+    return name if re.fullmatch(r"[\w.+-]+", name) else repr(name)
 
 
 def _printable(text: str) -> str:
     # Names from untrusted files: no control characters for the terminal, no novels.
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:400])
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:4000])

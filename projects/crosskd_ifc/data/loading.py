@@ -10,12 +10,51 @@ import os
 from collections import Counter
 from typing import List, Sequence, Tuple
 
-from .annotations import is_outline
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from torch.utils.data import IterableDataset
+
+from ..config import ConfigError
+from .annotations import text_id_fault
 from .card import Card
 from .files import read_coco_json, read_voc_annotation, read_voc_split
 from .mapper import SampleError
+from .outlines import is_outline, outline_fault
 
-__all__ = ["load_split"]
+__all__ = ["load_split", "load_training_records"]
+
+
+def load_training_records(cfg: CfgNode) -> List[dict]:
+    """The images of all DATASETS.TRAIN in detectron2's format, also those without a box.
+
+    Each has its ``dataset_name``. A torch ``Dataset`` in the catalog is read like a list.
+
+    Raises:
+        ConfigError: for a data set that can't be counted.
+    """
+    records: List[dict] = []
+    has_keypoints = cfg.MODEL.KEYPOINT_ON
+    for index, name in enumerate(cfg.DATASETS.TRAIN):
+        found = get_detection_dataset_dicts(
+            [name],
+            filter_empty=False,
+            min_keypoints=(
+                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if has_keypoints else 0
+            ),
+            proposal_files=(
+                cfg.DATASETS.PROPOSAL_FILES_TRAIN[index : index + 1]
+                if cfg.MODEL.LOAD_PROPOSALS
+                else None
+            ),
+        )
+        if isinstance(found, IterableDataset):
+            raise ConfigError(
+                f"DATASETS.TRAIN: {name!r} is a torch IterableDataset, whose images have no "
+                "numbers to shuffle and resume by; register a list of records, or a Dataset with "
+                "a length"
+            )
+        records += [{**found[i], "dataset_name": name} for i in range(len(found))]
+    return records
 
 
 def load_split(card: Card, split: str, name: str) -> List[dict]:
@@ -62,12 +101,26 @@ def _check_coco(path: str) -> None:
         ids = [repr(record.get("id")) for record in content[key] if isinstance(record, dict)]
         for item, count in _repeated(ids):
             raise ValueError(f"{path}: {count} {key} have the id {item}")
+    sizes = {
+        image["id"]: (image.get("height"), image.get("width"))
+        for image in content["images"]
+        if isinstance(image, dict) and isinstance(image.get("id"), (int, str))
+    }
     for record in content.get("annotations", []):
-        if isinstance(record, dict) and not is_outline(record.get("segmentation")):
-            raise ValueError(
-                f"{path}: annotation {str(record.get('id'))[:80]}: its segmentation is no list of "
-                "polygons, [[x1, y1, x2, y2, ...], ...], and no run-length code"
+        if not isinstance(record, dict) or not isinstance(record.get("image_id"), (int, str)):
+            continue  # detectron2 says what is missing
+        outline, size = record.get("segmentation"), sizes.get(record["image_id"])
+        fault = text_id_fault(record, sizes)
+        if not is_outline(outline):
+            fault = fault or (
+                "its segmentation is no list of polygons, [[x1, y1, x2, y2, ...], ...], and no "
+                "run-length code"
             )
+        elif not fault and outline:
+            said = outline_fault(outline, size)
+            fault = f"its segmentation: {said}" if said else ""
+        if fault:
+            raise ValueError(f"{path}: annotation {str(record.get('id'))[:80]}: {fault}")
 
 
 def _repeated(items: Sequence[str]) -> List[Tuple[str, int]]:

@@ -1,11 +1,13 @@
 """Reads the samples of a data set: whatever is wrong with an image is one error that names it."""
 
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
+
+from .files import IMAGE_FORMATS
 
 __all__ = ["CheckedMapper", "SampleError", "build_mapper"]
 
@@ -53,9 +55,12 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> CheckedMapper:
     return CheckedMapper(DatasetMapper(cfg, is_train), check_image=True)
 
 
-def check_image(path: str) -> None:
+def check_image(path: str) -> Tuple[int, int]:
     """Refuses an image that is missing, unreadable, over Pillow's limit against decompression bombs
     or of more than 8 bits (which detectron2 would clip at 255). Reads its header only.
+
+    Returns:
+        (width, height) as detectron2 sees it, turned by its EXIF tag.
 
     Raises:
         SampleError: naming the file and what to do.
@@ -65,8 +70,9 @@ def check_image(path: str) -> None:
         raise SampleError(f"{path}: the image is missing; {advice}")
     try:
         with PathManager.open(path, "rb") as f:
-            with Image.open(f) as image:
-                mode = image.mode
+            with Image.open(f, formats=IMAGE_FORMATS) as image:
+                mode, size = image.mode, image.size
+                turned = image.getexif().get(274) in (5, 6, 7, 8)
     except UnidentifiedImageError:
         raise SampleError(f"{path}: not an image, or an empty file; {advice}") from None
     except Image.DecompressionBombError as error:
@@ -79,3 +85,4 @@ def check_image(path: str) -> None:
             f"{path}: more than 8 bits per channel (Pillow's mode {mode}), which detectron2 would "
             "clip at 255; convert it to 8 bits"
         )
+    return size[::-1] if turned else size

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
@@ -24,6 +24,7 @@ from ..common.files import file_sha256, read_json, write_json
 from ..common.paths import resolve_path
 from ..config import add_crosskd_ifc_config, distillation_requested
 from ..data import shapes
+from ..data.cards import fill_in_class_count
 from ..modeling.attach import load_teacher_config
 from ..weights.state_dicts import is_missing
 from .child_process import RunFailed, RunStopped, StepCounter, claim_folder, supervise
@@ -72,6 +73,7 @@ class Run:
         add_crosskd_ifc_config(cfg)
         merge_from_file(cfg, find_config(self.config, key=self.name)[0], key=self.name)
         merge_from_list(cfg, [*self.opts, "OUTPUT_DIR", self.folder], key=self.name)
+        fill_in_class_count(cfg)
         cfg.freeze()
         return cfg
 

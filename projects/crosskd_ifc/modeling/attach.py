@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..common.config_files import find_config, merge_from_file, merge_from_list
 from ..common.random_state import same_random_state
 from ..config import ConfigError, add_crosskd_ifc_config
+from ..data.cards import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher
 from ..weights.reading import MisfitError, StrictReader
@@ -98,6 +99,7 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
     add_crosskd_ifc_config(teacher_cfg)
     merge_from_file(teacher_cfg, path, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
     merge_from_list(teacher_cfg, kd.OPTS, key=f"MODEL.CROSSKD.TEACHER.OPTS {tuple(kd.OPTS)}")
+    fill_in_class_count(teacher_cfg)
     if kd.WEIGHTS:
         return teacher_cfg, kd.WEIGHTS
     try:

@@ -91,8 +91,8 @@ def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Seque
     if load:
         try:
             register_cards(cfg.DATASETS.CARDS)
-        except (FileNotFoundError, ValueError) as error:
-            logger.warning(f"DATASETS.CARDS: {error}")
+        except ConfigError as error:
+            logger.warning(str(error))
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         names = _names_of(name, load) if name in DatasetCatalog else None
         if names and len(names) == class_count(cfg)[1]:

@@ -112,10 +112,7 @@ def _check_stock_values(cfg: CfgNode) -> None:
 
 def _check_device_and_data(cfg: CfgNode, splits: Sequence[str]) -> None:
     _check_device(cfg)
-    try:
-        register_cards(cfg.DATASETS.CARDS)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"DATASETS.CARDS: {error}") from error
+    register_cards(cfg.DATASETS.CARDS)
     for key in splits:
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog.list():

@@ -12,7 +12,12 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError, class_count
-from ..data.annotations import coco_evaluator_fault, voc_evaluator_fault, voc_list_fault
+from ..data.annotations import (
+    coco_category_fault,
+    coco_evaluator_fault,
+    voc_evaluator_fault,
+    voc_list_fault,
+)
 from ..data.card import Card
 from ..data.cards import card_of
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
@@ -144,7 +149,12 @@ def _class_names(name: str) -> Optional[Tuple[str, ...]]:
 
 def _coco_fault(card: Card, split: str, masks: bool) -> str:
     path = card.splits[split]["json"]
-    for record in read_coco_json(path).get("annotations", []):
+    content = read_coco_json(path)
+    for record in content["categories"]:
+        fault = coco_category_fault(record)
+        if fault:
+            return f"{path}: category {short(record['id'])}: {fault}"
+    for record in content.get("annotations", []):
         fault = coco_evaluator_fault(record, masks=masks)
         if fault:
             return f"{path}: annotation {short(record['id'])}: {fault}"

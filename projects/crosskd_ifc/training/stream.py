@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ..common.random_state import same_random_state
-from ..data.mapper import CheckedMapper, build_mapper
+from ..config import ConfigError
+from ..data.mapper import CheckedMapper, SampleError, build_mapper, check_image
 from .preemption import keep_workers_on_sigterm
 
 
@@ -180,9 +182,15 @@ class TrainingStream:
         """
         Args:
             cfg: DATALOADER and SOLVER.IMS_PER_BATCH are read; the seed is drawn from numpy.
-            records: in detectron2's format.
+            records: in detectron2's format. Samplers that weigh data sets read ``dataset_name``
+                of each, unless DATASETS.TRAIN names only one.
             mapper: a record -> what the model gets; default: detectron2's. Its failures come as
                 ``SampleError``.
+
+        Raises:
+            ConfigError: such a sampler, and a record without ``dataset_name``.
+            SampleError: where batches are grouped by it, a record without size whose image can't be
+                read.
         """
         self._cfg, self.records = cfg, records
         self.seed = comm.shared_random_seed()
@@ -193,7 +201,7 @@ class TrainingStream:
             options["sampler"],
             batch_size=options["total_batch_size"] // comm.get_world_size(),
             num_workers=options["num_workers"],
-            is_wide=[r["width"] > r["height"] for r in records] if grouped else None,
+            is_wide=[_is_wide(record) for record in records] if grouped else None,
         )
         options.update(dataset=self._dataset, sampler=self.samples, mapper=None)
         self._loader_options = options
@@ -236,7 +244,53 @@ class TrainingStream:
         state = np.random.get_state()
         np.random.seed(self.seed % 2**32)
         try:
-            options = {"dataset": self.records, "mapper": mapper}
+            options = {"dataset": self.records, "mapper": mapper, "sampler": self._weighted()}
             return build_detection_train_loader.from_config(cfg, **options)
         finally:
             np.random.set_state(state)
+
+    def _weighted(self) -> Optional[RepeatFactorTrainingSampler]:
+        """What detectron2's samplers that weigh data sets are for these records, None for others.
+
+        detectron2 makes them from the data sets as they are on disk, with images that are left out
+        here.
+        """
+        data = self._cfg.DATALOADER
+        if data.SAMPLER_TRAIN not in ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"):
+            return None
+        names = self._cfg.DATASETS.TRAIN
+        only = names[0] if len(names) == 1 else None
+        members: Dict[str, List[int]] = {name: [] for name in names}
+        for i, record in enumerate(self.records):
+            name = record.get("dataset_name", only)
+            if name not in members:
+                raise ConfigError(
+                    f"DATALOADER.SAMPLER_TRAIN {data.SAMPLER_TRAIN}: the 'dataset_name' of a "
+                    f"record is {name!r}; expected one of DATASETS.TRAIN, {', '.join(names)}"
+                )
+            members[name].append(i)
+        factors = torch.ones(len(self.records))
+        times = dict(self._cfg.DATASETS.get("TRAIN_REPEAT_FACTOR", ()))
+        for name, indices in members.items():
+            factors[indices] *= times.get(name, 1)
+            if data.SAMPLER_TRAIN == "WeightedCategoryTrainingSampler":
+                repeat = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+                factors[indices] *= repeat(
+                    [self.records[i] for i in indices], data.REPEAT_THRESHOLD
+                )
+        if data.SAMPLER_TRAIN == "WeightedCategoryTrainingSampler":
+            factors /= factors.min()
+        return RepeatFactorTrainingSampler(factors)
+
+
+def _is_wide(record: Dict) -> bool:
+    """Whether an image is wider than high; its header says so where the record doesn't."""
+    if "width" in record and "height" in record:
+        return record["width"] > record["height"]
+    if "file_name" not in record:
+        raise SampleError(
+            f"image id {record.get('image_id')}: its record has no width, height or file_name; add "
+            "them, or set DATALOADER.ASPECT_RATIO_GROUPING False"
+        )
+    width, height = check_image(record["file_name"])
+    return width > height

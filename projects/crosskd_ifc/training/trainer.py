@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
@@ -22,7 +22,9 @@ from torch import nn
 from ..common.random_state import same_random_state
 from ..config import ConfigError, distillation_requested
 from ..data.cards import drop_degenerate_boxes
+from ..data.loading import load_training_records
 from ..data.mapper import SampleError, build_mapper
+from ..data.outlines import check_outlines
 from ..modeling.attach import attach_teacher
 from ..modeling.student import unwrap
 from .checkpointer import SafeCheckpointer
@@ -203,26 +205,10 @@ class CrossKDTrainer(DefaultTrainer):
             ConfigError: for data sets that don't fit the model or hold no box to train on.
         """
         names = cfg.DATASETS.TRAIN
-        try:
-            dicts = get_detection_dataset_dicts(
-                names,
-                filter_empty=False,
-                min_keypoints=(
-                    cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-                    if cfg.MODEL.KEYPOINT_ON
-                    else 0
-                ),
-                proposal_files=(
-                    cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
-                ),
-            )
-        except SampleError:
-            raise
-        except ValueError:
-            check_classes(cfg, keys=("TRAIN",))  # detectron2 says neither which nor what
-            raise
+        dicts, _ = drop_degenerate_boxes(load_training_records(cfg))
         check_classes(cfg, keys=("TRAIN",))  # some data sets know their classes only now
-        dicts, _ = drop_degenerate_boxes(dicts)
+        if cfg.MODEL.MASK_ON:
+            check_outlines(dicts, polygons=cfg.INPUT.MASK_FORMAT == "polygon")
         # Afterwards, since an image may have had no other box.
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
             dicts = _with_boxes(dicts, names)

@@ -1,0 +1,69 @@
+"""Folders of annotated photos in the usual layouts, read into one form: VOC XML, COCO json,
+YOLO text files, CSV tables.
+
+Nothing is written, and one bad file hides no other: what can't be used becomes a problem with its
+place. Boxes are (x, y, width, height) in pixels from 0, within their image.
+"""
+
+import os
+from collections import Counter
+from typing import Callable, Dict, Tuple
+
+from . import coco, table, voc, yolo
+from .photos import MADE_HERE, Files, Photo, PhotoFolder, Thing
+
+__all__ = ["LAYOUTS", "MADE_HERE", "Photo", "PhotoFolder", "Thing", "read_folder"]
+
+# name -> (its annotation files, the reader)
+LAYOUTS: Dict[str, Tuple[Callable, Callable]] = {
+    "voc": (voc.find, voc.read),
+    "coco": (coco.find, coco.read),
+    "yolo": (yolo.find, yolo.read),
+    "csv": (table.find, table.read),
+}
+
+
+def read_folder(folder: str, layout: str = "") -> PhotoFolder:
+    """Reads all photos below a folder that are annotated.
+
+    Args:
+        folder: its subfolders are looked through, but for hidden ones.
+        layout: one of `LAYOUTS`; "" finds out.
+
+    Raises:
+        ValueError: it holds no annotations, those of several layouts, or no usable photo.
+    """
+    root = os.path.realpath(folder)
+    if not os.path.isdir(root):
+        raise ValueError(f"{folder}: there is no such folder")
+    files = Files(root)
+    present = {name: found for name, (find, _) in LAYOUTS.items() for found in [find(files)]}
+    fitting = [name for name, found in present.items() if found]
+    if layout and not present[layout]:
+        raise ValueError(f"{folder}: there are no annotations of the layout {layout!r} in it")
+    if not layout and len(fitting) != 1:
+        what = f"annotations of several layouts, {', '.join(fitting)}; choose with --layout"
+        none = "no annotations: no VOC XML, COCO json, YOLO yaml and text files, or CSV of boxes"
+        raise ValueError(f"{folder}: it holds {what if fitting else none}")
+    result = PhotoFolder(root, layout or fitting[0])
+    LAYOUTS[result.layout][1](result, files, present[result.layout])
+    _merge_copies(result)
+    if not result.photos:
+        first = "".join(f"\n  {what}: {places[0]}" for what, places in result.problems.items())
+        raise ValueError(f"{folder}: no photo can be used{first}")
+    counts = Counter(thing.name for photo in result.photos for thing in photo.things)
+    result.classes += sorted(set(counts) - set(result.classes))
+    if not counts:
+        raise ValueError(f"{folder}: no photo has a box that can be used")
+    for name in [name for name in result.classes if not counts[name]]:
+        result.tell("class without a box, in no split", repr(name))
+    return result
+
+
+def _merge_copies(result: PhotoFolder) -> None:
+    seen: Dict[str, Photo] = {}
+    for photo in result.photos:
+        if photo.path in seen:
+            result.tell("image annotated twice, the first counts", photo.path)
+        seen.setdefault(photo.path, photo)
+    result.photos = [seen[path] for path in sorted(seen)]

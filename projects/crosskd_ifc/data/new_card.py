@@ -1,0 +1,204 @@
+"""A dataset card for a folder of photos: its annotations as COCO json beside the card, split so
+that photos that look alike stay together. The photos stay where they are, as they are."""
+
+import json
+import os
+import random
+import re
+from collections import Counter
+from reprlib import repr as short
+from typing import Any, Dict, List, Optional, Sequence
+
+import yaml
+from PIL import Image
+from tabulate import tabulate
+from tqdm import tqdm
+
+from ..common.files import refuse_overwriting, replacing
+from .card import load_card
+from .files import IMAGE_FORMATS
+from .layouts import MADE_HERE, Photo, PhotoFolder, read_folder
+from .near_duplicates import MISSING, groups_of_alike, is_available, perceptual_hash
+
+__all__ = ["make_card", "split_photos"]
+
+_NAMES = ("train", "val", "test")
+_EXAMPLES = 3
+
+
+def make_card(
+    folder: str,
+    output: str,
+    *,
+    split: str = "",
+    layout: str = "",
+    seed: int = 0,
+    near_duplicates: bool = True,
+    force: bool = False,
+) -> str:
+    """Looks at a folder of photos, and writes a dataset card and its json files.
+
+    Args:
+        folder: of photos and annotations in one of `layouts.LAYOUTS`.
+        output: the card's file. Its json files lie in the folder <name>_annotations beside it.
+        split: parts of train, val and test such as "0.8/0.1/0.1", or of train and val. "": as the
+            folder's own lists say; 0.8/0.1/0.1 where it has none.
+        layout: "" finds out.
+        seed: of the split.
+        near_duplicates: whether photos that look alike go into the same split.
+        force: replace an existing card.
+
+    Returns:
+        What was found and written, for people.
+
+    Raises:
+        ValueError: naming the folder, or the option, and what to do.
+        FileExistsError: the card exists.
+    """
+    stem = os.path.splitext(os.path.basename(output))[0]
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", stem).lstrip("_.-")
+    if not name or not output.endswith((".yaml", ".yml")):
+        raise ValueError(f"--output {output!r}: expected a file such as cells.yaml")
+    parts = _parts(split) if split else []
+    refuse_overwriting(output, sources=(), force=force)
+    if "$" in os.path.realpath(folder):
+        raise ValueError(f"{folder}: a card takes '$' for an environment variable; rename it")
+    found = read_folder(folder, layout)
+    own = {photo.split for photo in found.photos} - {""}
+    if split or not own:
+        if near_duplicates and not is_available():
+            raise ValueError(
+                f"photos that look alike can't be kept in one split: {MISSING}; or give "
+                "--ignore-near-duplicates"
+            )
+        how = split_photos(
+            found, parts or _parts("0.8/0.1/0.1"), seed=seed, near_duplicates=near_duplicates
+        )
+    else:
+        how = "as the folder's own lists say"
+        for photo in [photo for photo in found.photos if not photo.split]:
+            found.tell("photo in none of the folder's lists, left out", photo.path)
+        found.photos = [photo for photo in found.photos if photo.split]
+    splits = {name: [p for p in found.photos if p.split == name] for name in _NAMES}
+    splits = {name: photos for name, photos in splits.items() if photos}
+    if "train" not in splits:
+        raise ValueError(f"{folder}: its lists name no photo to train on; give --split 0.8/0.1/0.1")
+
+    base = os.path.dirname(os.path.realpath(output))
+    annotations = os.path.join(base, f"{name}_annotations")
+    os.makedirs(annotations, exist_ok=True)
+    near = found.root == base or found.root.startswith(base + os.sep)
+    entries = {}
+    for split_name, photos in splits.items():
+        path = os.path.join(annotations, f"{split_name}.json")
+        with replacing(path) as f:
+            f.write(json.dumps(_coco(found, photos)).encode())
+        path = os.path.relpath(path, found.root) if near else path
+        entries[split_name] = {"json": path, "images": "."}
+    content = {
+        "name": name,
+        "format": "coco",
+        "root": os.path.relpath(found.root, base) if near else found.root,
+        "splits": entries,
+        "classes": found.classes,
+    }
+    header = f"# {len(found.photos)} photos, split {how}. Made from {found.layout.upper()}: after a"
+    header += " change of\n# the annotations or photos, make it again.\n"
+    text = header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    with replacing(os.path.realpath(output)) as f:
+        f.write(text.encode())
+    load_card(output)
+    return f"{_describe(found, splits)}\nSplit: {how}\nWrote {output} and {annotations}/"
+
+
+def split_photos(
+    found: PhotoFolder, parts: Sequence[float], *, seed: int, near_duplicates: bool
+) -> str:
+    """Gives each photo its split; the same photos and seed give the same.
+
+    Args:
+        parts: of train, val and perhaps test.
+        near_duplicates: whether photos that look alike stay together.
+
+    Returns:
+        How, in words.
+    """
+    groups = [[i] for i in range(len(found.photos))]
+    how = f"{'/'.join(f'{x:g}' for x in parts)} by seed {seed}"
+    if near_duplicates:
+        progress = tqdm(found.photos, unit=" images", leave=False)
+        groups = groups_of_alike([_hash(photo.path) for photo in progress])
+        together = sum(len(group) for group in groups if len(group) > 1)
+        how += f", {together} photos that look alike kept together"
+    random.Random(seed).shuffle(groups)
+    names = _NAMES[: len(parts)]
+    left = {name: part * len(found.photos) for name, part in zip(names, parts)}
+    for group in sorted(groups, key=len, reverse=True):
+        name = max(names, key=lambda name: left[name])
+        left[name] -= len(group)
+        for i in group:
+            found.photos[i].split = name
+    return how
+
+
+def _hash(path: str) -> Optional[object]:
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return perceptual_hash(image)
+    except Exception:  # of a damaged image; `check` says so
+        return None
+
+
+def _parts(text: str) -> List[float]:
+    try:
+        parts = [float(part) for part in text.split("/")]
+    except ValueError:
+        parts = []
+    good = len(parts) in (2, 3) and min(parts) > 0 and abs(sum(parts) - 1) < 1e-6
+    if not good:
+        raise ValueError(
+            f"--split {text}: expected parts of train, val and test that sum to 1, such as "
+            "0.8/0.1/0.1, or of train and val"
+        )
+    return parts
+
+
+def _coco(found: PhotoFolder, photos: Sequence[Photo]) -> Dict[str, Any]:
+    ids = {name: i for i, name in enumerate(found.classes, 1)}
+    images, annotations = [], []
+    for number, photo in enumerate(photos, 1):
+        width, height = photo.size
+        file_name = os.path.relpath(photo.path, found.root)
+        images.append({"id": number, "file_name": file_name, "width": width, "height": height})
+        for thing in photo.things:
+            record = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": ids[thing.name],
+                "bbox": thing.box,
+                "area": thing.box[2] * thing.box[3],
+                "iscrowd": 1 if thing.crowd else 0,
+            }
+            if thing.outline:
+                record["segmentation"] = thing.outline
+            annotations.append(record)
+    categories = [{"id": i, "name": name} for name, i in ids.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    return {"info": MADE_HERE, **content}
+
+
+def _describe(found: PhotoFolder, splits: Dict[str, List[Photo]]) -> str:
+    counts = {
+        name: Counter(thing.name for photo in photos for thing in photo.things)
+        for name, photos in splits.items()
+    }
+    rows = [["images", *map(len, splits.values())]]
+    rows.append(["boxes", *(sum(counts[name].values()) for name in splits)])
+    rows += [[f"  {short(name)}", *(counts[s][name] for s in splits)] for name in found.classes]
+    lines = [f"{found.root}: {found.layout.upper()}, {len(found.classes)} classes", ""]
+    lines += [tabulate(rows, ("", *splits), tablefmt="simple"), ""]
+    for what, places in found.problems.items():
+        lines.append(f"{what}: {len(places):,}")
+        lines += [f"  {place[:300]}" for place in places[:_EXAMPLES]]
+        lines += ["  ..."] if len(places) > _EXAMPLES else []
+    return "\n".join(lines)

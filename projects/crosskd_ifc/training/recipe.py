@@ -1,0 +1,302 @@
+"""Configs of a teacher, a plain and a distilled student for a dataset card, sized to its data."""
+
+import os
+from typing import Any, Dict, List, Sequence, Tuple
+
+import numpy as np
+import yaml
+from detectron2.data import DatasetCatalog
+from detectron2.structures import BoxMode
+
+from ..common.files import replacing
+from ..common.paths import REPO_CONFIGS, resolve_path
+from ..data.card import load_card
+from ..data.cards import drop_degenerate_boxes, register_card
+from ..data.mapper import SampleError
+from ..data.outlines import check_outlines
+
+__all__ = ["BACKBONES", "DETECTORS", "write_configs"]
+
+BACKBONES = {"R18": 18, "R34": 34, "R50": 50, "R101": 101}
+# detector -> (config to start from, architecture that distils, learning rate of 16 images)
+DETECTORS: Dict[str, Tuple[str, str, float]] = {
+    "faster_rcnn": ("Base-RCNN-FPN.yaml", "CrossKDRCNN", 0.02),
+    "mask_rcnn": ("Base-RCNN-FPN.yaml", "CrossKDRCNN", 0.02),
+    "retinanet": ("Base-RetinaNet.yaml", "CrossKDRetinaNet", 0.01),
+    "fcos": ("Base-FCOS.yaml", "CrossKDFCOS", 0.01),
+}
+_TITLES = {"teacher": "Teacher", "student": "Plain student", "distilled": "Distilled student"}
+_NAMES = tuple(_TITLES)
+_IMAGES_PER_GPU = 4
+_SHORTEST, _LONGEST = 800, 1333  # detectron2's test size
+_CPU_SHORTEST = 240
+_EPOCHS = {True: 24, False: 72}  # detectron2's 2x and 6x, for few images never less than:
+_STEPS = {True: 2000, False: 4000}
+
+
+def write_configs(
+    card: str,
+    output: str,
+    *,
+    teacher: str,
+    student: str,
+    detector: str = "faster_rcnn",
+    pretrained: bool = True,
+    gpus: int = 1,
+    force: bool = False,
+) -> str:
+    """Writes base.yaml, and teacher.yaml, student.yaml and distilled.yaml over it.
+
+    Args:
+        card: a dataset card; trains on its split train (else trainval, or the first), tests on val
+            (else test, or the last).
+        output: folder for the configs. The trainings' folders lie in it, too.
+        teacher, student: of `BACKBONES`.
+        detector: of `DETECTORS`, for both.
+        pretrained: start from ImageNet weights, else from random ones.
+        gpus: 0 for a CPU.
+        force: replace existing configs.
+
+    Returns:
+        What was chosen and why, and the commands to run, for people.
+
+    Raises:
+        ValueError: naming the card, the file, or the option.
+        FileExistsError: a config exists.
+    """
+    if gpus < 0:
+        raise ValueError(f"--gpus {gpus}: expected 0 (a CPU) or more")
+    path = resolve_path(card, what="dataset card", key="configs")
+    names = dict(zip(load_card(path).splits, register_card(path)))
+    train = next((names[s] for s in ("train", "trainval") if s in names), [*names.values()][0])
+    test = next((names[s] for s in ("val", "test") if s in names), [*names.values()][-1])
+    records, _ = drop_degenerate_boxes(DatasetCatalog.get(train))
+    records = [record for record in records if record["annotations"]]
+    if not records:
+        raise ValueError(f"{card}: there is no box to train on in {train}")
+    mask_format = "polygon"
+    if detector == "mask_rcnn":
+        outlines = [a.get("segmentation") for r in records for a in r["annotations"]]
+        mask_format = "bitmask" if any(isinstance(x, dict) for x in outlines) else "polygon"
+        try:
+            check_outlines(records, polygons=mask_format == "polygon")
+        except SampleError as error:
+            raise ValueError(f"--detector mask_rcnn: {error}") from error
+
+    folder = os.path.realpath(output)
+    files = {name: os.path.join(folder, f"{name}.yaml") for name in ("base", *_NAMES)}
+    for file in files.values():
+        if os.path.lexists(file) and not force:
+            raise FileExistsError(f"{file} exists; give another --output, or --force")
+    base, notes = _base(records, detector, pretrained=pretrained, gpus=gpus)
+    base["DATASETS"] = {"CARDS": [path], "TRAIN": [train], "TEST": [test]}
+    if detector == "mask_rcnn":
+        base["MODEL"].update(
+            MASK_ON=True,
+            ROI_MASK_HEAD=dict(NAME="MaskRCNNConvUpsampleHead", NUM_CONV=4, POOLER_RESOLUTION=14),
+        )
+        base["INPUT"]["MASK_FORMAT"] = mask_format
+    outputs = {name: os.path.join(folder, "output", name) for name in _NAMES}
+    deltas: Dict[str, Dict[str, Any]] = {
+        "teacher": {**_backbone(teacher, pretrained), "OUTPUT_DIR": outputs["teacher"]},
+        "student": {**_backbone(student, pretrained), "OUTPUT_DIR": outputs["student"]},
+        "distilled": {"MODEL": _distilling(detector), "OUTPUT_DIR": outputs["distilled"]},
+    }
+    deltas["distilled"]["MODEL"]["CROSSKD"] = {
+        "TEACHER": {
+            "CONFIG_FILE": files["teacher"],
+            "WEIGHTS": os.path.join(outputs["teacher"], "model_final.pth"),
+        }
+    }
+    options = f" --num-gpus {gpus}" if gpus > 1 else ""
+    commands = {
+        name: f"python tools/train_net.py{options} --config-file {files[name]}" for name in _NAMES
+    }
+    backbones = {"teacher": teacher, "student": student, "distilled": student}
+    needed = sorted({_convert(name) for name in (teacher, student)} - {""}) if pretrained else []
+    os.makedirs(folder, exist_ok=True)
+    head = f"What the configs beside this one share: {detector} for {train}.\n" + "\n".join(notes)
+    _write(files["base"], head, base)
+    for name in _NAMES:
+        lines = [f"{_TITLES[name]}, {detector} {backbones[name]}-FPN."]
+        lines[0] += " Train the teacher first." if name == "distilled" else ""
+        lines += [f"  {_convert(backbones[name])}"] if pretrained and name != "distilled" else []
+        over = "student.yaml" if name == "distilled" else "base.yaml"
+        text = "\n".join([*(line for line in lines if line.strip()), f"  {commands[name]}"])
+        _write(files[name], text, {"_BASE_": over, **deltas[name]})
+    told = [*notes, "", *(f"Wrote {file}" for file in files.values()), "", "Next, in this order:"]
+    told += [f"  {line}" for line in needed]
+    return "\n".join([*told, *(f"  {commands[name]}" for name in _NAMES)])
+
+
+def _base(
+    records: Sequence[dict], detector: str, *, pretrained: bool, gpus: int
+) -> Tuple[Dict[str, Any], List[str]]:
+    """Settings that all configs share, and a line on each choice."""
+    start, _, full_rate = DETECTORS[detector]
+    with open(os.path.join(REPO_CONFIGS, start), encoding="utf-8") as f:
+        cfg = yaml.safe_load(f)
+    model = cfg["MODEL"]
+    short, long, told = _image_size(records, gpus)
+    notes = [told]
+    boxes = _scaled_boxes(records, short, long)
+    if detector != "fcos":
+        anchors, told = _anchors(boxes, detector == "retinanet")
+        model["ANCHOR_GENERATOR"] = anchors
+        notes.append(told)
+    batch = min(16, _IMAGES_PER_GPU * max(gpus, 1)) if gpus <= 4 else _IMAGES_PER_GPU * gpus
+    steps = max(_STEPS[pretrained], int(round(_EPOCHS[pretrained] * len(records) / batch, -2)))
+    rate = round(full_rate * batch / 16, 6)
+    notes.append(
+        f"Schedule: {steps} steps of {batch} images ({steps * batch / len(records):.0f} epochs of "
+        f"{len(records)} images), learning rate {rate:g}: {full_rate:g} for 16 "
+        "images, in proportion."
+    )
+    cfg["SOLVER"] = {
+        "IMS_PER_BATCH": batch,
+        "BASE_LR": rate,
+        "MAX_ITER": steps,
+        "STEPS": [int(steps * 0.7), int(steps * 0.9)],
+        "WARMUP_ITERS": min(1000, steps // 10),
+        "CHECKPOINT_PERIOD": max(steps // 5, 1),
+        "CLIP_GRADIENTS": {"ENABLED": True, "CLIP_TYPE": "norm", "CLIP_VALUE": 10.0},
+    }
+    cfg["INPUT"] = {
+        "MIN_SIZE_TRAIN": _several_sizes(short) if pretrained and gpus else [short],
+        "MAX_SIZE_TRAIN": long,
+        "MIN_SIZE_TEST": short,
+        "MAX_SIZE_TEST": long,
+    }
+    cfg["TEST"] = {"EVAL_PERIOD": max(steps // 5, 1)}
+    if not gpus:
+        model["DEVICE"] = "cpu"
+        cfg["DATALOADER"] = {"NUM_WORKERS": 0}
+    if pretrained:
+        notes.append(
+            "Pretrained: the first two stages stay frozen, and all BatchNorm (detectron2's usual)."
+        )
+        return cfg, notes
+    norm = "SyncBN" if gpus > 1 else "BN"
+    model.update(
+        WEIGHTS="",
+        PIXEL_STD=[57.375, 57.12, 58.395],
+        BACKBONE={**model["BACKBONE"], "FREEZE_AT": 0},
+    )
+    model["RESNETS"].update(NORM=norm, STRIDE_IN_1X1=False)
+    model["FPN"]["NORM"] = norm
+    if detector == "retinanet":
+        model["RETINANET"]["NORM"] = "GN"  # without one, towers hardly learn from scratch
+    notes.append(f"From scratch: nothing is frozen, and {norm} in backbone and pyramid.")
+    return cfg, notes
+
+
+def _image_size(records: Sequence[dict], gpus: int) -> Tuple[int, int, str]:
+    """The short and the longest side of images in training and test, and why."""
+    sizes = np.array([(r["width"], r["height"]) for r in records])
+    median = float(np.median(sizes.min(axis=1)))
+    ratio = float(np.quantile(sizes.max(axis=1) / sizes.min(axis=1), 0.95))
+    limit = _SHORTEST if gpus else _CPU_SHORTEST
+    short = int(min(limit, max(64, 32 * round(median / 32))))
+    long = int(min(32 * np.ceil(short * ratio / 32), max(2 * short, _LONGEST * short / _SHORTEST)))
+    why = "" if short < limit else f", at most {limit}{'' if gpus else ' on a CPU'}"
+    told = f"Images: short side {short} (theirs is {median:.0f} in the median{why}), long side up "
+    return short, long, told + f"to {long}."
+
+
+def _several_sizes(short: int) -> List[int]:
+    """detectron2's scale augmentation: from four fifths of the size up."""
+    return [int(round(short * k / 25)) for k in (20, 21, 22, 23, 24, 25)]
+
+
+def _scaled_boxes(records: Sequence[dict], short: int, long: int) -> np.ndarray:
+    """(N, 2) widths and heights of boxes in pixels of the resized images."""
+    found = []
+    for record in records:
+        w, h = record["width"], record["height"]
+        scale = min(short / min(w, h), long / max(w, h))
+        for annotation in record["annotations"]:
+            mode = annotation["bbox_mode"]
+            x, y, w, h = BoxMode.convert(annotation["bbox"], mode, BoxMode.XYWH_ABS)
+            found.append((scale * w, scale * h))
+    return np.array(found, dtype=np.float64)
+
+
+def _anchors(boxes: np.ndarray, three_to_a_level: bool) -> Tuple[Dict[str, Any], str]:
+    """Anchors whose sizes are closest to those of the boxes, and the boxes' sizes in words.
+
+    Each of five levels has twice the size of the one below; RetinaNet's have three sizes each.
+    """
+    sizes = np.sqrt(boxes.prod(axis=1))
+    steps = [2 ** (i / 3) for i in range(3)] if three_to_a_level else [1]
+    best = (np.inf, 0)
+    for first in (32, 24, 16, 12, 8):  # of equally good ones detectron2's, which is the first
+        all_sizes = np.array([first * 2**level * k for level in range(5) for k in steps])
+        distance = np.abs(np.log2(sizes[:, None] / all_sizes)).min(axis=1).mean()
+        best = min(best, (round(float(distance), 3), -first))
+    first = -best[1]
+    anchors = [[round(first * 2**level * k, 2) for k in steps] for level in range(5)]
+    low, middle, high = np.quantile(sizes, (0.05, 0.5, 0.95))
+    wide, tall = np.quantile(boxes[:, 1] / boxes[:, 0], (0.05, 0.95))
+    ratios = [0.5, 1.0, 2.0]
+    ratios = [0.25, *ratios] if wide < 0.35 else ratios
+    ratios = [*ratios, 4.0] if tall > 1 / 0.35 else ratios
+    told = (
+        f"Anchors: sizes {', '.join(f'{level[0]:g}' for level in anchors)}"
+        f"{' and two between each' if three_to_a_level else ''}, height/width "
+        f"{', '.join(f'{r:g}' for r in ratios)}: boxes (root of the area, resized) are {low:.0f}, "
+        f"{middle:.0f}, {high:.0f} at 5, 50, 95 %, height/width {wide:.2f} to {tall:.2f}."
+    )
+    return {"SIZES": anchors, "ASPECT_RATIOS": [ratios]}, told
+
+
+def _backbone(name: str, pretrained: bool) -> Dict[str, Any]:
+    depth = BACKBONES[name]
+    resnets: Dict[str, Any] = {"DEPTH": depth}
+    if depth < 50:
+        resnets["RES2_OUT_CHANNELS"] = 64  # detectron2 builds R18 and R34 with 64 only
+    if not pretrained:
+        return {"MODEL": {"RESNETS": resnets}}
+    if depth >= 50:
+        weights = f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
+        return {"MODEL": {"WEIGHTS": weights, "RESNETS": resnets}}
+    # torchvision's input: RGB, with its own mean and std, here on the scale 0..255.
+    resnets["STRIDE_IN_1X1"] = False
+    model = {"WEIGHTS": f"weights/R-{depth}.pth", "RESNETS": resnets}
+    model.update(PIXEL_MEAN=[123.675, 116.28, 103.53], PIXEL_STD=[58.395, 57.12, 57.375])
+    return {"MODEL": model, "INPUT": {"FORMAT": "RGB"}}
+
+
+_TORCHVISION = {"R18": "resnet18-f37072fd.pth", "R34": "resnet34-b627a593.pth"}
+
+
+def _convert(backbone: str) -> str:
+    """The command that makes ImageNet weights which detectron2 doesn't have; else ""."""
+    if backbone not in _TORCHVISION:
+        return ""
+    out = f"weights/R-{BACKBONES[backbone]}.pth"
+    return f"python tools/convert_weights.py {_TORCHVISION[backbone]} {out}"
+
+
+def _distilling(detector: str) -> Dict[str, Any]:
+    architecture = DETECTORS[detector][1]
+    if architecture != "CrossKDRCNN":
+        return {"META_ARCHITECTURE": architecture}
+    return {"META_ARCHITECTURE": architecture, "ROI_HEADS": {"NAME": "CrossKDROIHeads"}}
+
+
+def _write(path: str, header: str, content: Dict[str, Any]) -> None:
+    """A YAML file whose lists of numbers stand in one line, below a comment."""
+    text = "".join(f"# {line}\n" for line in header.split("\n"))
+    text += yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    with replacing(path) as f:
+        f.write(text.encode())
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
+)

@@ -1,0 +1,296 @@
+"""``tools/prepare_data.py init``: folders of photos in each layout, and their split."""
+
+import csv
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image, ImageDraw
+
+from crosskd_ifc.data import near_duplicates
+from crosskd_ifc.data.card import load_card
+from crosskd_ifc.data.cards import register_card
+from crosskd_ifc.data.check import check_card
+
+REPO = Path(__file__).resolve().parents[2]
+BCCD = Path(os.environ.get("CROSSKD_IFC_BCCD") or REPO / "../shared/data/bccd")
+CLASSES = ["hard hat", "cat"]
+SUFFIXES = [".jpg", ".PNG", ".bmp", ".WebP", ".JPEG"]
+SIZE = (96, 64)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("prepare_data", REPO / "tools/prepare_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def objects(number):
+    """Class name and box (x0, y0, x1, y1) of the objects in a photo."""
+    x = 6 + 3 * (number % 5)
+    found = [(CLASSES[number % 2], (x, 10, x + 30, 40))]
+    return found + ([("cat", (50, 20, 96, 64))] if number % 3 == 0 else [])
+
+
+def draw(number):
+    """A photo that looks like no other number's."""
+    noise = np.random.default_rng(number).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(SIZE, Image.Resampling.BICUBIC)
+    for name, box in objects(number):
+        ImageDraw.Draw(image).rectangle(box, fill="red" if name == "cat" else "blue")
+    return image
+
+
+def save(path, number):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(number).save(path)
+
+
+def voc(root, count=20):
+    """Annotations in one tree of folders, photos in another, with all kinds of suffixes."""
+    for i in range(count):
+        name = f"img {i}{SUFFIXES[i % 5]}"
+        save(root / f"pictures/day{i % 2}" / name, i)
+        things = "".join(
+            f"<object><name>{n}</name><bndbox><xmin>{a + 1}</xmin><ymin>{b + 1}</ymin>"
+            f"<xmax>{c}</xmax><ymax>{d}</ymax></bndbox></object>"
+            for n, (a, b, c, d) in objects(i)
+        )
+        path = root / f"labels/deep/er/{i}.xml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f"<annotation><filename>{name}</filename><size><width>96</width><height>64</height>"
+            f"</size>{things}</annotation>"
+        )
+
+
+def coco(root, count=20, *, outlines=True, split=""):
+    ids = {name: 7 + 5 * i for i, name in enumerate(CLASSES)}
+    content = {"categories": [{"id": k, "name": n} for n, k in ids.items()]}
+    content.update(images=[], annotations=[])
+    for i in range(count):
+        save(root / "images" / f"{i}{SUFFIXES[i % 5]}", i)
+        image = {"id": i, "file_name": f"{i}{SUFFIXES[i % 5]}", "width": 96, "height": 64}
+        content["images"].append(image)
+        for n, (a, b, c, d) in objects(i):
+            record = {"id": len(content["annotations"]), "image_id": i, "category_id": ids[n]}
+            record["bbox"] = [a, b, c - a, d - b]
+            if outlines:
+                record["segmentation"] = [[a, b, c, b, c, d, a, d]]
+            content["annotations"].append(record)
+    (root / f"instances{split}.json").write_text(json.dumps(content))
+
+
+def yolo(root, count=20):
+    for i in range(count):
+        split = "train" if i % 4 else "valid"
+        save(root / split / "images" / f"{i}{SUFFIXES[i % 5]}", i)
+        lines = [
+            f"{CLASSES.index(n)} {(a + c) / 192} {(b + d) / 128} {(c - a) / 96} {(d - b) / 64}"
+            for n, (a, b, c, d) in objects(i)
+        ]
+        label = root / split / "labels" / f"{i}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("\n".join(lines))
+    (root / "data.yaml").write_text(
+        f"train: ../train/images\nval: ../valid/images\nnc: 2\nnames: {CLASSES}\n"
+    )
+
+
+def table(root, count=20):
+    with open(root / "boxes.csv", "w", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["filename", "width", "height", "class", "xmin", "ymin", "xmax", "ymax"])
+        for i in range(count):
+            save(root / "img" / f"{i}{SUFFIXES[i % 5]}", i)
+            for n, box in objects(i):
+                out.writerow([f"{i}{SUFFIXES[i % 5]}", 96, 64, n, *box])
+
+
+LAYOUTS = {"voc": voc, "coco": coco, "yolo": yolo, "csv": table}
+
+
+def loaded(card):
+    """File name -> the (class, box) pairs of its objects, over all splits of a card."""
+    found = {}
+    for name in register_card(str(card)):
+        for record in DatasetCatalog.get(name):
+            names = MetadataCatalog.get(name).thing_classes
+            pairs = [(names[a["category_id"]], a["bbox"]) for a in record["annotations"]]
+            assert record["file_name"] not in found
+            found[record["file_name"]] = pairs
+    return found
+
+
+def split_sizes(card):
+    return {name: len(DatasetCatalog.get(name)) for name in register_card(str(card))}
+
+
+def listing(root):
+    return {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_becomes_a_card_that_holds_all_its_boxes(layout, tmp_path, tool, capsys):
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    LAYOUTS[layout](photos)
+    before = listing(photos)
+    card = tmp_path / "cells.yaml"
+    split = ["--split", "0.6/0.2/0.2"]
+    assert tool(["init", str(photos), "--output", str(card), *split]) == 0
+    out = capsys.readouterr().out
+    assert f"{layout.upper()}, 2 classes" in out and "left out" not in out
+    assert listing(photos) == before
+    assert check_card(load_card(str(card))).found == {}
+    found = loaded(card)
+    assert len(found) == 20
+    for path, pairs in found.items():
+        number = int("".join(c for c in Path(path).stem if c.isdigit()))
+        expected = [(n, [a, b, c - a, d - b]) for n, (a, b, c, d) in objects(number)]
+        assert [n for n, _ in pairs] == [n for n, _ in expected]
+        assert np.allclose([b for _, b in pairs], [b for _, b in expected], atol=1e-3)
+    assert split_sizes(card) == {"cells_train": 12, "cells_val": 4, "cells_test": 4}
+
+
+def test_a_card_beside_its_photos_can_be_moved_with_them(tmp_path, tool):
+    (tmp_path / "a/photos").mkdir(parents=True)
+    coco(tmp_path / "a/photos")
+    assert tool(["init", str(tmp_path / "a/photos"), "--output", str(tmp_path / "a/c.yaml")]) == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert check_card(load_card(str(tmp_path / "b/c.yaml"))).total("error") == 0
+
+
+def test_outlines_come_along(tmp_path, tool):
+    coco(tmp_path)
+    assert tool(["init", str(tmp_path), "--output", str(tmp_path / "c.yaml")]) == 0
+    content = json.loads((tmp_path / "c_annotations/train.json").read_text())
+    assert all(len(a["segmentation"][0]) == 8 for a in content["annotations"])
+
+
+@pytest.mark.parametrize("layout", ["yolo", "coco", "voc"])
+def test_the_folders_own_lists_are_kept_unless_a_split_is_given(layout, tmp_path, tool):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    if layout == "coco":
+        coco(photos, split="_train2017")
+    else:
+        LAYOUTS[layout](photos)
+    if layout == "voc":
+        lists = photos / "ImageSets/Main"
+        lists.mkdir(parents=True)
+        (lists / "train.txt").write_text("\n".join(map(str, range(15))))
+        (lists / "val.txt").write_text("\n".join(map(str, range(15, 20))))
+    assert tool(["init", str(photos), "--output", str(tmp_path / "c.yaml")]) == 0
+    sizes = split_sizes(tmp_path / "c.yaml")
+    expected = {"c_train": 20} if layout == "coco" else {"c_train": 15, "c_val": 5}
+    assert sizes == expected
+    again = ["--output", str(tmp_path / "d.yaml"), "--split", "0.5/0.5"]
+    assert tool(["init", str(photos), *again]) == 0
+    assert split_sizes(tmp_path / "d.yaml") == {"d_train": 10, "d_val": 10}
+
+
+def test_photos_that_look_alike_stay_together_and_a_seed_decides(tmp_path, tool, capsys):
+    coco(tmp_path)
+    content = json.loads((tmp_path / "instances.json").read_text())
+    for i in range(20):  # a smaller copy, and one of another quality
+        for suffix, image in ((".small.png", draw(i).resize((48, 32))), (".low.jpg", draw(i))):
+            image.save(tmp_path / "images" / f"{i}{suffix}", quality=40)
+            record = {"id": f"{i}{suffix}", "file_name": f"{i}{suffix}"}
+            content["images"].append({**record, "width": image.width, "height": image.height})
+    for image in content["images"]:
+        image["id"] = str(image["id"])
+    for annotation in content["annotations"]:
+        annotation["image_id"] = str(annotation["image_id"])
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+
+    def members(name, *options):
+        output = str(tmp_path / f"{name}.yaml")
+        assert tool(["init", str(tmp_path), "--layout", "coco", "--output", output, *options]) == 0
+        return {
+            split: {Path(r["file_name"]).name for r in DatasetCatalog.get(f"{name}_{split}")}
+            for split in ("train", "val", "test")
+            if register_card(output)
+        }
+
+    first = members("a", "--split", "0.6/0.2/0.2")
+    assert "60 photos that look alike" in capsys.readouterr().out
+    for names in first.values():
+        numbers = [name.split(".")[0] for name in names]
+        assert all(numbers.count(number) == 3 for number in numbers)
+    assert "alike in two splits" not in check_card(load_card(str(tmp_path / "a.yaml"))).found
+    assert len(first["train"]) == 36
+    options = ("--split", "0.6/0.2/0.2", "--seed")
+    other = members("b", *options, "1")
+    assert other != first and members("c", *options, "0") == first
+    apart = members("d", "--split", "0.6/0.2/0.2", "--ignore-near-duplicates")
+    assert apart != first
+    assert "alike in two splits" in check_card(load_card(str(tmp_path / "d.yaml"))).found
+
+
+def test_what_cant_be_used_is_told_and_left_out(tmp_path, tool, capsys):
+    voc(tmp_path)
+    labels = tmp_path / "labels/deep/er"
+    good = (labels / "1.xml").read_text()
+    (labels / "0.xml").write_text("<annotation>")
+    (labels / "2.xml").write_text(good.replace("img 1.PNG", "gone.png"))
+    (labels / "3.xml").write_text(good.replace("96<", "95<").replace("img 1.PNG", "img 3.WebP"))
+    (labels / "5.xml").write_text(
+        good.replace("img 1.PNG", "img 5.jpg")
+        .replace("<xmin>10<", "<xmin>70<")
+        .replace("<xmax>39<", "<xmax>70<")
+    )
+    (tmp_path / "pictures/day0/img 4.JPEG").write_bytes(b"no image")
+    assert tool(["init", str(tmp_path), "--output", str(tmp_path / "c.yaml")]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "annotation that can't be read, left out: 1\n  labels/deep/er/0.xml: ",
+        "size that isn't the image's, left out: 1\n  labels/deep/er/3.xml: 95x64, the image",
+        "image that can't be used, left out: 1\n  pictures/day0/img 4.JPEG: not an image",
+        "box without area, left out: 1\n  labels/deep/er/5.xml: 'cat'",
+    ):
+        assert part in out
+    assert check_card(load_card(str(tmp_path / "c.yaml"))).total("error") == 0
+
+
+def test_errors_of_init_say_what_to_do(tmp_path, tool, capsys, monkeypatch):
+    def said(*args, status=2):
+        assert tool(["init", *map(str, args)]) == status
+        return capsys.readouterr().err
+
+    card = tmp_path / "c.yaml"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no such folder" in said(tmp_path / "no", "--output", card)
+    assert "no annotations: no VOC XML" in said(empty, "--output", card)
+    coco(empty)
+    table(empty)
+    assert "several layouts, coco, csv; choose with --layout" in said(empty, "--output", card)
+    assert "expected a file such as" in said(empty, "--output", tmp_path / "c.json")
+    options = (empty, "--layout", "coco", "--output", card)
+    assert "--split 0.8/0.3" in said(*options, "--split", "0.8/0.3")
+    assert "--split a" in said(*options, "--split", "a")
+    monkeypatch.setattr(near_duplicates, "is_available", lambda: False)
+    monkeypatch.setattr("crosskd_ifc.data.new_card.is_available", lambda: False)
+    assert "imagehash isn't installed" in said(*options)
+    assert not card.exists()
+    said(*options, "--ignore-near-duplicates", status=0)
+    before = listing(tmp_path)
+    assert "exists" in said(*options, "--ignore-near-duplicates")
+    assert listing(tmp_path) == before
+    said(*options, "--ignore-near-duplicates", "--force", status=0)
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason=f"no BCCD photos in {BCCD}")
+def test_the_blood_cell_photos_by_their_own_lists(tmp_path, tool, capsys):
+    assert tool(["init", str(BCCD), "--output", str(tmp_path / "cells.yaml")]) == 0
+    assert "box without area, left out: 2" in capsys.readouterr().out
+    report = check_card(load_card(str(tmp_path / "cells.yaml")))
+    assert report.total("error") == 0 and report.classes == ("Platelets", "RBC", "WBC")
+    assert [report.counts[s]["images"] for s in ("train", "val", "test")] == [205, 87, 72]
