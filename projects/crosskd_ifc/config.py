@@ -118,7 +118,7 @@ def _add_fcos_config(cfg: CN) -> None:
     """``MODEL.FCOS``: detectron2 configures its FCOS without yacs, with these defaults."""
     _C = cfg.MODEL.FCOS = CN()
     _C.NUM_CLASSES = 80
-    # Levels of the pyramid, from MODEL.BACKBONE.NAME build_fcos_resnet_fpn_backbone.
+    # Levels of the pyramid, from MODEL.BACKBONE.NAME build_crosskd_fcos_resnet_fpn_backbone.
     _C.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     # Convolutions of each tower of the head, and their norm.
     _C.NUM_CONVS = 4

@@ -32,7 +32,7 @@ def dense_cfg(kind, *opts, stock=False, convs=4, norm=""):
     settings = {
         "MODEL.DEVICE": "cpu",
         "MODEL.META_ARCHITECTURE": kind if stock else f"CrossKD{kind}",
-        "MODEL.BACKBONE.NAME": builder.get(kind, "build_fcos_resnet_fpn_backbone"),
+        "MODEL.BACKBONE.NAME": builder.get(kind, "build_crosskd_fcos_resnet_fpn_backbone"),
         "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
         "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
         "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
