@@ -28,6 +28,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.data.mapper import SampleError
+from crosskd_ifc.modeling.building import explained
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
 from crosskd_ifc.training.launching import PassOnSigterm
 from crosskd_ifc.training.preemption import Terminated, end_with_parent, message_in_traceback
@@ -64,7 +65,8 @@ def main(args):
     if args.eval_only:
         check_test_data(cfg)
         check_classes(cfg, evaluation=True)
-        model = build_model(cfg)
+        with explained(cfg):
+            model = build_model(cfg)
         SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )

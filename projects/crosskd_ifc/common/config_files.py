@@ -53,6 +53,11 @@ def find_config(name: str, *, key: str) -> Tuple[str, str]:
     return zoo_path, name
 
 
+def is_lazy(path: str) -> bool:
+    """Whether a config is a LazyConfig file, which is Python code."""
+    return path.endswith(".py")
+
+
 def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
     """``cfg.merge_from_file`` through safe YAML, with errors that say where they come from.
 
@@ -67,6 +72,10 @@ def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
     Raises:
         ConfigError: if the file is no config of known keys and fitting types.
     """
+    if is_lazy(path):
+        raise ConfigError(
+            f"{key} {path}: this is a LazyConfig file (Python), and a YAML config is needed here"
+        )
     try:
         cfg.merge_from_file(path, allow_unsafe=_is_of_the_zoo(path))
     except RecursionError:

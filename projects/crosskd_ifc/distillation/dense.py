@@ -294,7 +294,7 @@ class DenseBoxDistiller:
         entries, predictions = step.teacher.once("dense", lambda: self.run_teacher(step.teacher))
         targets = self.teacher.by_level(predictions)
         terms, wanted = self.mimic.terms(trace, entries), self.mimic.targets(targets)
-        valid = (trace.labels >= 0).to(torch.float32)  # NxR
+        valid = trace.valid  # NxR
         loss_cls, loss_box = self._compare(terms, wanted, trace, valid)
         if not self.mimic.reaches_all:
             loss_cls = loss_cls + self.zero(trace)

@@ -1,5 +1,6 @@
 """Building, loading and checking a teacher, and giving it to a student."""
 
+import functools
 import logging
 from typing import Dict, Optional, Tuple
 
@@ -17,6 +18,7 @@ from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher
 from ..weights.reading import MisfitError, StrictReader
 from ..weights.state_dicts import is_missing
+from .building import explained
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +57,19 @@ def attach_teacher(
     with same_random_state(model.device):
         options = {"student_format": cfg.INPUT.FORMAT, "precision": kd.TEACHER.PRECISION}
         if teacher is None:
-            built = _build_teacher(cfg, model.device, options)
+            built, weights = _build_teacher(cfg, model.device, options)
+            load = functools.partial(_load_strictly, built.model, weights)
         else:
-            built = Teacher(teacher.to(model.device), **options)
-        model.set_teacher(built, cfg)
+            built, load = Teacher(teacher.to(model.device), **options), None
+        model.set_teacher(built, cfg, load=load)
     logger.info(f"Teacher: {built.description}")
     return built
 
 
-def _build_teacher(cfg: CfgNode, device: torch.device, options: Dict[str, str]) -> Teacher:
+def _build_teacher(
+    cfg: CfgNode, device: torch.device, options: Dict[str, str]
+) -> Tuple[Teacher, str]:
+    """The teacher, still with random weights, and the file or URL of those that it needs."""
     kd = cfg.MODEL.CROSSKD.TEACHER
     if not kd.CONFIG_FILE:
         raise ConfigError(
@@ -72,15 +78,15 @@ def _build_teacher(cfg: CfgNode, device: torch.device, options: Dict[str, str]) 
     teacher_cfg, weights = load_teacher_config(cfg)
     teacher_cfg.MODEL.DEVICE = str(device)
     try:
-        model = build_model(teacher_cfg)
+        with explained(teacher_cfg):
+            model = build_model(teacher_cfg)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"MODEL.CROSSKD.TEACHER.CONFIG_FILE {kd.CONFIG_FILE!r} with TEACHER.OPTS "
             f"{tuple(kd.OPTS)} builds no model: {type(error).__name__} {error}"
         ) from error
-    _load_strictly(model, weights)
     description = f"{type(model).__name__} from {kd.CONFIG_FILE} with weights {weights}"
-    return Teacher(model, cfg=teacher_cfg, description=description, **options)
+    return Teacher(model, cfg=teacher_cfg, description=description, **options), weights
 
 
 def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:

@@ -24,6 +24,7 @@ from ..config import ConfigError, distillation_requested
 from ..data.cards import drop_degenerate_boxes
 from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
+from ..modeling.building import explained
 from ..modeling.student import unwrap
 from .checkpointer import SafeCheckpointer
 from .non_finite import LastStepRecorder
@@ -128,7 +129,8 @@ class CrossKDTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The student and, if the config asks for one, its teacher, attached."""
-        model = super().build_model(cfg)
+        with explained(cfg):
+            model = super().build_model(cfg)
         if distillation_requested(cfg):
             attach_teacher(model, cfg)
         return model
