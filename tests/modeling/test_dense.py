@@ -129,7 +129,7 @@ def traced(student, batch):
 
 
 def narrow_second_image(batch):
-    """The second image is 64 x 20, which alone would be padded to 64 x 32; here it is to 64 x 64."""
+    """The second image is 64 x 20: alone it would be padded to 64 x 32, here it is to 64 x 64."""
     image, instances = batch[1]["image"], batch[1]["instances"]
     batch[1]["image"] = image[:, :, :20]
     narrow = Instances((64, 20), gt_boxes=instances.gt_boxes, gt_classes=instances.gt_classes)

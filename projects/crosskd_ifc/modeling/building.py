@@ -25,5 +25,6 @@ def explained(cfg: CfgNode) -> Iterator[None]:
         if depth in _RESNET_DEPTHS or error.args != (depth,):
             raise
         raise ConfigError(
-            f"MODEL.RESNETS.DEPTH is {depth}; possible values: {', '.join(map(str, _RESNET_DEPTHS))}"
+            f"MODEL.RESNETS.DEPTH is {depth}; possible values: "
+            + ", ".join(map(str, _RESNET_DEPTHS))
         ) from error
