@@ -34,12 +34,14 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
 
     _C.TEACHER = CN()
     # The teacher's own config: a file, or a model-zoo name such as
-    # COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
+    # COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml. One that ends in .py is a LazyConfig, which is
+    # code that is run.
     _C.TEACHER.CONFIG_FILE = ""
     # The teacher's trained weights, a file or URL. Empty: the zoo's checkpoint, for a model-zoo
     # name only.
     _C.TEACHER.WEIGHTS = ""
-    # KEY VALUE pairs that override the teacher's config.
+    # KEY VALUE pairs that override the teacher's config; for a LazyConfig its own syntax, such as
+    # "model.roi_heads.num_classes=3".
     _C.TEACHER.OPTS = ()
     # Precision of the teacher's gradient-free forward: "float32", "bfloat16" or "float16".
     _C.TEACHER.PRECISION = "float32"

@@ -9,6 +9,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 
 from ..config import ConfigError
+from .lazy_config import is_lazy
 from .paths import resolve_path
 
 # What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
@@ -51,11 +52,6 @@ def find_config(name: str, *, key: str) -> Tuple[str, str]:
         if not zoo_path:
             raise ConfigError(str(error)) from None
     return zoo_path, name
-
-
-def is_lazy(path: str) -> bool:
-    """Whether a config is a LazyConfig file, which is Python code."""
-    return path.endswith(".py")
 
 
 def merge_from_file(cfg: CN, path: str, *, key: str) -> None:

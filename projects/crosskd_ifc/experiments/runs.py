@@ -81,8 +81,15 @@ class Run:
             found[card] = file_sha256(path)
         if not self.needs and distillation_requested(cfg):
             teacher, weights = load_teacher_config(cfg)
-            found["teacher"] = [_settings(teacher), weights, file_sha256(weights)]
+            lazy = not isinstance(teacher, CfgNode)
+            settings = self._teacher_file() if lazy else _settings(teacher)
+            found["teacher"] = [settings, weights, file_sha256(weights)]
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+    def _teacher_file(self) -> str:
+        """The digest of a teacher's LazyConfig file, whose contents are code."""
+        name = self.cfg().MODEL.CROSSKD.TEACHER.CONFIG_FILE
+        return file_sha256(find_config(name, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")[0])
 
     @property
     def weights(self) -> str:

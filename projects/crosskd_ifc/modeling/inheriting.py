@@ -160,7 +160,7 @@ class WeightInheritance:
         differs = [
             key
             for key, a, b in (
-                ("INPUT.FORMAT", ours.input_format, theirs.input_format),
+                ("INPUT.FORMAT", cfg.INPUT.FORMAT, self._teacher.input_format),
                 ("MODEL.PIXEL_MEAN", ours.pixel_mean.tolist(), theirs.pixel_mean.tolist()),
                 ("MODEL.PIXEL_STD", ours.pixel_std.tolist(), theirs.pixel_std.tolist()),
             )
