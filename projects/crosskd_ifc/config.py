@@ -20,6 +20,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # Dataset cards (YAML files) to register before training and evaluation.
     cfg.DATASETS.CARDS = ()
     _add_fcos_config(cfg)
+    _add_timm_config(cfg)
 
     _C = cfg.MODEL.CROSSKD = CN()
     # False trains the student alone: stock detectron2, bit for bit.
@@ -114,6 +115,16 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # Log every so many iterations how the gradients of distillation and detection agree; 0: never.
     # Such a step has two partial backward passes more; see docs/options.md for the measured cost.
     _C.DIAGNOSTICS.GRAD_PERIOD = 0
+
+
+def _add_timm_config(cfg: CN) -> None:
+    """``MODEL.TIMM``, for MODEL.BACKBONE.NAME build_timm_fpn_backbone or
+    build_timm_p6p7_fpn_backbone."""
+    _C = cfg.MODEL.TIMM = CN()
+    # A timm model, such as mobilenetv3_large_100; its features of strides 4 to 32 are res2 to res5.
+    _C.NAME = ""
+    # "": the norms that it comes with; "FrozenBN" or "SyncBN" in place of all its BatchNorms.
+    _C.NORM = ""
 
 
 def _add_fcos_config(cfg: CN) -> None:
