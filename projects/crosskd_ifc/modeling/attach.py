@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Dict, Optional, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 from detectron2 import model_zoo
@@ -21,13 +21,16 @@ from ..distillation.teacher import Teacher, padded_square
 from ..weights.reading import MisfitError, StrictReader
 from ..weights.state_dicts import is_missing
 from .building import explained
-from .lazy import config_of, datasets_of, input_format_of
+from .lazy import config_of, datasets_of, input_format_of, student_config
 
 logger = logging.getLogger(__name__)
 
 
 def attach_teacher(
-    model: nn.Module, cfg: CfgNode, *, teacher: Optional[nn.Module] = None
+    model: nn.Module,
+    cfg: Union[CfgNode, Mapping[str, Any]],
+    *,
+    teacher: Optional[nn.Module] = None,
 ) -> Teacher:
     """Build, load, check and freeze the teacher and let ``model`` distil from it.
 
@@ -38,7 +41,9 @@ def attach_teacher(
 
     Args:
         model: a student of a CrossKD meta-architecture, such as :class:`CrossKDRCNN`.
-        cfg: the student's config, with ``MODEL.CROSSKD``.
+        cfg: the student's config, with ``MODEL.CROSSKD``; of a student that was built without one
+            (LazyConfig) only these settings, a mapping such as
+            ``{"TEACHER": {"CONFIG_FILE": ..., "WEIGHTS": ...}}``.
         teacher: an already built detector with weights, instead of
             ``MODEL.CROSSKD.TEACHER.CONFIG_FILE``; it is put into eval mode and frozen in place.
 
@@ -48,6 +53,8 @@ def attach_teacher(
     Raises:
         ConfigError: if a setting can't work or student and teacher don't fit each other.
     """
+    if not isinstance(cfg, CfgNode):
+        return _attach_by_settings(model, cfg, teacher)
     check_crosskd_config(cfg)
     if isinstance(model, DistributedDataParallel):
         raise ConfigError("attach the teacher to the model before it is wrapped in DDP")
@@ -68,6 +75,15 @@ def attach_teacher(
         model.set_teacher(built, cfg, load=load)
     logger.info(f"Teacher: {built.description}")
     return built
+
+
+def _attach_by_settings(
+    model: nn.Module, settings: Mapping[str, Any], teacher: Optional[nn.Module]
+) -> Teacher:
+    try:
+        return attach_teacher(model, student_config(model, settings), teacher=teacher)
+    except ConfigError as error:  # which names keys of a yacs config
+        raise ConfigError(str(error).replace("MODEL.CROSSKD.", "")) from error
 
 
 def _check_square(cfg: CfgNode, teacher: Teacher) -> None:

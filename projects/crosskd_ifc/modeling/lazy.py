@@ -1,6 +1,6 @@
 """What the keys of a yacs config would say of a detector that was built without one."""
 
-from typing import Any, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling.meta_arch import RetinaNet
@@ -33,6 +33,35 @@ def config_of(model: nn.Module, *, input_format: str, datasets: Sequence[str] = 
     cfg.MODEL.KEYPOINT_ON = bool(getattr(heads, "keypoint_on", False))
     cfg.INPUT.FORMAT = input_format
     cfg.DATASETS.TRAIN = tuple(datasets)
+    return cfg
+
+
+def student_config(model: nn.Module, settings: Mapping[str, Any]) -> CfgNode:
+    """The config of a student that was built without one.
+
+    Args:
+        model: the student; its ``input_format`` is what its data loader reads.
+        settings: what ``MODEL.CROSSKD`` would hold, with the keys of its sections as mappings:
+            ``{"TEACHER": {"CONFIG_FILE": ..., "WEIGHTS": ...}, "FUSION": {"NAME": "mean"}}``.
+
+    Raises:
+        ConfigError: for an unknown key or a value of another type.
+    """
+    if OmegaConf.is_config(settings):
+        settings = OmegaConf.to_container(settings, resolve=True)
+    input_format = getattr(model, "input_format", None)
+    if not input_format:
+        raise ConfigError(
+            f"{type(model).__name__}: the student has no input_format; build it with the channel "
+            "order that its data loader reads, such as 'BGR'"
+        )
+    cfg = config_of(model, input_format=input_format)
+    cfg.INPUT.MAX_SIZE_TRAIN = 0  # not known: the teacher looks at each batch
+    try:
+        cfg.MODEL.CROSSKD.merge_from_other_cfg(CfgNode(dict(settings)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = error.args[0] if error.args else error
+        raise ConfigError(f"the settings of the distillation: {reason}") from error
     return cfg
 
 
