@@ -51,6 +51,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # both DATASETS.TRAIN. Pairs such as ("tv", "television") or ("tv", ""), no such class, add to
     # or replace the names.
     _C.TEACHER.CLASS_MAP = ()
+    # Which box head of a Cascade R-CNN teaches, 1 the first; 1 for all others.
+    _C.TEACHER.STAGE = 1
     # Evaluate the teacher on DATASETS.TEST before the first step.
     _C.TEACHER.EVAL_AT_START = False
 

@@ -274,17 +274,9 @@ def test_a_stock_student_cannot_be_attached_to():
     "opts, reason",
     [
         (("MODEL.META_ARCHITECTURE", "ProposalNetwork"), "ProposalNetwork.*GeneralizedRCNN"),
-        (
-            (
-                "MODEL.ROI_HEADS.NAME",
-                "CascadeROIHeads",
-                *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
-            ),
-            "CascadeROIHeads: three box heads.*no one prediction",
-        ),
         (("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True), "USE_SIGMOID_CE"),
     ],
-    ids=["proposals only", "cascade", "sigmoid"],
+    ids=["proposals only", "sigmoid"],
 )
 def test_teachers_that_cannot_teach_are_refused_with_the_reason(opts, reason):
     cfg = tiny_cfg()
@@ -343,7 +335,6 @@ def test_a_c4_teacher_with_the_stock_res5_heads_is_refused_with_a_way_out():
 @pytest.mark.parametrize(
     "name, opts, reason",
     [
-        ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", (), "CascadeROIHeads"),
         ("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", (), "Res5ROIHeads"),
         ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", (), "RetinaNet"),
     ],

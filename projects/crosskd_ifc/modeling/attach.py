@@ -65,7 +65,11 @@ def attach_teacher(
         )
     kd = cfg.MODEL.CROSSKD
     with same_random_state(model.device):
-        options = {"student_format": cfg.INPUT.FORMAT, "precision": kd.TEACHER.PRECISION}
+        options = {
+            "student_format": cfg.INPUT.FORMAT,
+            "precision": kd.TEACHER.PRECISION,
+            "stage": kd.TEACHER.STAGE,
+        }
         if teacher is None:
             built, weights = _build_teacher(cfg, model.device, options)
             load = functools.partial(_load_strictly, built.model, weights)

@@ -105,7 +105,8 @@ class WeightInheritance:
         theirs: Optional[torch.Tensor],
         class_map: Optional[ClassMap],
     ) -> None:
-        per_class, other = _class_rows(name), self._other_meaning(name)
+        per_class = _class_rows(name)
+        other = "" if theirs is None else self._other_meaning(name)
         if theirs is None:
             self.left[name] = "the teacher has none"
         elif other:
