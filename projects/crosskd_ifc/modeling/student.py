@@ -83,7 +83,7 @@ class Student(nn.Module):
         self.teacher, self.distiller, self._inheritance = teacher, distiller, inheritance
         self._diagnostics = self._build_diagnostics(cfg)
         self._modules.pop("fusion", None)  # of an earlier teacher
-        if self.has_cross_head:
+        if distiller is not None and distiller.fusion is not None:
             self.fusion = distiller.fusion.to(self.device)
 
     def predictors(self) -> List[nn.Module]:
@@ -99,7 +99,7 @@ class Student(nn.Module):
     @property
     def has_cross_head(self) -> bool:
         """Whether a teacher is attached whose head reads this student (``MIMIC`` "cross_head")."""
-        return self.distiller is not None and self.distiller.fusion is not None
+        return self.distiller is not None and self.distiller.has_cross_head
 
     def inherit_weights(self) -> None:
         """Start from the teacher's weights, as ``MODEL.CROSSKD.INHERIT`` says.
