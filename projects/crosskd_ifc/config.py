@@ -119,6 +119,12 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.DIAGNOSTICS.GRAD_PERIOD = 0
 
 
+def remove_crosskd_ifc_config(cfg: CN) -> None:
+    """Take out what :func:`add_crosskd_ifc_config` has added, so that plain ``get_cfg()`` can merge
+    the config."""
+    del cfg.MODEL["CROSSKD"], cfg.MODEL["FCOS"], cfg.MODEL["TIMM"], cfg.DATASETS["CARDS"]
+
+
 def _add_timm_config(cfg: CN) -> None:
     """``MODEL.TIMM``, for MODEL.BACKBONE.NAME build_timm_fpn_backbone or
     build_timm_p6p7_fpn_backbone."""

@@ -14,6 +14,7 @@ from test_dense import dense_cfg, telling
 
 from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.modeling.timm_backbones import TimmBackbone, timm_input
+from crosskd_ifc.weights.export import stock_config
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "tools"))
 import timm_weights as tool  # noqa: E402
@@ -190,3 +191,8 @@ def test_another_input_than_the_weights_were_trained_on_is_told(caplog):
     assert not caplog.records
     build_backbone(tiny_cfg(*timm_opts("resnet18"), "INPUT.FORMAT", "BGR"))
     assert "timm's weights of resnet18 are for INPUT.FORMAT RGB" in caplog.text
+
+
+def test_there_is_no_stock_config_of_it_to_export():
+    with pytest.raises(ConfigError, match="TIMM.NAME is 'resnet18': stock detectron2 has no timm"):
+        stock_config(tiny_cfg(*timm_opts("resnet18")), "w.pth")
