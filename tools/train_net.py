@@ -34,6 +34,7 @@ from torch.multiprocessing import ProcessRaisedException
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.data.cards import fill_in_class_count
+from crosskd_ifc.modeling.building import explained
 from crosskd_ifc.training.checkpointer import SafeCheckpointer, has_checkpoint
 from crosskd_ifc.training.errors import CLEAR_ERRORS, message_in_traceback, one_line_errors
 from crosskd_ifc.training.output_folder import check_output_folder, training_alone_in
@@ -97,7 +98,8 @@ def evaluate(cfg, args):
         start_logging(cfg, args)
         check_test_data(cfg)
         check_classes(cfg, evaluation=True)
-        model = build_model(cfg)
+        with explained(cfg):
+            model = build_model(cfg)
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
         if args.resume and checkpointer.all_have_checkpoint():
             checkpointer.resume_or_load("")

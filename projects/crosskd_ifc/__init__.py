@@ -20,7 +20,7 @@ from .distillation.losses import (
     quality_focal,
 )
 from .distillation.teacher import Teacher
-from .modeling import backbones  # noqa: F401  registers backbones
+from .modeling import backbones, timm_backbones  # noqa: F401  register backbones
 from .modeling.attach import attach_teacher
 from .modeling.fcos import FCOS, CrossKDFCOS
 from .modeling.rcnn import CrossKDRCNN

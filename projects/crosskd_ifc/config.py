@@ -20,6 +20,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # Dataset cards (YAML files) to register before training and evaluation.
     cfg.DATASETS.CARDS = ()
     _add_fcos_config(cfg)
+    _add_timm_config(cfg)
 
     _C = cfg.MODEL.CROSSKD = CN()
     # False trains the student alone: stock detectron2, bit for bit.
@@ -34,12 +35,14 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
 
     _C.TEACHER = CN()
     # The teacher's own config: a file, or a model-zoo name such as
-    # COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
+    # COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml. One that ends in .py is a LazyConfig, which is
+    # code that is run.
     _C.TEACHER.CONFIG_FILE = ""
     # The teacher's trained weights, a file or URL. Empty: the zoo's checkpoint, for a model-zoo
     # name only.
     _C.TEACHER.WEIGHTS = ""
-    # KEY VALUE pairs that override the teacher's config.
+    # KEY VALUE pairs that override the teacher's config; for a LazyConfig its own syntax, such as
+    # "model.roi_heads.num_classes=3".
     _C.TEACHER.OPTS = ()
     # Precision of the teacher's gradient-free forward: "float32", "bfloat16" or "float16".
     _C.TEACHER.PRECISION = "float32"
@@ -48,6 +51,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # both DATASETS.TRAIN. Pairs such as ("tv", "television") or ("tv", ""), no such class, add to
     # or replace the names.
     _C.TEACHER.CLASS_MAP = ()
+    # Which box head of a Cascade R-CNN teaches, 1 the first; 1 for all others.
+    _C.TEACHER.STAGE = 1
     # Evaluate the teacher on DATASETS.TEST before the first step.
     _C.TEACHER.EVAL_AT_START = False
 
@@ -114,11 +119,27 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.DIAGNOSTICS.GRAD_PERIOD = 0
 
 
+def remove_crosskd_ifc_config(cfg: CN) -> None:
+    """Take out what :func:`add_crosskd_ifc_config` has added, so that plain ``get_cfg()`` can merge
+    the config."""
+    del cfg.MODEL["CROSSKD"], cfg.MODEL["FCOS"], cfg.MODEL["TIMM"], cfg.DATASETS["CARDS"]
+
+
+def _add_timm_config(cfg: CN) -> None:
+    """``MODEL.TIMM``, for MODEL.BACKBONE.NAME build_timm_fpn_backbone or
+    build_timm_p6p7_fpn_backbone."""
+    _C = cfg.MODEL.TIMM = CN()
+    # A timm model, such as mobilenetv3_large_100; its features of strides 4 to 32 are res2 to res5.
+    _C.NAME = ""
+    # "": the norms that it comes with; "FrozenBN" or "SyncBN" in place of all its BatchNorms.
+    _C.NORM = ""
+
+
 def _add_fcos_config(cfg: CN) -> None:
     """``MODEL.FCOS``: detectron2 configures its FCOS without yacs, with these defaults."""
     _C = cfg.MODEL.FCOS = CN()
     _C.NUM_CLASSES = 80
-    # Levels of the pyramid, from MODEL.BACKBONE.NAME build_fcos_resnet_fpn_backbone.
+    # Levels of the pyramid, from MODEL.BACKBONE.NAME build_crosskd_fcos_resnet_fpn_backbone.
     _C.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     # Convolutions of each tower of the head, and their norm.
     _C.NUM_CONVS = 4

@@ -98,9 +98,27 @@ def test_with_both_box_weights_zero_the_teachers_heads_are_not_run():
     assert not calls and result["loss_cls_kd"] == 0 and result["loss_feature_kd"] > 0
 
 
-def test_unlike_channels_are_refused_naming_the_key():
-    with pytest.raises(ConfigError, match=r"FEATURE_WEIGHT.*p2 are \(8, 4\).*\(12, 4\).*OUT_CHANN"):
-        distilling(*ON, teacher_opts=("MODEL.FPN.OUT_CHANNELS", 12))
+@pytest.mark.parametrize("mimic", ["cross_head", "student_head"])
+@pytest.mark.parametrize("opts", [ON, PLAIN], ids=["combined", "level by level"])
+def test_unlike_channels_are_led_to_the_teachers_by_learned_convolutions(mimic, opts):
+    wide = ("MODEL.FPN.OUT_CHANNELS", 12)
+    student, teacher = distilling(*opts, "MODEL.CROSSKD.MIMIC", mimic, teacher_opts=wide)
+    assert student.has_cross_head == (mimic == "cross_head")
+    result, _ = train_losses(student, tiny_batch())
+    result["loss_feature_kd"].backward()
+    sources = list(student.distiller._parts[-1].sources)
+    ours, theirs = features(student, tiny_batch()), features(teacher, tiny_batch())
+    expected = 0.0
+    for level in LEVELS:
+        adapter = student.fusion.pyramid[level]
+        assert adapter.weight.shape == (12, 8, 1, 1) and adapter.weight.grad.abs().sum() > 0
+        expected += 2 * pkd(adapter(combine_levels(ours, level, sources)), theirs[level])
+    torch.testing.assert_close(result["loss_feature_kd"], expected)
+
+
+def test_equal_channels_need_no_adapter():
+    student, _ = distilling(*ON, "MODEL.CROSSKD.MIMIC", "student_head")
+    assert not hasattr(student, "fusion")
 
 
 def test_a_teacher_without_a_shared_level_is_refused():

@@ -1,5 +1,6 @@
 """Every setting that can't work is refused before training, naming key, value and choices."""
 
+import itertools
 import os
 import re
 
@@ -198,7 +199,8 @@ def test_the_table_of_options_names_every_key_with_its_default():
     path = os.path.join(os.path.dirname(__file__), "..", "..", "docs", "options.md")
     with open(path) as f:
         rows = dict(re.findall(r"^\| `([A-Z_.]+)` \| `([^`]*)`", f.read(), re.MULTILINE))
-    for key, value in (*leaves(cfg.MODEL.CROSSKD), *leaves(cfg.MODEL.FCOS, "MODEL.FCOS.")):
+    others = (leaves(cfg.MODEL[node], f"MODEL.{node}.") for node in ("FCOS", "TIMM"))
+    for key, value in itertools.chain(leaves(cfg.MODEL.CROSSKD), *others):
         shown = f'"{value}"' if isinstance(value, str) else str(value)
         assert rows.pop(key) == shown, key
     assert set(rows) == set()

@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS as StockFCOS
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from helpers import tiny_batch, train_losses
 
@@ -32,7 +32,7 @@ def dense_cfg(kind, *opts, stock=False, convs=4, norm=""):
     settings = {
         "MODEL.DEVICE": "cpu",
         "MODEL.META_ARCHITECTURE": kind if stock else f"CrossKD{kind}",
-        "MODEL.BACKBONE.NAME": builder.get(kind, "build_fcos_resnet_fpn_backbone"),
+        "MODEL.BACKBONE.NAME": builder.get(kind, "build_crosskd_fcos_resnet_fpn_backbone"),
         "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
         "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
         "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
@@ -128,10 +128,23 @@ def traced(student, batch):
     return trace
 
 
+def narrow_second_image(batch):
+    """The second image is 64 x 20: alone it would be padded to 64 x 32, here it is to 64 x 64."""
+    image, instances = batch[1]["image"], batch[1]["instances"]
+    batch[1]["image"] = image[:, :, :20]
+    narrow = Instances((64, 20), gt_boxes=instances.gt_boxes, gt_classes=instances.gt_classes)
+    narrow.gt_boxes.clip((64, 20))
+    batch[1]["instances"] = narrow[narrow.gt_boxes.nonempty()]
+    return batch
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["one size", "padded"])
 @dense
-def test_the_losses_are_the_documented_functions_of_the_predictions(kind):
+def test_the_losses_are_the_documented_functions_of_the_predictions(kind, padded):
     student, teacher = pair(kind)
     batch, box = tiny_batch(boxes_per_image=(9, 12)), student.distiller.box
+    if padded:
+        batch = narrow_second_image(batch)
     trace = traced(student, batch)
     theirs, wanted = box.run_teacher(TeacherPass(student.teacher, batch))
     found = box.mimic.maps(trace.layers, theirs)
@@ -140,6 +153,10 @@ def test_the_losses_are_the_documented_functions_of_the_predictions(kind):
     anchors = Boxes.cat(trace.anchors).tensor
     positive = (trace.labels >= 0) & (trace.labels < 3)
     valid = trace.labels >= 0
+    if kind == "RetinaNet" and padded:  # anchors of the second image's right half are left out
+        centers = Boxes.cat(trace.anchors).get_centers()[:, 0].round().int()
+        assert (centers >= 32).sum() == 3 * (8 * 4 + 4 * 2 + 2 * 1)
+        valid[1] &= centers < 32
     if kind == "RetinaNet":
         assert (~valid).any()  # some anchors are ignored
         n = sum(max(int(p.sum()), 1) for p in positive)

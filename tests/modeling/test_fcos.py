@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg, instantiate
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.meta_arch import fcos
 from helpers import tiny_batch, train_losses
 
@@ -18,7 +18,7 @@ def fcos_cfg(*opts):
     settings = {
         "MODEL.DEVICE": "cpu",
         "MODEL.META_ARCHITECTURE": "FCOS",
-        "MODEL.BACKBONE.NAME": "build_fcos_resnet_fpn_backbone",
+        "MODEL.BACKBONE.NAME": "build_crosskd_fcos_resnet_fpn_backbone",
         "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
         "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
     }
@@ -91,3 +91,34 @@ def test_it_learns_from_a_yacs_config_alone():
 def test_there_is_no_stock_yacs_config_to_export():
     with pytest.raises(ConfigError, match="FCOS from LazyConfig only"):
         stock_config(fcos_cfg(), "w.pth")
+
+
+def test_it_trains_under_mixed_precision_with_nearly_the_same_losses():
+    torch.manual_seed(0)
+    model = build_model(fcos_cfg(*TINY)).train()
+    expected, _ = train_losses(model, tiny_batch())
+    del model.loss_normalizer
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, _ = train_losses(model, tiny_batch())
+    for key, value in losses.items():
+        assert value.item() == pytest.approx(expected[key].item(), rel=0.05), key
+    sum(losses.values()).backward()
+    assert model.head.bbox_pred.weight.grad.abs().sum() > 0
+
+
+def test_a_config_with_the_backbones_old_name_loads_beside_another_project_that_registers_it():
+    old = "build_fcos_resnet_fpn_backbone"
+    assert old not in BACKBONE_REGISTRY
+
+    @BACKBONE_REGISTRY.register()
+    def build_fcos_resnet_fpn_backbone(cfg, input_shape):
+        raise AssertionError("another project's")
+
+    try:
+        model = build_model(fcos_cfg(*TINY, "MODEL.BACKBONE.NAME", old))
+    finally:
+        del BACKBONE_REGISTRY._obj_map[old]
+    expected = build_model(fcos_cfg(*TINY)).state_dict()
+    assert [(k, v.shape) for k, v in model.state_dict().items()] == [
+        (k, v.shape) for k, v in expected.items()
+    ]

@@ -344,7 +344,8 @@ def test_the_baselines_are_plain_configs_and_most_options_have_a_config():
     assert len(pairs) > 20
     for config, baseline in pairs.items():
         name = os.path.basename(baseline)
-        assert re.match("((faster|mask)_rcnn|retinanet|fcos)_R_", name), (config, baseline)
+        kinds = "((faster|mask)_rcnn|retinanet|fcos)_(R|mobilenet|efficientnet|convnext)"
+        assert re.match(kinds, name), (config, baseline)
 
 
 @pytest.mark.parametrize("config", distilled_configs())

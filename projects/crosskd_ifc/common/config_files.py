@@ -12,6 +12,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from ..config import ConfigError, add_crosskd_ifc_config
+from .lazy_config import is_lazy
 from .paths import resolve_path
 
 # What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
@@ -84,6 +85,10 @@ def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
     Raises:
         ConfigError: if the file is no config of known keys and fitting types.
     """
+    if is_lazy(path):
+        raise ConfigError(
+            f"{key} {path}: this is a LazyConfig file (Python), and a YAML config is needed here"
+        )
     try:
         if not _is_of_the_zoo(path):
             _CheckedCfg.load_yaml_with_base(path)

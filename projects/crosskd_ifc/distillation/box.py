@@ -55,11 +55,11 @@ class CrossHead:
     """
 
     def __init__(self, teacher: Teacher, fusion: FeatureFusion):
-        heads = teacher.model.roi_heads
+        pooler = teacher.model.roi_heads.box_pooler
         self.fusion = fusion
-        self._layers = BoxHeadLayers(heads.box_head, heads.box_pooler.output_size)
-        self._predictor = heads.box_predictor
-        self.transform = heads.box_predictor.box2box_transform
+        self._layers = BoxHeadLayers(teacher.box_head, pooler.output_size)
+        self._predictor = teacher.box_predictor
+        self.transform = teacher.box_predictor.box2box_transform
 
     def predict(self, trace: HeadTrace, teacher: Mapping[str, torch.Tensor]) -> BoxPredictions:
         """From the combined feature.
@@ -148,8 +148,8 @@ class BoxDistiller:
         self.box_weight = box_weight
         self._box_loss = {"l1": self._box_l1, "giou": self._box_giou}[box_type]
         self._class_map, self._student_has_softmax = class_map, student_has_softmax
-        heads = teacher.model.roi_heads
-        self._layers = BoxHeadLayers(heads.box_head, heads.box_pooler.output_size)
+        pooler = teacher.model.roi_heads.box_pooler
+        self._layers = BoxHeadLayers(teacher.box_head, pooler.output_size)
 
     @classmethod
     def from_config(
@@ -226,13 +226,13 @@ class BoxDistiller:
         with teacher.running():
             pooled = heads.box_pooler([features[f] for f in heads.box_in_features], boxes)
             layers = self._layers.trace(pooled)
-            return BoxPredictions(*heads.box_predictor(layers[self._layers.last])), layers
+            return BoxPredictions(*self.teacher.box_predictor(layers[self._layers.last])), layers
 
     def detect(self, teacher: TeacherPass, trace: HeadTrace) -> List[Instances]:
         """The detections per image of the predictions that learn, in the network's pixels."""
         _, layers = self.predict(teacher, trace.boxes)
         found = self.mimic.predict(trace, layers)
-        predictor = self.teacher.model.roi_heads.box_predictor
+        predictor = self.teacher.box_predictor
         return predictor.inference((found.logits, found.deltas), trace.proposals)[0]
 
     def _cls_loss(self, found: BoxPredictions, wanted: BoxPredictions) -> torch.Tensor:
@@ -249,7 +249,7 @@ class BoxDistiller:
     def _box_giou(self, found: BoxPredictions, wanted: BoxPredictions, boxes: List[Boxes]):
         confidence, classes = L.teacher_confidence(wanted.logits)
         anchors = Boxes.cat(boxes).tensor
-        theirs = self.teacher.model.roi_heads.box_predictor.box2box_transform
+        theirs = self.teacher.box_predictor.box2box_transform
         decoded = (
             transform.apply_deltas(L.at_least_float32(L.select_class_boxes(x, classes)), anchors)
             for x, transform in ((found.deltas, self.mimic.transform), (wanted.deltas, theirs))
@@ -305,7 +305,7 @@ def _share(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _check_same_deltas(student: GeneralizedRCNN, teacher: Teacher) -> None:
     ours, theirs = (
-        tuple(m.roi_heads.box_predictor.box2box_transform.weights) for m in (student, teacher.model)
+        tuple(m.box_predictor.box2box_transform.weights) for m in (student.roi_heads, teacher)
     )
     if ours != theirs:
         raise ConfigError(

@@ -121,7 +121,8 @@ class DenseCrossHead:
             fusion: tower -> :class:`FeatureFusion`.
         """
         self.fusion = fusion
-        self.entries = {tower: f.entry for tower, f in fusion.items()}
+        self._fusions = dict(fusion.items())
+        self.entries = {tower: f.entry for tower, f in self._fusions.items()}
         self.transform = teacher.model.box2box_transform
         self._teacher = teacher
 
@@ -176,7 +177,7 @@ class DenseCrossHead:
 
     @property
     def reaches_all(self) -> bool:
-        return all(fusion.reaches_all for fusion in self.fusion.values())
+        return all(fusion.reaches_all for fusion in self._fusions.values())
 
     def targets(self, predictions: DensePredictions) -> DensePredictions:
         """What the predictions are compared with: the teacher's own."""
@@ -184,7 +185,7 @@ class DenseCrossHead:
 
     def connected_zero(self, trace: DenseTrace) -> torch.Tensor:
         """0, with a graph to every learned parameter of the fusions."""
-        zeros = [f.connected_zero() for f in self.fusion.values()]
+        zeros = [f.connected_zero() for f in self._fusions.values()]
         zeros = [z for z in zeros if z is not None]
         return sum(zeros) if zeros else trace.zero()
 
@@ -294,7 +295,7 @@ class DenseBoxDistiller:
         entries, predictions = step.teacher.once("dense", lambda: self.run_teacher(step.teacher))
         targets = self.teacher.by_level(predictions)
         terms, wanted = self.mimic.terms(trace, entries), self.mimic.targets(targets)
-        valid = (trace.labels >= 0).to(torch.float32)  # NxR
+        valid = trace.valid  # NxR
         loss_cls, loss_box = self._compare(terms, wanted, trace, valid)
         if not self.mimic.reaches_all:
             loss_cls = loss_cls + self.zero(trace)

@@ -29,7 +29,12 @@ class Distiller:
     """The distillation losses that a config asks for, of any student.
 
     A part has ``keys``, the names of its losses, and ``losses(step)``, which gives them weighted,
-    without the schedule's factor. Losses of equal names are added.
+    without the schedule's factor. Losses of equal names are added. What a part learns beside the
+    box's fusion is its ``adapters``, a module.
+
+    Attributes:
+        fusion: all that the distillation learns: the box's fusion with the adapters of the other
+            parts below it; None if nothing is.
     """
 
     def __init__(
@@ -47,11 +52,17 @@ class Distiller:
         """
         self.teacher, self.box = teacher, box
         self._parts: List[Any] = [box, *others]
+        self.fusion: Optional[nn.Module] = box.fusion
+        for part in others:
+            adapters = getattr(part, "adapters", None)
+            if adapters is not None and any(True for _ in adapters.parameters()):
+                self.fusion = nn.Module() if self.fusion is None else self.fusion
+                self.fusion.add_module(part.adapters_name, adapters)
 
     @property
-    def fusion(self) -> Optional[nn.Module]:
-        """The module with the learned parameters of the cross-head; None without one."""
-        return self.box.fusion
+    def has_cross_head(self) -> bool:
+        """Whether the teacher's head reads the student."""
+        return self.box.fusion is not None
 
     @contextlib.contextmanager
     def recording(
@@ -88,6 +99,8 @@ class Distiller:
         """
         if step.factor == 0:
             zero = self.box.zero(step.heads)
+            if self.fusion is not None:
+                zero = sum((p.sum() * 0 for p in self.fusion.parameters()), zero)
             losses = {key: zero for part in self._parts for key in part.keys}
         else:
             losses = {}

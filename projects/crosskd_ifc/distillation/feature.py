@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import ConfigError
 from .compatibility.anchors import check_same_padding
+from .fusion import build_adapter
 from .losses import at_least_float32, pkd
 from .teacher import Teacher
 from .traces import StepTrace
@@ -21,21 +22,24 @@ class FeatureDistiller:
     """The loss ``loss_feature_kd``: the sum over the levels l that both networks have of ``pkd(F_l,
     teacher P_l)``.
 
+    Where channels differ, a learned 1x1 convolution leads F_l to the teacher's.
     ``F_l = sum over the student's levels m of resize_bilinear(P_m -> size of P_l)``, the published
     code's combined map made workable; without combining F_l = P_l, which is plain PKD.
     """
 
     keys = ("loss_feature_kd",)
+    adapters_name = "pyramid"
 
     @configurable
-    def __init__(self, *, levels: Sequence[str], sources: Sequence[str], weight: float):
+    def __init__(self, *, adapters: nn.ModuleDict, sources: Sequence[str], weight: float):
         """
         Args:
-            levels: feature names to compare.
+            adapters: feature name -> the map from the student's channels to the teacher's; the
+                features to compare.
             sources: the student's levels that are summed for each; none: the level itself.
             weight: of the loss.
         """
-        self.levels, self.sources, self.weight = list(levels), list(sources), weight
+        self.adapters, self.sources, self.weight = adapters, list(sources), weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: nn.Module, teacher: Teacher):
@@ -48,7 +52,7 @@ class FeatureDistiller:
                 f"differ: {channels}; set it to False"
             )
         return {
-            "levels": _shared_levels(student, teacher),
+            "adapters": _shared_levels(student, teacher),
             "sources": list(shapes) if kd.FEATURE_COMBINE else [],
             "weight": kd.FEATURE_WEIGHT,
         }
@@ -57,8 +61,8 @@ class FeatureDistiller:
         """The weighted loss of one step, a scalar."""
         wanted = step.teacher.features
         total = sum(
-            pkd(combine_levels(step.features, level, self.sources), wanted[level])
-            for level in self.levels
+            pkd(adapter(combine_levels(step.features, level, self.sources)), wanted[level])
+            for level, adapter in self.adapters.items()
         )
         return {"loss_feature_kd": total * self.weight}
 
@@ -88,8 +92,8 @@ def combine_levels(
     return torch.stack(maps).sum(dim=0) if len(maps) > 1 else maps[0]
 
 
-def _shared_levels(student: nn.Module, teacher: Teacher) -> List[str]:
-    """The levels of equal name, stride and channels.
+def _shared_levels(student: nn.Module, teacher: Teacher) -> nn.ModuleDict:
+    """The levels of equal name and stride, and the adapter of each.
 
     Raises:
         ConfigError: if there is none, or one differs.
@@ -103,13 +107,14 @@ def _shared_levels(student: nn.Module, teacher: Teacher) -> List[str]:
             "to 0.0"
         )
     for name in shared:
-        found, wanted = ((s[name].channels, s[name].stride) for s in (ours, theirs))
+        found, wanted = (s[name].stride for s in (ours, theirs))
         if found != wanted:
             raise ConfigError(
-                f"MODEL.CROSSKD.LOSS.FEATURE_WEIGHT compares features channel by channel, but "
-                f"(channels, stride) of {name} are {found} in the student and {wanted} in the "
-                f"teacher ({teacher.description}); use the teacher's MODEL.FPN.OUT_CHANNELS, or "
-                "set it to 0.0"
+                f"MODEL.CROSSKD.LOSS.FEATURE_WEIGHT compares features position by position, but "
+                f"the stride of {name} is {found} in the student and {wanted} in the teacher "
+                f"({teacher.description}); set it to 0.0"
             )
     check_same_padding("LOSS.FEATURE_WEIGHT", student, teacher)
-    return shared
+    return nn.ModuleDict(
+        {n: build_adapter(*((s[n].channels, 0, 0) for s in (ours, theirs))) for n in shared}
+    )

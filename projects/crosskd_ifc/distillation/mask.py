@@ -16,6 +16,7 @@ from torch import nn
 from ..config import ConfigError
 from . import losses as L
 from .compatibility.class_map import ClassMap
+from .fusion import build_adapter
 from .teacher import Teacher
 from .traces import StepTrace
 
@@ -33,11 +34,13 @@ class MaskDistiller:
     """The loss ``loss_mask_kd``: quality focal loss between mask logits on the positive RoIs of the
     student's mask branch.
 
-    Cross-head: the student's pyramid through the teacher's mask pooler and whole mask head;
-    student-head: the student's own mask predictions.
+    Cross-head: the student's pyramid through the teacher's mask pooler, a learned 1x1 convolution
+    where it has other channels, and the teacher's whole mask head; student-head: the student's own
+    mask predictions.
     """
 
     keys = ("loss_mask_kd",)
+    adapters_name = "mask"
 
     @configurable
     def __init__(
@@ -47,6 +50,7 @@ class MaskDistiller:
         class_map: Optional[ClassMap],
         own_predictions: bool,
         same_pooler: bool,
+        adapters: nn.Module,
         weight: float,
         reduction: str,
         channels: str,
@@ -57,12 +61,13 @@ class MaskDistiller:
             class_map: needed for ``own_predictions`` and the ground truth's channel.
             own_predictions: compare the student's own masks, not the cross-head's.
             same_pooler: both networks pool alike, so that the student's pooled map can be used.
+            adapters: from the student's pooled map to the teacher's channels.
             weight: of the loss.
             reduction: "published" divides the sum by R, "mean" by the number of its terms.
             channels: "all", or "ground_truth": the channel of each RoI's class only.
         """
         self.teacher = teacher
-        self.weight = weight
+        self.weight, self.adapters = weight, adapters
         self._class_map, self._own, self._same_pooler = class_map, own_predictions, same_pooler
         self._is_mean, self._truth_only = reduction == "mean", channels == "ground_truth"
 
@@ -80,14 +85,15 @@ class MaskDistiller:
         _check_heads(student, teacher)
         if own:
             _check_same_masks(student, teacher, kd.LOSS.MASK_CHANNELS)
-            same_pooler = False
+            same_pooler, adapters = False, nn.Identity()
         else:
-            same_pooler = _check_pyramids(student, teacher)
+            same_pooler, adapters = _check_pyramids(student, teacher)
         return {
             "teacher": teacher,
             "class_map": class_map,
             "own_predictions": own,
             "same_pooler": same_pooler,
+            "adapters": adapters,
             "weight": kd.LOSS.MASK_WEIGHT,
             "reduction": kd.LOSS.MASK_REDUCTION,
             "channels": kd.LOSS.MASK_CHANNELS,
@@ -97,7 +103,7 @@ class MaskDistiller:
         """The weighted loss of one step, a scalar; without positive RoIs a connected 0."""
         trace = step.heads.mask
         if not sum(len(x) for x in trace.instances):
-            zero = sum(x.sum() for x in step.features.values()) * 0
+            zero = sum(x.sum() for x in (*step.features.values(), *self.adapters.parameters())) * 0
             return {"loss_mask_kd": zero}
         wanted = step.teacher.once("mask", lambda: self._teacher_logits(step))
         found = trace.logits if self._own else self._cross_logits(step)
@@ -134,7 +140,7 @@ class MaskDistiller:
         if not self._same_pooler:
             features = [step.features[f] for f in heads.mask_in_features]
             pooled = heads.mask_pooler(features, trace.boxes)
-        return heads.mask_head.layers(pooled)  # PxKxHxW
+        return heads.mask_head.layers(self.adapters(pooled))  # PxKxHxW
 
     def _truth_channels(
         self, step: StepTrace, found: torch.Tensor, wanted: torch.Tensor
@@ -200,26 +206,32 @@ def _check_same_masks(student: GeneralizedRCNN, teacher: Teacher, channels: str)
         )
 
 
-def _check_pyramids(student: GeneralizedRCNN, teacher: Teacher) -> bool:
-    """For the cross-head: levels of the same names, strides and channels.
+def _check_pyramids(student: GeneralizedRCNN, teacher: Teacher) -> Tuple[bool, nn.Module]:
+    """For the cross-head: levels of the same names and strides.
 
     Returns:
-        Whether both mask poolers do the same.
+        Whether both mask poolers do the same, and the map from the student's channels to the
+        teacher's.
     """
     names = teacher.model.roi_heads.mask_in_features
     ours, theirs = student.backbone.output_shape(), teacher.model.backbone.output_shape()
     for name in names:
-        found = (ours[name].channels, ours[name].stride) if name in ours else None
-        wanted = (theirs[name].channels, theirs[name].stride)
+        found = ours[name].stride if name in ours else None
+        wanted = theirs[name].stride
         if found != wanted:
             _refuse(
-                f"the teacher's mask head ({teacher.description}) reads {name} with (channels, "
-                f"stride) {wanted}, the student has {found or 'no such feature'} "
-                "(MODEL.FPN.OUT_CHANNELS)"
+                f"the teacher's mask head ({teacher.description}) reads {name} with stride "
+                f"{wanted}, the student has {found or 'no such feature'}"
             )
+    counts = [{s[n].channels for n in names} for s in (ours, theirs)]
+    if any(len(c) > 1 for c in counts):
+        _refuse(f"the levels {', '.join(names)} have unlike channels, {counts[0] | counts[1]}")
     poolers = [m.roi_heads.mask_pooler for m in (student, teacher.model)]
-    return (
+    size = tuple(poolers[1].output_size)
+    adapter = build_adapter(*((c.pop(), *size) for c in counts))
+    same = (
         student.roi_heads.mask_in_features == names
         and all(getattr(poolers[0], a) == getattr(poolers[1], a) for a in _POOLER_SETTINGS)
         and repr(poolers[0]) == repr(poolers[1])
     )
+    return same, adapter

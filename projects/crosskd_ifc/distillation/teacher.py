@@ -28,7 +28,10 @@ class Teacher:
 
     Attributes:
         model: the detector, in eval mode, no parameter requiring gradient.
-        cfg: the config it was built from, None if it was given as a model.
+        cfg: the config it was built from, or what that would say of one without; None if it was
+            given as a model.
+        input_format: channel order of its images, such as "BGR".
+        stage: the box head that teaches, 1 unless it has several (Cascade R-CNN).
         description: where it came from, for messages.
     """
 
@@ -39,6 +42,8 @@ class Teacher:
         student_format: str,
         precision: str = "float32",
         cfg: Optional[CfgNode] = None,
+        input_format: Optional[str] = None,
+        stage: int = 1,
         description: str = "the given detector",
     ):
         """
@@ -47,6 +52,9 @@ class Teacher:
             student_format: channel order of the student's images, such as "BGR" (its INPUT.FORMAT).
             precision: of ``autocast``'s context, "float32", "bfloat16" or "float16".
             cfg: the teacher's config.
+            input_format: channel order of the teacher's images; by default what the model says, the
+                student's where it says nothing.
+            stage: the box head that teaches, of those of a Cascade R-CNN.
             description: where the weights are from.
 
         Raises:
@@ -54,10 +62,10 @@ class Teacher:
         """
         self.model = model.eval().requires_grad_(False)
         self.cfg = cfg
-        self.description = description
+        self.description, self.stage = description, stage
         self.dtype: torch.dtype = getattr(torch, precision)
-        # A detector without a format of its own is refused later, by what the student needs.
-        formats = (student_format, getattr(model, "input_format", student_format))
+        self.input_format = input_format or getattr(model, "input_format", None) or student_format
+        formats = (student_format, self.input_format)
         if formats[0] != formats[1] and set(formats) != {"RGB", "BGR"}:
             raise ConfigError(
                 f"INPUT.FORMAT: the student reads {formats[0]!r} images and the teacher "
@@ -68,6 +76,19 @@ class Teacher:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def box_head(self) -> nn.Module:
+        """The box head that teaches."""
+        return self._of_stage(self.model.roi_heads.box_head)
+
+    @property
+    def box_predictor(self) -> nn.Module:
+        """The box predictor that teaches."""
+        return self._of_stage(self.model.roi_heads.box_predictor)
+
+    def _of_stage(self, module: nn.Module) -> nn.Module:
+        return module[self.stage - 1] if isinstance(module, nn.ModuleList) else module
 
     def to(self, device: torch.device) -> "Teacher":
         """Move to a device; the precision stays."""
@@ -82,6 +103,14 @@ class Teacher:
 
     def preprocess(self, batched_inputs: Sequence[Mapping]) -> ImageList:
         """The student's raw images as the teacher's input: channel order first, then mean, std."""
+        square = padded_square(self.model)
+        for x in batched_inputs if square else ():
+            if max(x["image"].shape[-2:]) > square:
+                raise ConfigError(
+                    f"INPUT.MAX_SIZE_TRAIN: an image of {tuple(x['image'].shape[-2:])} pixels is "
+                    f"larger than the {square} x {square} that the teacher ({self.description}) "
+                    "pads images to"
+                )
         return self.model.preprocess_image(self.swap_channels(batched_inputs))
 
     @contextlib.contextmanager
@@ -100,6 +129,12 @@ class Teacher:
         gradient."""
         with self.autocast():
             return self.model.backbone(self.preprocess(batched_inputs).tensor)
+
+
+def padded_square(model: nn.Module) -> int:
+    """The side of the square that a detector pads all images to, 0 for none (as ViTDet)."""
+    backbone = getattr(model, "backbone", None)
+    return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
 
 
 class TeacherOutOfMemory(RuntimeError):

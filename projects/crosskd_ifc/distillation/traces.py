@@ -102,6 +102,7 @@ class DenseTrace:
             Hi Wi A, 4); in training only, as what follows.
         anchors: for each level.
         labels: (N, R): class, K for background, -1 for ignored.
+        inside: (N, R) whether an anchor counts; None: all that aren't ignored do.
         boxes: for each image (R, 4), the matched ground truth.
     """
 
@@ -110,6 +111,7 @@ class DenseTrace:
     predictions: Tuple[List[torch.Tensor], ...] = ()
     anchors: List[Boxes] = dataclasses.field(default_factory=list)
     labels: Optional[torch.Tensor] = None
+    inside: Optional[torch.Tensor] = None
     boxes: List[torch.Tensor] = dataclasses.field(default_factory=list)
 
     @property
@@ -117,6 +119,12 @@ class DenseTrace:
         """The predictions of its own predictors."""
         shape = (-1, self.num_anchors)
         return DensePredictions(*([x.unflatten(1, shape) for x in y] for y in self.predictions))
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """(N, R) float, 1 for the anchors that distil."""
+        valid = self.labels >= 0
+        return (valid if self.inside is None else valid & self.inside).to(torch.float32)
 
     def zero(self) -> torch.Tensor:
         return self.anchors[0].tensor.new_zeros(())

@@ -31,7 +31,7 @@ from .child_process import RunFailed, RunStopped, StepCounter, claim_folder, sup
 
 # Keys of MODEL.CROSSKD that came after the first records, with the value that stands for what was
 # done before.
-_SINCE = {"MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0}
+_SINCE = {"MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0, "MODEL.CROSSKD.TEACHER.STAGE": 1}
 # Settings that don't belong to a run's results.
 _NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
 
@@ -110,8 +110,15 @@ class Run:
         if shapes.VERSION > 1 and any(name.startswith("crosskd_shapes") for name in names):
             found["shapes"] = shapes.VERSION
         if teacher is not None:
-            found["teacher"] = [_settings(teacher), weights, file_sha256(weights)]
+            lazy = not isinstance(teacher, CfgNode)
+            settings = self._teacher_file() if lazy else _settings(teacher)
+            found["teacher"] = [settings, weights, file_sha256(weights)]
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+    def _teacher_file(self) -> str:
+        """The digest of a teacher's LazyConfig file, whose contents are code."""
+        name = self.cfg().MODEL.CROSSKD.TEACHER.CONFIG_FILE
+        return file_sha256(find_config(name, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")[0])
 
     @property
     def weights(self) -> str:

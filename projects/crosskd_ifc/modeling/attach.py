@@ -1,29 +1,37 @@
 """Building, loading and checking a teacher, and giving it to a student."""
 
+import functools
 import logging
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.config_files import find_config, merge_from_file, merge_from_list
+from ..common.lazy_config import instantiate_model, is_lazy, load_lazy_config
 from ..common.random_state import same_random_state
 from ..config import ConfigError, add_crosskd_ifc_config
 from ..data.cards import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
-from ..distillation.teacher import Teacher
+from ..distillation.teacher import Teacher, padded_square
 from ..weights.reading import MisfitError, StrictReader
 from ..weights.state_dicts import is_missing
+from .building import explained
+from .lazy import config_of, datasets_of, input_format_of, student_config
 
 logger = logging.getLogger(__name__)
 
 
 def attach_teacher(
-    model: nn.Module, cfg: CfgNode, *, teacher: Optional[nn.Module] = None
+    model: nn.Module,
+    cfg: Union[CfgNode, Mapping[str, Any]],
+    *,
+    teacher: Optional[nn.Module] = None,
 ) -> Teacher:
     """Build, load, check and freeze the teacher and let ``model`` distil from it.
 
@@ -34,7 +42,9 @@ def attach_teacher(
 
     Args:
         model: a student of a CrossKD meta-architecture, such as ``CrossKDRCNN``.
-        cfg: the student's config, with ``MODEL.CROSSKD``.
+        cfg: the student's config, with ``MODEL.CROSSKD``; of a student that was built without one
+            (LazyConfig) only these settings, a mapping such as
+            ``{"TEACHER": {"CONFIG_FILE": ..., "WEIGHTS": ...}}``.
         teacher: an already built detector with weights, instead of
             ``MODEL.CROSSKD.TEACHER.CONFIG_FILE``; it is put into eval mode and frozen in place.
 
@@ -44,6 +54,8 @@ def attach_teacher(
     Raises:
         ConfigError: if a setting can't work or student and teacher don't fit each other.
     """
+    if not isinstance(cfg, CfgNode):
+        return _attach_by_settings(model, cfg, teacher)
     check_crosskd_config(cfg)
     if isinstance(model, DistributedDataParallel):
         raise ConfigError("attach the teacher to the model before it is wrapped in DDP")
@@ -54,52 +66,96 @@ def attach_teacher(
         )
     kd = cfg.MODEL.CROSSKD
     with same_random_state(model.device):
-        options = {"student_format": cfg.INPUT.FORMAT, "precision": kd.TEACHER.PRECISION}
+        options = {
+            "student_format": cfg.INPUT.FORMAT,
+            "precision": kd.TEACHER.PRECISION,
+            "stage": kd.TEACHER.STAGE,
+        }
         if teacher is None:
-            built = _build_teacher(cfg, model.device, options)
+            built, weights = _build_teacher(cfg, model.device, options)
+            load = functools.partial(_load_strictly, built.model, weights)
         else:
-            built = Teacher(teacher.to(model.device), **options)
-        model.set_teacher(built, cfg)
+            built, load = Teacher(teacher.to(model.device), **options), None
+        _check_square(cfg, built)
+        model.set_teacher(built, cfg, load=load)
     logger.info(f"Teacher: {built.description}")
     return built
 
 
-def _build_teacher(cfg: CfgNode, device: torch.device, options: Dict[str, str]) -> Teacher:
+def _attach_by_settings(
+    model: nn.Module, settings: Mapping[str, Any], teacher: Optional[nn.Module]
+) -> Teacher:
+    try:
+        return attach_teacher(model, student_config(model, settings), teacher=teacher)
+    except ConfigError as error:  # which names keys of a yacs config
+        raise ConfigError(str(error).replace("MODEL.CROSSKD.", "")) from error
+
+
+def _check_square(cfg: CfgNode, teacher: Teacher) -> None:
+    square, largest = padded_square(teacher.model), cfg.INPUT.MAX_SIZE_TRAIN
+    if square and largest > square:
+        raise ConfigError(
+            f"INPUT.MAX_SIZE_TRAIN is {largest}, but the teacher ({teacher.description}) pads all "
+            f"images to {square} x {square}; lower it to {square}, or raise the teacher's "
+            "square_pad (TEACHER.OPTS model.backbone.square_pad=...)"
+        )
+
+
+def _build_teacher(
+    cfg: CfgNode, device: torch.device, options: Dict[str, str]
+) -> Tuple[Teacher, str]:
+    """The teacher, still with random weights, and the file or URL of those that it needs."""
     kd = cfg.MODEL.CROSSKD.TEACHER
     if not kd.CONFIG_FILE:
         raise ConfigError(
             "MODEL.CROSSKD.TEACHER.CONFIG_FILE is empty; give a config file or a model-zoo name"
         )
-    teacher_cfg, weights = load_teacher_config(cfg)
-    teacher_cfg.MODEL.DEVICE = str(device)
-    try:
-        model = build_model(teacher_cfg)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.CONFIG_FILE {kd.CONFIG_FILE!r} with TEACHER.OPTS "
-            f"{tuple(kd.OPTS)} builds no model: {type(error).__name__} {error}"
-        ) from error
-    _load_strictly(model, weights)
+    config, weights = load_teacher_config(cfg)
+    what = (
+        f"MODEL.CROSSKD.TEACHER.CONFIG_FILE {kd.CONFIG_FILE!r} with TEACHER.OPTS {tuple(kd.OPTS)}"
+    )
+    if isinstance(config, CfgNode):
+        teacher_cfg, input_format = config, None
+        teacher_cfg.MODEL.DEVICE = str(device)
+        try:
+            with explained(teacher_cfg):
+                model = build_model(teacher_cfg)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__} {error}"
+            raise ConfigError(f"{what} builds no model: {reason}") from error
+    else:
+        model = instantiate_model(config, what=what).to(device)
+        input_format = input_format_of(model, config, what=what) or cfg.INPUT.FORMAT
+        teacher_cfg = config_of(model, input_format=input_format, datasets=datasets_of(config))
+        teacher_cfg.INPUT = cfg.INPUT.clone()  # that of LazyConfigs is code
     description = f"{type(model).__name__} from {kd.CONFIG_FILE} with weights {weights}"
-    return Teacher(model, cfg=teacher_cfg, description=description, **options)
+    options = {"cfg": teacher_cfg, "input_format": input_format, **options}
+    return Teacher(model, description=description, **options), weights
 
 
-def load_teacher_config(cfg: CfgNode) -> Tuple[CfgNode, str]:
+def load_teacher_config(cfg: CfgNode) -> Tuple[Union[CfgNode, DictConfig], str]:
     """The teacher's full config, and the file or URL of its weights.
 
     Args:
         cfg: the student's config.
+
+    Returns:
+        A yacs config or, where TEACHER.CONFIG_FILE is a ``.py`` file, what that defines.
 
     Raises:
         ConfigError: if the config can't be found or read, or no weights are named.
     """
     kd = cfg.MODEL.CROSSKD.TEACHER
     path, zoo_name = find_config(kd.CONFIG_FILE, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
-    teacher_cfg = get_cfg()
-    add_crosskd_ifc_config(teacher_cfg)
-    merge_from_file(teacher_cfg, path, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
-    merge_from_list(teacher_cfg, kd.OPTS, key=f"MODEL.CROSSKD.TEACHER.OPTS {tuple(kd.OPTS)}")
-    fill_in_class_count(teacher_cfg)
+    if is_lazy(path):
+        key = "MODEL.CROSSKD.TEACHER.CONFIG_FILE (with TEACHER.OPTS)"
+        teacher_cfg = load_lazy_config(path, kd.OPTS, key=key)
+    else:
+        teacher_cfg = get_cfg()
+        add_crosskd_ifc_config(teacher_cfg)
+        merge_from_file(teacher_cfg, path, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
+        merge_from_list(teacher_cfg, kd.OPTS, key=f"MODEL.CROSSKD.TEACHER.OPTS {tuple(kd.OPTS)}")
+        fill_in_class_count(teacher_cfg)
     if kd.WEIGHTS:
         return teacher_cfg, kd.WEIGHTS
     try:

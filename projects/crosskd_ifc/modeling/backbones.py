@@ -31,13 +31,13 @@ def build_mmdet_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
 
 @BACKBONE_REGISTRY.register()
 def build_mmdet_retinanet_p5_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``build_fcos_resnet_fpn_backbone`` (P6 from P5) without ReLU before P7.
+    """``build_crosskd_fcos_resnet_fpn_backbone`` (P6 from P5) without ReLU before P7.
 
     Args:
         cfg: MODEL.RESNETS and MODEL.FPN are read.
         input_shape: of the image.
     """
-    return _without_relu(build_fcos_resnet_fpn_backbone(cfg, input_shape))
+    return _without_relu(build_crosskd_fcos_resnet_fpn_backbone(cfg, input_shape))
 
 
 def _without_relu(backbone: FPN) -> FPN:
@@ -49,7 +49,7 @@ def _without_relu(backbone: FPN) -> FPN:
 
 
 @BACKBONE_REGISTRY.register()
-def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+def build_crosskd_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A ResNet with a feature pyramid whose P6 and P7 are made from P5 (Tian et al., 2020,
     "FCOS: A simple and strong anchor-free object detector", section 2.2).
 

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList
 from torch import nn
 
 from ..distillation.compatibility.dense import check_pair, check_settings
@@ -63,6 +63,23 @@ class DenseStudent(Student):
                 yield self._trace
             finally:
                 self._trace = None
+
+    def inside(self, images: ImageList, features: List[torch.Tensor]) -> Optional[torch.Tensor]:
+        """(N, R) whether an anchor may distil; None: all may.
+
+        Args:
+            images: the padded batch.
+            features: the levels that the head reads, each (N, C, Hi, Wi).
+        """
+        return None
+
+    def forward_training(
+        self, images: ImageList, features: List[torch.Tensor], predictions, gt_instances
+    ):
+        """The parent's; in a recorded forward it is kept which anchors may distil."""
+        if self._trace is not None:
+            self._trace.inside = self.inside(images, features)
+        return super().forward_training(images, features, predictions, gt_instances)
 
     def losses(self, anchors: List[Boxes], pred_logits, gt_labels, pred_deltas, gt_boxes, *more):
         """The parent's; in a recorded forward labels and predictions are kept."""

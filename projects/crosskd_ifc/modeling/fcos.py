@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
 from detectron2.utils import comm
 
 from ..distillation.traces import DenseTrace
+from .backbones import build_crosskd_fcos_resnet_fpn_backbone
 from .dense import DenseStudent
+
+# Configs of earlier versions have this name. It isn't registered: other projects register theirs.
+_OLD_BACKBONE = "build_fcos_resnet_fpn_backbone"
 
 
 @META_ARCH_REGISTRY.register()
@@ -36,7 +41,11 @@ class FCOS(fcos.FCOS):
     @classmethod
     def from_config(cls, cfg: CfgNode):
         settings = cfg.MODEL.FCOS
-        backbone = build_backbone(cfg)
+        if cfg.MODEL.BACKBONE.NAME == _OLD_BACKBONE:
+            image = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))
+            backbone = build_crosskd_fcos_resnet_fpn_backbone(cfg, image)
+        else:
+            backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         inputs = [shapes[name] for name in settings.IN_FEATURES]
         head = fcos.FCOSHead(
@@ -62,6 +71,13 @@ class FCOS(fcos.FCOS):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
         }
+
+    def losses(
+        self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
+    ):
+        """The parent's, whose box loss needs float32 deltas under mixed precision, too."""
+        deltas = [x.float() for x in pred_anchor_deltas]
+        return super().losses(anchors, pred_logits, gt_labels, deltas, gt_boxes, pred_centerness)
 
 
 @META_ARCH_REGISTRY.register()

@@ -105,7 +105,8 @@ class WeightInheritance:
         theirs: Optional[torch.Tensor],
         class_map: Optional[ClassMap],
     ) -> None:
-        per_class, other = _class_rows(name), self._other_meaning(name)
+        per_class = _class_rows(name)
+        other = "" if theirs is None else self._other_meaning(name)
         if theirs is None:
             self.left[name] = "the teacher has none"
         elif other:
@@ -160,7 +161,7 @@ class WeightInheritance:
         differs = [
             key
             for key, a, b in (
-                ("INPUT.FORMAT", ours.input_format, theirs.input_format),
+                ("INPUT.FORMAT", cfg.INPUT.FORMAT, self._teacher.input_format),
                 ("MODEL.PIXEL_MEAN", ours.pixel_mean.tolist(), theirs.pixel_mean.tolist()),
                 ("MODEL.PIXEL_STD", ours.pixel_std.tolist(), theirs.pixel_std.tolist()),
             )

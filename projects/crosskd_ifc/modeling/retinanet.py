@@ -1,8 +1,14 @@
-"""RetinaNet that distils from an attached teacher."""
+"""RetinaNet that distils from an attached teacher.
+
+Shape shorthand: N images, A anchors per position, R anchors of an image over all levels.
+"""
+
+from typing import List, Optional, Tuple
 
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
+from detectron2.structures import ImageList
 
 from ..distillation.traces import DenseTrace
 from .dense import DenseStudent
@@ -20,3 +26,32 @@ class CrossKDRetinaNet(DenseStudent, RetinaNet):
     def kd_normalizer(self, trace: DenseTrace) -> torch.Tensor:
         """The sum over the images of max(positives, 1)."""
         return self.positives(trace).sum(dim=1).clamp(min=1).sum()
+
+    def inside(self, images: ImageList, features: List[torch.Tensor]) -> Optional[torch.Tensor]:
+        """(N, R) whether an anchor's position lies in its image as that would be padded alone.
+
+        What the rest of the batch pads an image with holds nothing to learn from; CrossKD's weight
+        there is 0 (that of FCOS is not).
+        """
+        sizes = [self._padded_alone(size) for size in images.image_sizes]
+        batch = tuple(images.tensor.shape[-2:])
+        if all(size == batch for size in sizes):
+            return None
+        levels = []
+        for x, stride, anchors in zip(
+            features, self.anchor_generator.strides, self.anchor_generator.num_anchors
+        ):
+            rows, columns = (torch.arange(n, device=x.device) * stride for n in x.shape[-2:])
+            found = [(rows < h)[:, None] & (columns < w) for h, w in sizes]
+            levels.append(torch.stack(found).flatten(1).repeat_interleave(anchors, dim=1))
+        return torch.cat(levels, dim=1)
+
+    def _padded_alone(self, size: Tuple[int, int]) -> Tuple[int, int]:
+        """Height and width of a batch of one image of this size."""
+        backbone = self.backbone
+        alone = ImageList.from_tensors(
+            [torch.empty(size, device="meta")],
+            backbone.size_divisibility,
+            padding_constraints=backbone.padding_constraints,
+        )
+        return tuple(alone.tensor.shape[-2:])

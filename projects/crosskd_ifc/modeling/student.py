@@ -1,6 +1,6 @@
 """What all students have in common: a teacher, its distillation, an inherited start."""
 
-from typing import Any, ContextManager, Dict, List, Optional
+from typing import Any, Callable, ContextManager, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -58,9 +58,17 @@ class Student(nn.Module):
             self._diagnostics.measure(losses)
         return losses
 
-    def set_teacher(self, teacher: Teacher, cfg: CfgNode) -> None:
+    def set_teacher(
+        self, teacher: Teacher, cfg: CfgNode, *, load: Optional[Callable[[], None]] = None
+    ) -> None:
         """Distil from ``teacher`` as ``cfg`` says; call it through
         :func:`crosskd_ifc.attach_teacher`.
+
+        Args:
+            teacher: the frozen detector.
+            cfg: the student's config.
+            load: gives the teacher its weights; called once it is known to fit, since they may be a
+                long download.
 
         Raises:
             ConfigError: if student and teacher don't fit each other.
@@ -69,11 +77,13 @@ class Student(nn.Module):
         if cfg.MODEL.CROSSKD.ENABLED:
             distiller = self.build_distiller(cfg, teacher)
             inheritance = plan_inheritance(cfg, self, teacher)
+        if load is not None:
+            load()
         # All at once: a student that was refused a teacher stays as it was.
         self.teacher, self.distiller, self._inheritance = teacher, distiller, inheritance
         self._diagnostics = self._build_diagnostics(cfg)
         self._modules.pop("fusion", None)  # of an earlier teacher
-        if self.has_cross_head:
+        if distiller is not None and distiller.fusion is not None:
             self.fusion = distiller.fusion.to(self.device)
 
     def predictors(self) -> List[nn.Module]:
@@ -89,7 +99,7 @@ class Student(nn.Module):
     @property
     def has_cross_head(self) -> bool:
         """Whether a teacher is attached whose head reads this student (``MIMIC`` "cross_head")."""
-        return self.distiller is not None and self.distiller.fusion is not None
+        return self.distiller is not None and self.distiller.has_cross_head
 
     def inherit_weights(self) -> None:
         """Start from the teacher's weights, as ``MODEL.CROSSKD.INHERIT`` says.

@@ -64,7 +64,7 @@ class TeacherEvaluation(HookBase):
         ours = self.trainer.cfg
         cfg = (teacher.cfg or ours).clone()
         cfg.defrost()
-        cfg.INPUT.FORMAT = teacher.model.input_format
+        cfg.INPUT.FORMAT = teacher.input_format
         cfg.DATASETS = ours.DATASETS
         cfg.DATALOADER = ours.DATALOADER
         cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, "teacher")

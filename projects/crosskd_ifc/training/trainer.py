@@ -26,6 +26,7 @@ from ..data.loading import load_training_records
 from ..data.mapper import SampleError, build_mapper
 from ..data.outlines import check_outlines
 from ..modeling.attach import attach_teacher
+from ..modeling.building import explained
 from ..modeling.student import unwrap
 from .checkpointer import SafeCheckpointer
 from .errors import message_in_traceback
@@ -144,7 +145,8 @@ class CrossKDTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The student and, if the config asks for one, its teacher, attached."""
-        model = super().build_model(cfg)
+        with explained(cfg):
+            model = super().build_model(cfg)
         if distillation_requested(cfg):
             attach_teacher(model, cfg)
         return model

@@ -15,7 +15,7 @@ from torch import nn
 from ..common.config_files import load_config_text, merge_from_file
 from ..common.files import refuse_overwriting, staging_folder
 from ..common.paths import resolve_path
-from ..config import ConfigError, add_crosskd_ifc_config
+from ..config import ConfigError, add_crosskd_ifc_config, remove_crosskd_ifc_config
 from .reading import load_weights, save_safetensors
 from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
 
@@ -138,9 +138,14 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
             "stock detectron2 builds FCOS from LazyConfig only, so there is no config to write; "
             "the checkpoint's weights load into its FCOS as they are"
         )
+    if cfg.MODEL.TIMM.NAME:
+        raise ConfigError(
+            f"MODEL.TIMM.NAME is {cfg.MODEL.TIMM.NAME!r}: stock detectron2 has no timm backbones; "
+            "the checkpoint loads as it is wherever `import crosskd_ifc` has registered them"
+        )
     ours, stock = cfg.clone(), get_cfg()
     ours.defrost()
-    del ours.MODEL["CROSSKD"], ours.MODEL["FCOS"], ours.DATASETS["CARDS"]
+    remove_crosskd_ifc_config(ours)
     stock.merge_from_other_cfg(ours)
     for key, names in STOCK_NAMES.items():
         *nodes, leaf = key.split(".")

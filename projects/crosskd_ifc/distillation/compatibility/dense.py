@@ -19,7 +19,7 @@ def check_settings(cfg: CfgNode) -> None:
     """Refuse settings of two-stage detectors."""
     kd = cfg.MODEL.CROSSKD
     reason = f"{cfg.MODEL.META_ARCHITECTURE} is a dense detector"
-    check_unused(cfg, ("LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT"), reason)
+    check_unused(cfg, ("LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT", "TEACHER.STAGE"), reason)
     if kd.FUSION.ALIGN not in ("", "standardize", "standardize_taps"):
         raise ConfigError(
             f"MODEL.CROSSKD.FUSION.ALIGN is {kd.FUSION.ALIGN!r}, but {reason}, whose features are "

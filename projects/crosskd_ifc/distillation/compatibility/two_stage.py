@@ -22,10 +22,6 @@ from ..teacher import Teacher
 logger = logging.getLogger(__name__)
 
 _NO_ONE_HEAD = {
-    CascadeROIHeads: (
-        "three box heads in a row, each on boxes that the one before has moved: there is no one "
-        "prediction for the student's RoIs to mimic"
-    ),
     Res5ROIHeads: (
         "no box head but a stage of its backbone, which has no layers to enter; train a teacher "
         "with a StandardROIHeads on the same backbone (ROI_HEADS.NAME, ROI_BOX_HEAD.NAME "
@@ -79,11 +75,17 @@ def check_teacher(teacher: Teacher) -> None:
         refuse_teacher(
             teacher, f"has {type(heads).__name__}; its ROI heads must be StandardROIHeads"
         )
-    problem = _predictor_problem(heads.box_predictor)
+    stages = len(heads.box_head) if isinstance(heads, CascadeROIHeads) else 1
+    if not 1 <= teacher.stage <= stages:
+        raise ConfigError(
+            f"MODEL.CROSSKD.TEACHER.STAGE is {teacher.stage}; the teacher ({teacher.description}) "
+            f"has {f'the stages 1 to {stages}' if stages > 1 else 'one box head: set it to 1'}"
+        )
+    problem = _predictor_problem(teacher.box_predictor)
     if problem:
         refuse_teacher(teacher, problem)
     try:
-        BoxHeadLayers(heads.box_head, heads.box_pooler.output_size)
+        BoxHeadLayers(teacher.box_head, heads.box_pooler.output_size)
     except TypeError as error:
         refuse_teacher(teacher, f"can't be entered: {error}")
 
@@ -117,7 +119,7 @@ def build_fusion(crosskd: CfgNode, student: nn.Module, teacher: Teacher) -> Feat
     """
     kd, heads = crosskd.FUSION, teacher.model.roi_heads
     ours = student.roi_heads.box_head_layers()
-    theirs = BoxHeadLayers(heads.box_head, heads.box_pooler.output_size)
+    theirs = BoxHeadLayers(teacher.box_head, heads.box_pooler.output_size)
     taps = tuple(kd.IN_FEATURES) or ("fc1", "fc2")
     entry = kd.ENTRY or theirs.last
     _check_layers("IN_FEATURES", taps, ours, "student")
