@@ -454,7 +454,7 @@ def test_a_config_is_read_and_never_run():
     assert read_python_config(text) == {"a": {"b": {"c": [1, -2.5]}, "d": None}, "e": {}}
 
 
-@pytest.mark.parametrize("deep", ["[" * 150 + "]" * 150, "-" * 9_000 + "1", "1" + "+1" * 9_000])
+@pytest.mark.parametrize("deep", ["[" * 300 + "]" * 300, "-" * 9_000 + "1", "1" + "+1" * 9_000])
 def test_a_config_nested_without_end_is_an_unknown_one(deep):
     assert read_python_config(f"a = {deep}") == {}
     content = {"state_dict": without_memory("RetinaNet"), "meta": {"cfg": f"model = {deep}"}}
