@@ -141,15 +141,18 @@ def test_a_fixed_size_pads_what_is_smaller_with_the_mean(kind, tmp_path, images)
         deployed([{"image": torch.zeros(3, 65, 20)}])
 
 
-def test_an_image_without_detections_runs(tmp_path, images):
+def test_an_image_without_detections_runs(tmp_path):
     run, student = make("Mask R-CNN", tmp_path / "run")
+    plain = [torch.full((3, 130, 130), grey) for grey in (0, 128, 255)]
     with torch.no_grad():
-        blank = student([{"image": torch.zeros(3, 40, 40)}])[0]["instances"].scores.max()
-    run, _ = make("Mask R-CNN", tmp_path / "run", THRESHOLD, float(blank) + 1e-3)
+        best = [student([{"image": x}])[0]["instances"].scores.max().item() for x in plain]
+    run, _ = make("Mask R-CNN", tmp_path / "run", THRESHOLD, (min(best) + max(best)) / 2)
+    some, none = plain[np.argmax(best)], plain[np.argmin(best)]
+    Image.fromarray(some.permute(1, 2, 0).numpy().astype("uint8")).save(tmp_path / "some.png")
     for format in ("torchscript", "onnx"):
         out = str(tmp_path / format)
-        export_student(run, out, format=format, images=images)
-        found = DeployedModel(out)([{"image": torch.zeros(3, 40, 40), "height": 80, "width": 80}])
+        export_student(run, out, format=format, images=[str(tmp_path / "some.png")])
+        found = DeployedModel(out)([{"image": none, "height": 80, "width": 80}])
         assert found[0]["instances"].pred_masks.shape == (0, 80, 80)
 
 

@@ -46,6 +46,16 @@ class Export(NamedTuple):
     dropped: List[str]
 
 
+class Student(NamedTuple):
+    """What :func:`load_student` found: the student's config, the file that it is from, the model,
+    and what the checkpoint holds beside it."""
+
+    cfg: CfgNode
+    config_path: str
+    model: nn.Module
+    dropped: List[str]
+
+
 def export_student(
     checkpoint: str,
     out: str,
@@ -91,15 +101,10 @@ def export_student(
         raise ValueError("--images and --size are for --format torchscript and onnx")
     if format != "detectron2" and safetensors:
         raise ValueError("--safetensors is for --format detectron2")
-    content = load_weights(checkpoint)
-    cfg, config_path = _load_config(checkpoint, config_file)
+    cfg, config_path, student, dropped = load_student(checkpoint, config_file)
     out = os.path.abspath(out)
     for path in (out, *(os.path.join(out, name) for name in _NAMES)):
         refuse_overwriting(path, sources=[checkpoint, config_path], force=force)
-
-    student = build_student(cfg)
-    state, dropped = _student_state(content, student, checkpoint)
-    student.load_state_dict(state)
     is_new = not os.path.lexists(out)
     with staging_folder(os.path.dirname(out) if is_new else out) as staging:
         folder = os.path.join(staging, "student")
@@ -124,6 +129,23 @@ def export_student(
     parameters = sum(p.numel() for p in student.parameters())
     architecture = (cfg.MODEL.META_ARCHITECTURE, now)
     return Export(weights, config, architecture, parameters, detections, dropped)
+
+
+def load_student(checkpoint: str, config_file: str = "") -> Student:
+    """A checkpoint's student on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint, config_file: as for :func:`export_student`.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: as there.
+    """
+    content = load_weights(checkpoint)
+    cfg, config_path = _load_config(checkpoint, config_file)
+    model = build_student(cfg)
+    state, dropped = _student_state(content, model, checkpoint)
+    model.load_state_dict(state)
+    return Student(cfg, config_path, model, dropped)
 
 
 def _load_config(checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
