@@ -141,14 +141,14 @@ def load_student(checkpoint: str, config_file: str = "") -> Student:
         ConfigError, FileNotFoundError, ValueError: as there.
     """
     content = load_weights(checkpoint)
-    cfg, config_path = _load_config(checkpoint, config_file)
+    cfg, config_path = _load_config(content, checkpoint, config_file)
     model = build_student(cfg)
     state, dropped = _student_state(content, model, checkpoint)
     model.load_state_dict(state)
     return Student(cfg, config_path, model, dropped)
 
 
-def _load_config(checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
+def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
     path, key = config_file, "--config-file"
     if path:
         path = resolve_path(path, what="config", key=key)

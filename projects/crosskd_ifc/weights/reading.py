@@ -90,7 +90,8 @@ for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
     )
 
 
-class _NumpyUnpickler(pickle.Unpickler):
+# The one written in C reserves memory for as many entries as a number in the file asks for.
+class _NumpyUnpickler(pickle._Unpickler):
     """Admits arrays of plain numbers and plain containers; looking up anything else is where code
     would start to run."""
 
