@@ -99,6 +99,8 @@ def export_student(
         raise ValueError(f"OUT is {out!r}; give the name of a folder to make")
     if format == "detectron2" and (images or size):
         raise ValueError("--images and --size are for --format torchscript and onnx")
+    if size and min(size) < 1:
+        raise ValueError(f"--size is {size[0]} x {size[1]}, expected at least 1 x 1")
     if format != "detectron2" and safetensors:
         raise ValueError("--safetensors is for --format detectron2")
     cfg, config_path, student, dropped = load_student(checkpoint, config_file)

@@ -16,6 +16,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
 from ..common.files import write_json
@@ -44,7 +46,16 @@ class Graph(nn.Module):
     """
 
     def __init__(self, detector: nn.Module):
+        """
+        Raises:
+            ConfigError: if it is of another kind than GeneralizedRCNN, RetinaNet or FCOS.
+        """
         super().__init__()
+        if not isinstance(detector, (GeneralizedRCNN, DenseDetector)):
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE {type(detector).__name__} can't be exported as one file, "
+                "only a GeneralizedRCNN, RetinaNet or FCOS"
+            )
         self.detector = detector
         self.outputs: Tuple[str, ...] = ()
 
@@ -58,7 +69,7 @@ class Graph(nn.Module):
         """
         model, inputs = self.detector, [{"image": image}]
         with patch_builtin_len(), mock.patch(_HEATMAPS_TO_KEYPOINTS, _no_keypoints):
-            if hasattr(model, "roi_heads"):
+            if isinstance(model, GeneralizedRCNN):
                 found = model.inference(inputs, do_postprocess=False)[0]
             else:
                 images = model.preprocess_image(inputs)
