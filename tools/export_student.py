@@ -53,6 +53,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--images", nargs="+", default=[], help="compare on [DATASETS.TEST's]")
     size = dict(nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="fixed input [any]")
     parser.add_argument("--size", **size)
+    parser.add_argument("--int8", action="store_true", help="quantize the ONNX file")
+    parser.add_argument("--calibrate", nargs="+", default=[], help="with [DATASETS.TRAIN's]")
     parser.add_argument("--force", action="store_true", help="replace what was exported before")
     parser.add_argument("--safetensors", action="store_true", help="write these weights too")
     options = vars(parser.parse_args(argv))
@@ -68,6 +70,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     print(f"Wrote {done.weights}: {done.parameters / 1e6:.2f} M parameters, {size:.1f} MB")
     print(f"Wrote {done.config}: {' -> '.join(dict.fromkeys(done.architecture))}")
     print(f"Left out: {', '.join(done.dropped) or 'nothing'}\n")
+    if options["int8"]:
+        print("In int8 it finds something else: measure its AP by tools/evaluate_export.py\n")
     usage = FILE if same != "exactly" else LAZY if done.architecture[1] == "FCOS" else YACS
     print(usage.format(config=done.config))
     return 0

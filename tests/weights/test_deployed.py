@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -250,6 +251,32 @@ def test_an_fcos_of_other_parts_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("crosskd_ifc.weights.stock.ResNet", object)
     with pytest.raises(ConfigError, match="MODEL.BACKBONE.NAME .* makes FPN, ResNet"):
         export_student(run, str(tmp_path / "out"))
+
+
+def test_in_int8_convolutions_are_quantized_and_most_is_found(tmp_path, images):
+    run, student = make("Faster R-CNN", tmp_path / "run", "DATASETS.TRAIN", ("not_registered",))
+    options = dict(format="onnx", images=images, int8=True)
+    with pytest.raises(ConfigError, match="--calibrate; .*DATASETS.TRAIN.*not_registered"):
+        export_student(run, str(tmp_path / "out"), **options)
+    assert os.listdir(tmp_path) == ["run"]
+    done = export_student(run, str(tmp_path / "out"), **options, calibrate=images)
+    assert sorted(os.listdir(tmp_path / "out")) == ["model.json", "model.onnx"]
+    assert json.loads(Path(done.config).read_text())["precision"] == "int8"
+    nodes = onnx.load(done.weights).graph.node
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    for kind in ("Conv", "Gemm"):
+        inputs = [made_by.get(node.input[0]) for node in nodes if node.op_type == kind]
+        assert set(inputs) == {"DequantizeLinear"}
+    assert "NonMaxSuppression" in made_by.values()
+    image = [{"image": torch.from_numpy(np.array(Image.open(images[0]))).permute(2, 0, 1)}]
+    with torch.no_grad():
+        found, wanted = (
+            m(image)[0]["instances"] for m in (DeployedModel(str(tmp_path / "out")), student)
+        )
+    assert abs(found.scores[:10].mean() - wanted.scores[:10].mean()) < 0.05
+    for wrong in ({"format": "torchscript", "int8": True}, {"calibrate": ["x"]}):
+        with pytest.raises(ValueError, match="--int8 is for --format onnx"):
+            export_student(run, str(tmp_path / "again"), **wrong)
 
 
 def test_another_kind_of_model_and_a_size_of_nothing_are_refused(tmp_path, images):

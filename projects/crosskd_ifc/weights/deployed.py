@@ -36,6 +36,7 @@ class Info(NamedTuple):
         shortest_edge, longest_edge: otherwise an image is resized to this shortest edge, or to a
             smaller one where the longest would become longer than that; shortest_edge 0 keeps it.
         padding: value of the padding for each channel, which becomes 0 in the network.
+        precision: "float32", or "int8" of convolutions and linear layers.
         outputs: names, in order.
         classes: names, by number.
     """
@@ -46,6 +47,7 @@ class Info(NamedTuple):
     shortest_edge: Optional[int]
     longest_edge: Optional[int]
     padding: Tuple[float, ...]
+    precision: str
     outputs: Tuple[str, ...]
     classes: Tuple[str, ...]
 

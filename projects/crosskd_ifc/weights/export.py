@@ -10,13 +10,14 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..common.config_files import merge_from_file
-from ..common.files import refuse_overwriting, staging_folder
+from ..common.files import refuse_overwriting, staging_folder, write_json
 from ..common.paths import resolve_path
 from ..config import add_crosskd_ifc_config
-from .deployed import INFO_NAME, DeployedModel, difference
+from .deployed import INFO_NAME, DeployedModel, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
+from .quantizing import quantize
 from .reading import load_weights, save_safetensors
-from .samples import sample_images
+from .samples import calibration_images, sample_images
 from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
 from .stock import build_student, is_fcos, load_stock, stock_config, write_config
 
@@ -64,6 +65,8 @@ def export_student(
     format: str = "detectron2",
     images: Sequence[str] = (),
     size: Optional[Tuple[int, int]] = None,
+    int8: bool = False,
+    calibrate: Sequence[str] = (),
     force: bool = False,
     safetensors: bool = False,
 ) -> Export:
@@ -84,6 +87,9 @@ def export_student(
         images: files to verify a ``torchscript`` or ``onnx`` file with; empty for the first ones of
             the config's DATASETS.TEST.
         size: fixed (height, width) of a ``torchscript`` or ``onnx`` file's input; None for any.
+        int8: quantize the ``onnx`` file after it was verified (:func:`quantize`), which changes
+            what it finds: measure its AP.
+        calibrate: image files to quantize with; empty for the first ones of DATASETS.TRAIN.
         force: replace an earlier export.
         safetensors: also write the weights as ``.safetensors``, which stock detectron2 doesn't
             read, but ``MODEL.WEIGHTS`` and ``TEACHER.WEIGHTS`` here and other tools do.
@@ -99,6 +105,8 @@ def export_student(
         raise ValueError(f"OUT is {out!r}; give the name of a folder to make")
     if format == "detectron2" and (images or size):
         raise ValueError("--images and --size are for --format torchscript and onnx")
+    if (int8 and format != "onnx") or (calibrate and not int8):
+        raise ValueError("--int8 is for --format onnx, and --calibrate for --int8")
     if size and min(size) < 1:
         raise ValueError(f"--size is {size[0]} x {size[1]}, expected at least 1 x 1")
     if format != "detectron2" and safetensors:
@@ -126,6 +134,8 @@ def export_student(
             samples = sample_images(cfg, info, images)
             write_graph(student, info, samples[0], folder)
             detections = _verify_graph(student, folder, samples)
+            if int8:
+                _quantize(folder, calibration_images(cfg, info, calibrate), samples)
         _move(folder, out, is_new)
     weights, config = (os.path.join(out, name) for name in names)
     parameters = sum(p.numel() for p in student.parameters())
@@ -226,6 +236,15 @@ def _equal(a: Instances, b: Instances) -> bool:
     return a_fields.keys() == b_fields.keys() and all(
         torch.equal(v, b_fields[k]) for k, v in a_fields.items()
     )
+
+
+def _quantize(folder: str, images: Sequence[torch.Tensor], samples: Sequence[torch.Tensor]) -> None:
+    info = read_info(folder)
+    quantize(os.path.join(folder, info.file), images)
+    write_json(os.path.join(folder, INFO_NAME), info._replace(precision="int8").to_json())
+    found = DeployedModel(folder)([{"image": info.padded(image)} for image in samples])
+    if not any(len(x["instances"]) for x in found):
+        raise ValueError("in int8 the student detects nothing any more; nothing was written")
 
 
 @torch.no_grad()

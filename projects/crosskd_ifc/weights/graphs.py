@@ -101,6 +101,7 @@ def describe(cfg: CfgNode, format: str, size: Optional[Tuple[int, int]]) -> Info
         shortest_edge=None if size else cfg.INPUT.MIN_SIZE_TEST,
         longest_edge=None if size else cfg.INPUT.MAX_SIZE_TEST,
         padding=tuple(cfg.MODEL.PIXEL_MEAN),
+        precision="float32",
         outputs=(),
         classes=_class_names(cfg),
     )
