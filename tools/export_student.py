@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Writes a trained student as a model of stock detectron2, which needs no crosskd_ifc.
+"""Writes a trained student alone: for stock detectron2, or as one TorchScript or ONNX file.
 
-    python tools/export_student.py output/model_final.pth student      # makes a folder
-    python tools/export_student.py output/model_final.pth student.pth  # and student.yaml
+    python tools/export_student.py output/model_final.pth student
+    python tools/export_student.py output/model_final.pth student-onnx --format onnx
 
-Takes seconds. IN's config is the one in it (else the config.yaml beside it), or --config-file.
-Before anything appears, stock detectron2 has loaded it and found exactly what the student finds on
-random images. Nothing is overwritten without --force.
+Takes seconds. OUT is a folder to make. IN's config is the one in it, the
+config.yaml beside it, or --config-file.
+Before OUT appears, what is in it has found what the student finds: exactly, in stock detectron2; up
+to rounding, as one file in its own runtime. Nothing is overwritten without --force. See
+docs/deploy.md.
 """
 
 import argparse
@@ -14,9 +16,9 @@ import os
 import sys
 from typing import List, Optional
 
-from crosskd_ifc.weights.export import export_student
+from crosskd_ifc.weights.export import FORMATS, export_student
 
-USAGE = """\
+YACS = """\
 Use it wherever detectron2 is installed:
 
     from detectron2.config import get_cfg
@@ -26,6 +28,18 @@ Use it wherever detectron2 is installed:
     cfg.merge_from_file({config!r})
     detections = DefaultPredictor(cfg)(image)["instances"]  # image as from cv2.imread
 """
+LAZY = """\
+Use it wherever detectron2 is installed:
+
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import LazyConfig, instantiate
+
+    cfg = LazyConfig.load({config!r})
+    model = instantiate(cfg.model).eval()
+    DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+    detections = model([{{"image": image}}])[0]["instances"]  # resized as cfg.input says
+"""
+FILE = "docs/deploy.md has a program that runs it without detectron2 and torch.\n"
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -34,23 +48,33 @@ def main(argv: Optional[List[str]] = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("IN", help="a checkpoint written by tools/train_net.py")
-    parser.add_argument("OUT", help="a folder to make, or the .pth file to write")
+    parser.add_argument("OUT", help="a folder to make")
     parser.add_argument("--config-file", default="", help="the config IN was trained with")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="[%(default)s]")
+    parser.add_argument("--images", nargs="+", default=[], help="compare on [DATASETS.TEST's]")
+    size = dict(nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="fixed input [any]")
+    parser.add_argument("--size", **size)
+    parser.add_argument("--int8", action="store_true", help="quantize the ONNX file")
+    parser.add_argument("--calibrate", nargs="+", default=[], help="with [DATASETS.TRAIN's]")
     parser.add_argument("--force", action="store_true", help="replace what was exported before")
     parser.add_argument("--safetensors", action="store_true", help="write these weights too")
-    args = parser.parse_args(argv)
-    options = dict(config_file=args.config_file, force=args.force, safetensors=args.safetensors)
+    options = vars(parser.parse_args(argv))
+    checkpoint, out = options.pop("IN"), options.pop("OUT")
     try:
-        done = export_student(args.IN, args.OUT, **options)
-    except (OSError, ValueError) as error:
+        done = export_student(checkpoint, out, **options)
+    except (ImportError, OSError, ValueError) as error:
         print(f"export_student: {error}", file=sys.stderr)
         return 1
     size = os.path.getsize(done.weights) / 1e6
-    print(f"Verified: {done.detections} detections on random images are exactly the student's")
+    same = "exactly" if options["format"] == "detectron2" else "up to rounding"
+    print(f"Verified: {done.detections} detections are {same} the student's")
     print(f"Wrote {done.weights}: {done.parameters / 1e6:.2f} M parameters, {size:.1f} MB")
     print(f"Wrote {done.config}: {' -> '.join(dict.fromkeys(done.architecture))}")
     print(f"Left out: {', '.join(done.dropped) or 'nothing'}\n")
-    print(USAGE.format(config=done.config))
+    if options["int8"]:
+        print("In int8 it finds something else: measure its AP by tools/evaluate_export.py\n")
+    usage = FILE if same != "exactly" else LAZY if done.architecture[1] == "FCOS" else YACS
+    print(usage.format(config=done.config))
     return 0
 
 

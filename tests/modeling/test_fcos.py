@@ -8,8 +8,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.meta_arch import fcos
 from helpers import tiny_batch, train_losses
 
-from crosskd_ifc import FCOS, ConfigError, add_crosskd_ifc_config
-from crosskd_ifc.weights.export import stock_config
+from crosskd_ifc import FCOS, add_crosskd_ifc_config
 
 
 def fcos_cfg(*opts):
@@ -86,11 +85,6 @@ def test_it_learns_from_a_yacs_config_alone():
     assert history[-1] < 0.9 * history[0]
     model.eval()
     assert all(len(x["instances"]) for x in model(tiny_batch()))
-
-
-def test_there_is_no_stock_yacs_config_to_export():
-    with pytest.raises(ConfigError, match="FCOS from LazyConfig only"):
-        stock_config(fcos_cfg(), "w.pth")
 
 
 def test_it_trains_under_mixed_precision_with_nearly_the_same_losses():

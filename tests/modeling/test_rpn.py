@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 
 from crosskd_ifc import ConfigError, attach_teacher
-from crosskd_ifc.weights.export import stock_config
+from crosskd_ifc.weights.stock import stock_config
 
 NAME = ("MODEL.PROPOSAL_GENERATOR.NAME", "CrossKDRPN")
 ON = (*NAME, "MODEL.CROSSKD.LOSS.RPN_WEIGHT", 1.0)

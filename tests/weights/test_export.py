@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.weights import export
+from crosskd_ifc.weights import export, stock
 
 ROOT = Path(__file__).resolve().parents[2]
 # Another width than the student's: the taps need adapters.
@@ -114,11 +115,11 @@ def test_export_predicts_without_this_package(run, tmp_path):
     torch.testing.assert_close(detections["scores"], wanted.scores)
 
 
-def test_plain_model_and_file_name_as_out(tmp_path):
+def test_a_plain_model_is_exported_into_a_new_folder(tmp_path):
     cfg = tiny_cfg(architecture="GeneralizedRCNN")
     run = write_run(tmp_path / "run", tiny_model(cfg), cfg)
-    done = export.export_student(run, str(tmp_path / "new" / "plain.pth"))
-    assert sorted(os.listdir(tmp_path / "new")) == ["plain.pth", "plain.yaml"]
+    done = export.export_student(run, str(tmp_path / "new" / "plain"))
+    assert sorted(os.listdir(tmp_path / "new" / "plain")) == ["config.yaml", "model.pth"]
     assert done.architecture == ("GeneralizedRCNN", "GeneralizedRCNN")
     assert done.dropped == ["optimizer", "iteration"]
 
@@ -130,17 +131,17 @@ def test_mask_branch_is_exported_and_compared(tmp_path):
     )
     run = write_run(tmp_path / "run", tiny_model(cfg), cfg)
     assert export.export_student(run, str(tmp_path / "student")).detections > 50
-    stock = get_cfg()
-    stock.merge_from_file(str(tmp_path / "student" / "config.yaml"))
-    assert stock.MODEL.MASK_ON
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "student" / "config.yaml"))
+    assert cfg.MODEL.MASK_ON
 
 
 def test_an_export_that_differs_does_not_appear(run, tmp_path, monkeypatch):
     save = torch.save
 
     def save_other_weights(content, path):
-        content["model"]["roi_heads.box_predictor.bbox_pred.bias"][0] += 1e-3
-        save(content, path)
+        name = "roi_heads.box_predictor.bbox_pred.bias"
+        save({"model": {**content["model"], name: content["model"][name] + 1e-3}}, path)
 
     monkeypatch.setattr(torch, "save", save_other_weights)
     with pytest.raises(ValueError, match="detections differ"):
@@ -169,13 +170,46 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
     export.export_student(run, str(out), force=True)
     assert sorted(os.listdir(out)) == ["config.yaml", "model.pth", "notes.txt"]
 
-    (tmp_path / "other.yaml").write_text("mine")
-    with pytest.raises(FileExistsError, match="other.yaml exists"):
-        export.export_student(run, str(tmp_path / "other.pth"))
     # Not even then over the checkpoint and its config.
-    for out in (run, os.path.dirname(run)):
-        with pytest.raises(FileExistsError, match="overwrite the input"):
-            export.export_student(run, out, force=True)
+    with pytest.raises(FileExistsError, match="overwrite the input"):
+        export.export_student(run, os.path.dirname(run), force=True)
+
+
+def test_a_forced_export_leaves_nothing_of_an_earlier_one(run, tmp_path):
+    out = tmp_path / "student"
+    export.export_student(run, str(out), safetensors=True)
+    (out / "model.onnx").write_text("of an earlier one")
+    (out / "notes.txt").write_text("mine")
+    export.export_student(run, str(out), force=True)
+    assert sorted(os.listdir(out)) == ["config.yaml", "model.pth", "notes.txt"]
+
+
+def test_all_files_can_be_read_by_the_same_people(run, tmp_path):
+    out = tmp_path / "student"
+    export.export_student(run, str(out), safetensors=True)
+    modes = {name: stat.S_IMODE(os.stat(out / name).st_mode) for name in os.listdir(out)}
+    assert len(modes) == 3 and set(modes.values()) == {0o666 & ~umask()}
+
+
+def umask():
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+@pytest.mark.parametrize("out", ["", "student.pth"])
+def test_an_out_that_is_no_folders_name_is_refused(run, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"OUT is '{out}'; give the name of a folder"):
+        export.export_student(run, out)
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("text", ["A: " + "[" * 3000, "_BASE_: config.yaml"])
+def test_a_deep_or_cyclic_config_is_one_error(run, text, tmp_path):
+    Path(run).with_name("config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="config.yaml: it is nested too deeply, or its _BASE_"):
+        export.export_student(run, str(tmp_path / "student"))
 
 
 def test_a_checkpoints_own_config_counts_and_not_what_lies_beside_it(run, tmp_path):
@@ -217,7 +251,7 @@ def test_wrong_input_is_one_clear_error(run, tmp_path):
     config.write_text("MODEL: {NOT_A_KEY: 1}")
     refused(ConfigError, "NOT_A_KEY")
     config.write_text("MODEL: [")
-    refused(ConfigError, "config.yaml: ")
+    refused(ConfigError, "the config .*config.yaml: ")
     config.write_text(right.replace("NAME: build_resnet_fpn_backbone", "NAME: my_backbone"))
     refused(ConfigError, "my_backbone")
     config.write_text(right)
@@ -238,7 +272,7 @@ def test_wrong_input_is_one_clear_error(run, tmp_path):
 
 
 def test_parts_without_stock_counterpart_are_refused(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(export.STOCK_NAMES, "ROI_HEADS.NAME", {})
+    monkeypatch.setitem(stock.STOCK_NAMES, "ROI_HEADS.NAME", {})
     with pytest.raises(ConfigError, match="CrossKDROIHeads"):
         export.export_student(run, str(tmp_path / "student"))
 

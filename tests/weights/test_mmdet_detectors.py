@@ -454,6 +454,13 @@ def test_a_config_is_read_and_never_run():
     assert read_python_config(text) == {"a": {"b": {"c": [1, -2.5]}, "d": None}, "e": {}}
 
 
+@pytest.mark.parametrize("deep", ["[" * 300 + "]" * 300, "-" * 9_000 + "1", "1" + "+1" * 9_000])
+def test_a_config_nested_without_end_is_an_unknown_one(deep):
+    assert read_python_config(f"a = {deep}") == {}
+    content = {"state_dict": without_memory("RetinaNet"), "meta": {"cfg": f"model = {deep}"}}
+    assert in_memory(content).note == in_memory({"state_dict": content["state_dict"]}).note
+
+
 def changed(kind, *, without="", **added):
     state = without_memory(kind)
     state = {k: v for k, v in state.items() if not without or not k.startswith(without)}

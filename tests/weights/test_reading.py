@@ -2,6 +2,7 @@
 
 import builtins
 import collections
+import io
 import os
 import pickle
 import zipfile
@@ -16,7 +17,7 @@ from PIL import Image
 from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.analysis.pictures import inspect_pair
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer
-from crosskd_ifc.weights import convert
+from crosskd_ifc.weights import convert, reading
 from crosskd_ifc.weights.export import export_student
 from crosskd_ifc.weights.reading import load_weights, save_safetensors
 
@@ -211,7 +212,9 @@ def test_flipped_bits_in_a_tensor_are_found_by_the_files_checksums(load, tmp_pat
     checkpoint(tiny_model(STOCK), path)
     flip_bits(path)
     torch.load(path, weights_only=True)  # torch reads it
-    with pytest.raises(ValueError, match=r"weights.pth: the file is damaged: .*wrong checksum"):
+    with pytest.raises(
+        ValueError, match=r"weights.pth: torch can't read it; the file is damaged.*wrong checksum"
+    ):
         load(path, tmp_path)
 
 
@@ -282,3 +285,133 @@ def test_an_exported_student_comes_as_safetensors_too_and_is_exported_from_there
     assert torch.load(again / "model.pth")["model"].keys() == found.keys()
     with pytest.raises(FileExistsError, match="model.safetensors|out exists"):
         export_student(str(tmp_path / "model_final.pth"), str(tmp_path / "out"), safetensors=True)
+
+
+class WithState:
+    """Unpickles to a call's result that is then given a state."""
+
+    def __init__(self, function, arguments, state):
+        self._reduced = function, arguments, state
+
+    def __reduce__(self):
+        return self._reduced
+
+
+OBJECT_FIELD = (3, "|", None, ("x",), {"x": (np.dtype("O"), 0)}, 8, 8, 63)
+CRAFTED = {
+    "plain name, object field": WithState(np.dtype, ("V8", False, True), OBJECT_FIELD),
+    "float, object field": WithState(np.dtype, ("f8", False, True), OBJECT_FIELD),
+    **{str(d): np.dtype(d) for d in ("O", "S4", "U4", "V4", "M8[s]", "c8", ">f4", [("x", "O")])},
+    "not a name": WithState(np.dtype, ([("x", "O")], False, True), None),
+}
+
+
+@pytest.mark.parametrize("dtype", CRAFTED.values(), ids=CRAFTED)
+def test_an_array_of_anything_but_plain_numbers_is_refused(dtype, tmp_path):
+    from numpy._core.multiarray import _reconstruct
+
+    state = (1, (1,), dtype, False, b"\x10" * 8)
+    array = WithState(_reconstruct, (np.ndarray, (0,), b"b"), state)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "weights.pkl").write_bytes(pickle.dumps({"model": {"w": array}}, protocol))
+        with pytest.raises(ValueError, match="weights.pkl: refused, since it holds numpy.dtype"):
+            load_weights(str(tmp_path / "weights.pkl"))
+
+
+def test_plain_arrays_of_every_layout_and_protocol_are_read(tmp_path):
+    shapes = [(), (0, 3), (2, 3)]
+    kinds = ["?", "i1", "i8", "u1", "f2", "f4", "f8"]
+    arrays = {f"{k}{s}": np.ones(s, k) for k in kinds for s in shapes}
+    arrays["fortran"] = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "weights.pkl").write_bytes(pickle.dumps({"model": arrays}, protocol))
+        found = load_weights(str(tmp_path / "weights.pkl"))["model"]
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+            torch.from_numpy(found[name])
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pyth", "pth"])
+def test_a_file_that_changes_after_its_check_runs_no_code(suffix, tmp_path, monkeypatch):
+    marker, path = tmp_path / "marker", tmp_path / f"weights.{suffix}"
+    model, key = tiny_model(STOCK), "model_state" if suffix == "pyth" else "model"
+    if suffix == "pkl":
+        zoo_pickle(model, path)
+    else:
+        torch.save({key: model.state_dict()}, path)
+
+    def load_and_change(name):
+        content = load_weights(name)
+        write_pickle(malicious(marker)["exec"], path)
+        return content
+
+    monkeypatch.setattr(reading, "load_weights", load_and_change)
+    into_student(path, tmp_path)
+    assert not marker.exists()
+
+
+def test_a_pycls_file_is_read_as_detectron2_reads_it(tmp_path):
+    path, name = tmp_path / "weights.pyth", "backbone.bottom_up.stem.conv1.weight"
+    weights = {"stem.conv1.weight": torch.ones(8, 3, 7, 7), "x.num_batches_tracked": torch.ones(1)}
+    torch.save({"model_state": weights}, path)
+    model = tiny_model(STOCK)
+    SafeCheckpointer(model).load(str(path))
+    assert (model.state_dict()[name] == 1).all()
+
+
+def quantized():
+    # Of torch's own, it warns that quantization moves elsewhere.
+    return torch._empty_affine_quantized([3], scale=0.1, zero_point=0, dtype=torch.qint8)
+
+
+ODD_TENSORS = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed sparse": lambda: torch.eye(3).to_sparse_csr(),
+    "meta": lambda: torch.zeros(3, device="meta"),
+    "quantized": quantized,
+    "expanded": lambda: torch.zeros(1).expand(80_000, 80_000),
+}
+
+
+@pytest.mark.parametrize("inside", ["model", "optimizer"])
+@pytest.mark.parametrize("make", ODD_TENSORS.values(), ids=ODD_TENSORS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+def test_a_tensor_that_is_not_plain_memory_is_refused_and_a_resume_falls_back(
+    make, inside, tmp_path
+):
+    model = tiny_model(STOCK)
+    SafeCheckpointer(model, str(tmp_path)).save("model_0000001", iteration=1)
+    content = {"model": model.state_dict(), "optimizer": {"state": [{}]}, "iteration": 3}
+    name = "roi_heads.box_predictor.cls_score.bias"
+    (content["model"] if inside == "model" else content["optimizer"]["state"][0])[name] = make()
+    torch.save(content, tmp_path / "model_0000003.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    with pytest.raises(ValueError, match="model_0000003.pth: .*cls_score.bias is .* tensor"):
+        load_weights(str(tmp_path / "model_0000003.pth"))
+    resumed = SafeCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert resumed["iteration"] == 1
+
+
+def test_tensors_that_share_a_part_of_memory_are_plain(tmp_path):
+    x = torch.arange(12.0).view(3, 4)
+    weights = {"t": x.t(), "column": x[:, 1], "scalar": x[0, 0], "none": x[:0]}
+    torch.save({"model": weights}, tmp_path / "weights.pth")
+    found = load_weights(str(tmp_path / "weights.pth"))["model"]
+    assert all(torch.equal(found[k], v) for k, v in weights.items())
+
+
+def test_a_damaged_file_of_any_compression_is_one_error(tmp_path):
+    save = io.BytesIO()
+    torch.save(tiny_model(STOCK).state_dict(), save)
+    for kind in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED):
+        path = tmp_path / "weights.pth"
+        with zipfile.ZipFile(save) as source, zipfile.ZipFile(path, "w", kind) as archive:
+            for name in source.namelist():
+                archive.writestr(name, source.read(name))
+        data = bytearray(path.read_bytes())
+        for place in range(200, len(data) - 4000, 300):
+            data[place] ^= 0xFF
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="weights.pth: "):
+            load_weights(str(path))

@@ -1,46 +1,41 @@
-"""The student alone: weights and config for stock detectron2, verified before they appear."""
+"""The student alone, for stock detectron2 or as one file, verified before it appears."""
 
-import functools
-import operator
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..common.config_files import load_config_text, merge_from_file
-from ..common.files import refuse_overwriting, staging_folder
+from ..common.files import refuse_overwriting, staging_folder, write_json
 from ..common.paths import resolve_path
-from ..config import ConfigError, add_crosskd_ifc_config, remove_crosskd_ifc_config
+from ..config import add_crosskd_ifc_config
+from .deployed import INFO_NAME, DeployedModel, difference, read_info
+from .graphs import GRAPH_NAMES, describe, write_graph
+from .quantizing import quantize
 from .reading import load_weights, save_safetensors
+from .samples import calibration_images, sample_images
 from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
+from .stock import build_student, is_fcos, load_stock, stock_config, write_config
 
-# Config key -> this project's classes and the stock ones that they are in evaluation.
-STOCK_NAMES = {
-    "META_ARCHITECTURE": {"CrossKDRCNN": "GeneralizedRCNN", "CrossKDRetinaNet": "RetinaNet"},
-    "PROPOSAL_GENERATOR.NAME": {"CrossKDRPN": "RPN"},
-    "ROI_HEADS.NAME": {"CrossKDROIHeads": "StandardROIHeads"},
-}
-# Below MODEL: with lower thresholds even noise is detected, so that there is something to compare.
-_THRESHOLDS = ("ROI_HEADS.SCORE_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST")
-_HEADER = """\
-# A student exported by CrossKD-IFC: a model of stock detectron2.
-# MODEL.WEIGHTS is an absolute path: change it if you move the files.
-"""
+FORMATS = ("detectron2", *GRAPH_NAMES)
+_WEIGHTS, _CONFIG, _SAFETENSORS = "model.pth", "config.yaml", "model.safetensors"
+# All names that an export can have: a forced one leaves none of an earlier one.
+_NAMES = (_WEIGHTS, _CONFIG, _SAFETENSORS, INFO_NAME, *GRAPH_NAMES.values())
 
 
 class Export(NamedTuple):
     """What :func:`export_student` wrote.
 
     Attributes:
-        weights, config: absolute paths.
-        architecture: of the checkpoint's own config, and the stock one that replaces it.
+        weights: absolute path of the weights, or of the one file that is the model.
+        config: absolute path of the file that says how to use it.
+        architecture: of the checkpoint's own config, and what it is now.
         parameters: their number.
-        detections: how many were equal in the verification.
+        detections: how many were compared in the verification.
         dropped: what the checkpoint holds beside the student.
     """
 
@@ -52,165 +47,144 @@ class Export(NamedTuple):
     dropped: List[str]
 
 
+class Student(NamedTuple):
+    """What :func:`load_student` found: the student's config, the file that it is from, the model,
+    and what the checkpoint holds beside it."""
+
+    cfg: CfgNode
+    config_path: str
+    model: nn.Module
+    dropped: List[str]
+
+
 def export_student(
     checkpoint: str,
     out: str,
     *,
     config_file: str = "",
+    format: str = "detectron2",
+    images: Sequence[str] = (),
+    size: Optional[Tuple[int, int]] = None,
+    int8: bool = False,
+    calibrate: Sequence[str] = (),
     force: bool = False,
     safetensors: bool = False,
 ) -> Export:
-    """Write a checkpoint's student as a stock detectron2 model, without optimizer and adapters.
+    """Write a checkpoint's student, without optimizer and adapters, into a folder.
 
-    The files appear only after a stock model built from them gave exactly the checkpoint's
-    detections on random images. ``MODEL.WEIGHTS`` in the written config is an absolute path, since
-    detectron2 looks for a relative one from the current folder.
+    The folder appears only after what is in it found what the checkpoint's student finds: in
+    ``detectron2`` format exactly, on random images, as a model of stock detectron2; as a
+    ``torchscript`` or ``onnx`` file nearly (:func:`difference`), on images with objects, in its own
+    runtime on the CPU. A stock config's path of the weights is absolute, since detectron2 looks for
+    a relative one from the current folder.
 
     Args:
         checkpoint: ``.pth`` or ``.safetensors`` file; of a distilled or a plain model.
-        out: a folder to make, with ``model.pth`` and ``config.yaml``; or a name ending in
-            ``.pth``, beside which a ``.yaml`` is written.
+        out: a folder to make. ``detectron2``: with ``model.pth`` and ``config.yaml`` (of FCOS, a
+            LazyConfig); else with ``model.ts`` or ``model.onnx``, and ``model.json``.
         config_file: of the checkpoint's training; empty for the one in the checkpoint, or, if it
             holds none, the ``config.yaml`` beside it.
-        force: replace existing files (in an existing folder, only those written).
+        format: one of ``FORMATS``.
+        images: files to verify a ``torchscript`` or ``onnx`` file with; empty for the first ones of
+            the config's DATASETS.TEST.
+        size: fixed (height, width) of a ``torchscript`` or ``onnx`` file's input; None for any.
+        int8: quantize the ``onnx`` file after it was verified (:func:`quantize`), which changes
+            what it finds: measure its AP.
+        calibrate: image files to quantize with; empty for the first ones of DATASETS.TRAIN.
+        force: replace an earlier export.
         safetensors: also write the weights as ``.safetensors``, which stock detectron2 doesn't
             read, but ``MODEL.WEIGHTS`` and ``TEACHER.WEIGHTS`` here and other tools do.
 
     Raises:
-        FileExistsError: if ``out`` exists, without ``force``, or is the input.
+        FileExistsError: if ``out`` exists, without ``force``, or the input is to be replaced.
         FileNotFoundError: if the checkpoint or its config doesn't exist.
         ConfigError: if the config can't be read or has parts without a stock counterpart.
-        ValueError: if the weights don't fit the config, or the detections differ.
+        ValueError: if the weights don't fit the config, the detections differ, or there are none to
+            compare.
+    """
+    if not out or out.endswith(".pth"):
+        raise ValueError(f"OUT is {out!r}; give the name of a folder to make")
+    if format == "detectron2" and (images or size):
+        raise ValueError("--images and --size are for --format torchscript and onnx")
+    if (int8 and format != "onnx") or (calibrate and not int8):
+        raise ValueError("--int8 is for --format onnx, and --calibrate for --int8")
+    if size and min(size) < 1:
+        raise ValueError(f"--size is {size[0]} x {size[1]}, expected at least 1 x 1")
+    if format != "detectron2" and safetensors:
+        raise ValueError("--safetensors is for --format detectron2")
+    cfg, config_path, student, dropped = load_student(checkpoint, config_file)
+    out = os.path.abspath(out)
+    for path in (out, *(os.path.join(out, name) for name in _NAMES)):
+        refuse_overwriting(path, sources=[checkpoint, config_path], force=force)
+    is_new = not os.path.lexists(out)
+    with staging_folder(os.path.dirname(out) if is_new else out) as staging:
+        folder = os.path.join(staging, "student")
+        PathManager.mkdirs(folder)
+        if format == "detectron2":
+            stock = stock_config(cfg, os.path.join(out, _WEIGHTS))
+            now = "FCOS" if is_fcos(cfg) else stock.MODEL.META_ARCHITECTURE
+            names = _WEIGHTS, _CONFIG
+            torch.save({"model": student.state_dict()}, os.path.join(folder, _WEIGHTS))
+            write_config(stock, os.path.join(folder, _CONFIG))
+            if safetensors:
+                save_safetensors(student.state_dict(), os.path.join(folder, _SAFETENSORS))
+            detections = _verify_stock(cfg, student, folder)
+        else:
+            now, names = format, (GRAPH_NAMES[format], INFO_NAME)
+            info = describe(cfg, format, size)
+            samples = sample_images(cfg, info, images)
+            write_graph(student, info, samples[0], folder)
+            detections = _verify_graph(student, folder, samples)
+            if int8:
+                _quantize(folder, calibration_images(cfg, info, calibrate), samples)
+        _move(folder, out, is_new)
+    weights, config = (os.path.join(out, name) for name in names)
+    parameters = sum(p.numel() for p in student.parameters())
+    architecture = (cfg.MODEL.META_ARCHITECTURE, now)
+    return Export(weights, config, architecture, parameters, detections, dropped)
+
+
+def load_student(checkpoint: str, config_file: str = "") -> Student:
+    """A checkpoint's student on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint, config_file: as for :func:`export_student`.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: as there.
     """
     content = load_weights(checkpoint)
     cfg, config_path = _load_config(content, checkpoint, config_file)
-    weights_out, config_out = _output_files(out)
-    files_out = [weights_out, config_out]
-    if safetensors:
-        files_out.append(os.path.splitext(weights_out)[0] + ".safetensors")
-    for path in (out, *files_out):
-        refuse_overwriting(path, sources=[checkpoint, config_path], force=force)
-
-    stock_cfg = stock_config(cfg, weights_out)
-    stock = _build(stock_cfg)
-    _check_stock(stock)
-    state, dropped = _student_state(content, stock, checkpoint)
-    stock.load_state_dict(state)
-    folder_out = os.path.dirname(weights_out)
-    is_new = not os.path.lexists(folder_out)
-    with staging_folder(os.path.dirname(folder_out) if is_new else folder_out) as staging:
-        folder = os.path.join(staging, "student")
-        PathManager.mkdirs(folder)
-        paths = [os.path.join(folder, os.path.basename(p)) for p in files_out]
-        torch.save({"model": stock.state_dict()}, paths[0])
-        with PathManager.open(paths[1], "w") as f:
-            f.write(_HEADER + stock_cfg.dump())
-        if safetensors:
-            save_safetensors(stock.state_dict(), paths[2])
-        detections = _verify(cfg, state, *paths[:2])
-        if is_new:
-            os.rename(folder, folder_out)
-        else:
-            for path, final in zip(paths, files_out):
-                os.replace(path, final)
-    return Export(
-        weights_out,
-        config_out,
-        (cfg.MODEL.META_ARCHITECTURE, stock_cfg.MODEL.META_ARCHITECTURE),
-        sum(p.numel() for p in stock.parameters()),
-        detections,
-        dropped,
-    )
-
-
-def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
-    """The config of the same model in evaluation, that plain ``get_cfg()`` can merge.
-
-    Args:
-        cfg: with the keys of :func:`add_crosskd_ifc_config`.
-        weights: its MODEL.WEIGHTS.
-
-    Raises:
-        ConfigError: if stock detectron2 has no such config.
-    """
-    if cfg.MODEL.META_ARCHITECTURE in ("FCOS", "CrossKDFCOS"):
-        raise ConfigError(
-            "stock detectron2 builds FCOS from LazyConfig only, so there is no config to write; "
-            "the checkpoint's weights load into its FCOS as they are"
-        )
-    if cfg.MODEL.TIMM.NAME:
-        raise ConfigError(
-            f"MODEL.TIMM.NAME is {cfg.MODEL.TIMM.NAME!r}: stock detectron2 has no timm backbones; "
-            "the checkpoint loads as it is wherever `import crosskd_ifc` has registered them"
-        )
-    ours, stock = cfg.clone(), get_cfg()
-    ours.defrost()
-    remove_crosskd_ifc_config(ours)
-    stock.merge_from_other_cfg(ours)
-    for key, names in STOCK_NAMES.items():
-        *nodes, leaf = key.split(".")
-        node = functools.reduce(operator.getitem, nodes, stock.MODEL)
-        node[leaf] = names.get(node[leaf], node[leaf])
-    stock.MODEL.WEIGHTS = weights
-    # Whoever trains on with this config must not write into the student's own folder.
-    stock.OUTPUT_DIR = get_cfg().OUTPUT_DIR
-    return stock
-
-
-def _output_files(out: str) -> Tuple[str, str]:
-    """Absolute paths of weights and config."""
-    out = os.path.abspath(out)
-    if out.endswith(".pth"):
-        return out, out[: -len(".pth")] + ".yaml"
-    return os.path.join(out, "model.pth"), os.path.join(out, "config.yaml")
+    model = build_student(cfg)
+    state, dropped = _student_state(content, model, checkpoint)
+    model.load_state_dict(state)
+    return Student(cfg, config_path, model, dropped)
 
 
 def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
     """The config of a checkpoint's student, and the file that it is from."""
+    key, path = "the config", os.path.join(os.path.dirname(checkpoint), "config.yaml")
+    held = content.get("config") if isinstance(content, Mapping) else None
     if config_file:
-        path = resolve_path(config_file, what="config", key="--config-file")
-    elif isinstance(content.get("config"), Mapping):
+        key, path = "--config-file", config_file
+        path = resolve_path(path, what="config", key=key)
+    elif isinstance(held, Mapping):
         # What lies beside it may be of another run by now.
-        text = content["config"].get("yaml")
+        text = held.get("yaml")
         return load_config_text(text, source=f"{checkpoint}: the config in it"), checkpoint
-    else:
-        path = os.path.join(os.path.dirname(checkpoint), "config.yaml")
-        if not PathManager.isfile(path):
-            raise FileNotFoundError(
-                f"{path}: no such file. Training writes it beside its checkpoints; give the config "
-                f"that {checkpoint} was trained with by --config-file"
-            )
+    elif not PathManager.isfile(path):
+        raise FileNotFoundError(
+            f"{path}: no such file. Training writes it beside its checkpoints; give the config "
+            f"that {checkpoint} was trained with by --config-file"
+        )
     cfg = get_cfg()
     add_crosskd_ifc_config(cfg)
-    merge_from_file(cfg, path, key="the config")
+    merge_from_file(cfg, path, key=key)
     return cfg, path
 
 
-def _build(cfg: CfgNode) -> nn.Module:
-    """The model on the CPU in evaluation mode, keeping every detection whatever its score."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    for key in _THRESHOLDS:
-        node, leaf = key.split(".")
-        cfg.MODEL[node][leaf] = -1.0
-    try:
-        return build_model(cfg).eval()
-    except (AssertionError, KeyError) as error:
-        raise ConfigError(f"the config's model can't be built: {_first_line(error)}") from error
-
-
-def _check_stock(model: nn.Module) -> None:
-    classes = map(type, model.modules())
-    ours = {c.__name__ for c in classes if c.__module__.split(".")[0] == __name__.split(".")[0]}
-    if ours:
-        raise ConfigError(
-            f"the config's model has parts without stock counterpart: {', '.join(ours)}"
-        )
-
-
 def _student_state(
-    content: Any, stock: nn.Module, checkpoint: str
+    content: Any, student: nn.Module, checkpoint: str
 ) -> Tuple[Dict[str, torch.Tensor], List[str]]:
     """The student's weights, and the names of what else the checkpoint holds."""
     state = content.get("model") if isinstance(content, Mapping) else None
@@ -218,28 +192,39 @@ def _student_state(
         raise ValueError(
             f"{checkpoint}: not a training checkpoint, it holds no weights named 'model'"
         )
-    expected = stock.state_dict()
+    expected = student.state_dict()
     adapters = [k for k in state if k.startswith(ADAPTER_PREFIX) and k not in expected]
     state = {k: v for k, v in state.items() if k not in adapters}
     problem = describe_mismatch(state, expected)
     if problem:
         raise ValueError(f"{checkpoint}: doesn't fit the model of its config. Weights {problem}")
-    return state, [*(k for k in content if k != "model"), *adapters]
+    return state, [*(str(k) for k in content if k != "model"), *adapters]
+
+
+def _move(folder: str, out: str, is_new: bool) -> None:
+    """Put a complete export in its place; of an earlier one nothing is left."""
+    if is_new:
+        os.rename(folder, out)
+        return
+    for name in _NAMES:
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            os.replace(path, os.path.join(out, name))
+        elif os.path.exists(os.path.join(out, name)):
+            os.remove(os.path.join(out, name))
 
 
 @torch.no_grad()
-def _verify(cfg: CfgNode, state: Mapping[str, torch.Tensor], weights: str, config: str) -> int:
-    """Compare the written model with the checkpoint's; returns the number of equal detections."""
-    stock_cfg = get_cfg()
-    stock_cfg.merge_from_file(config, allow_unsafe=False)
-    exported, student = _build(stock_cfg), _build(cfg)
-    exported.load_state_dict(load_weights(weights)["model"])
-    student.load_state_dict(state)
+def _verify_stock(cfg: CfgNode, student: nn.Module, folder: str) -> int:
+    """Compare the written model with the student; returns the number of equal detections."""
+    paths = (os.path.join(folder, name) for name in (_CONFIG, _WEIGHTS))
+    models = load_stock(*paths, lazy=is_fcos(cfg)), student
+    for module in (module for model in models for module in model.modules()):
+        if hasattr(module, "test_score_thresh"):
+            module.test_score_thresh = -1.0  # so that there is something to compare
     g = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, *hw), generator=g).float() for hw in ((96, 128), (128, 96))]
-    found, wanted = (
-        [x["instances"] for x in m([{"image": i} for i in images])] for m in (exported, student)
-    )
+    found, wanted = ([x["instances"] for x in m([{"image": i} for i in images])] for m in models)
     if not all(map(_equal, found, wanted)):
         raise ValueError(
             "the exported model's detections differ from the student's; nothing was written"
@@ -259,7 +244,31 @@ def _equal(a: Instances, b: Instances) -> bool:
     )
 
 
-def _first_line(error: Exception) -> str:
-    # A KeyError's own text is the quoted one of its argument.
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return str(text).strip().split("\n")[0]
+def _quantize(folder: str, images: Sequence[torch.Tensor], samples: Sequence[torch.Tensor]) -> None:
+    info = read_info(folder)
+    quantize(os.path.join(folder, info.file), images)
+    write_json(os.path.join(folder, INFO_NAME), info._replace(precision="int8").to_json())
+    found = DeployedModel(folder)([{"image": info.padded(image)} for image in samples])
+    if not any(len(x["instances"]) for x in found):
+        raise ValueError("in int8 the student detects nothing any more; nothing was written")
+
+
+@torch.no_grad()
+def _verify_graph(student: nn.Module, folder: str, samples: Sequence[torch.Tensor]) -> int:
+    """Run the written file on images beside the student; returns the number of detections."""
+    deployed, detections = DeployedModel(folder), 0
+    for image in map(deployed.info.padded, samples):
+        found, wanted = (m([{"image": image}])[0]["instances"] for m in (deployed, student))
+        problem = difference(found, wanted)
+        if problem:
+            raise ValueError(
+                f"the exported file's detections differ from the student's ({problem}); nothing "
+                "was written"
+            )
+        detections += len(wanted)
+    if not detections:
+        raise ValueError(
+            f"the student detects nothing in the {len(samples)} images that the exported file "
+            "would be compared on; give images with objects by --images. Nothing was written"
+        )
+    return detections

@@ -97,16 +97,15 @@ def read_python_config(text: Any) -> Dict[str, Any]:
         place of whatever else.
     """
     try:
-        body = ast.parse(text).body if isinstance(text, str) else []
-    except (SyntaxError, ValueError):
-        body = []
-    return {
-        target.id: _value(node.value)
-        for node in body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+        return {
+            target.id: _value(node.value)
+            for node in (ast.parse(text).body if isinstance(text, str) else [])
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+    except (MemoryError, RecursionError, SyntaxError, ValueError):
+        return {}
 
 
 def setting(config: Any, key: str) -> Any:

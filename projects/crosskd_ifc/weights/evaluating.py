@@ -1,0 +1,73 @@
+"""AP of an exported student, and of the checkpoint that it came from."""
+
+import contextlib
+import io
+import tempfile
+from typing import Any, Callable, Dict, List
+
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+
+from ..config import ConfigError
+from ..data.mapper import CheckedMapper
+from .deployed import DeployedModel
+from .export import load_student
+
+Results = Dict[str, Dict[str, float]]
+
+
+def evaluate_deployed(folder: str, dataset: str) -> Results:
+    """COCO's measures of an exported ``torchscript`` or ``onnx`` file.
+
+    Args:
+        folder: that :func:`export_student` wrote.
+        dataset: name of a registered data set.
+
+    Returns:
+        Such as ``{"bbox": {"AP": 41.2, ...}}``, with "segm" and "keypoints" where there are any.
+
+    Raises:
+        ConfigError: if the data set isn't registered.
+        FileNotFoundError: if there is no such export.
+    """
+    model = DeployedModel(folder)
+    return _evaluate(model, dataset, model.info.mapper())
+
+
+def evaluate_checkpoint(checkpoint: str, dataset: str, config_file: str = "") -> Results:
+    """The same of a training checkpoint, in detectron2 on the CPU.
+
+    Args:
+        checkpoint, config_file: as for :func:`export_student`.
+        dataset: name of a registered data set.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: as :func:`export_student`.
+    """
+    student = load_student(checkpoint, config_file)
+    return _evaluate(student.model, dataset, DatasetMapper(student.cfg, is_train=False))
+
+
+def compare(found: Results, wanted: Results, tolerance: float) -> List[str]:
+    """Which AP differ by more than ``tolerance``, each in words."""
+    return [
+        f"{task} AP {found.get(task, {}).get('AP', float('nan')):.2f} instead of {aps['AP']:.2f}"
+        for task, aps in wanted.items()
+        if not abs(found.get(task, {}).get("AP", float("nan")) - aps["AP"]) <= tolerance
+    ]
+
+
+def _evaluate(model: Callable, dataset: str, mapper: Callable[[dict], Any]) -> Results:
+    if dataset not in DatasetCatalog:
+        known = ", ".join(name for name in DatasetCatalog if name.startswith("crosskd"))
+        raise ConfigError(
+            f"--dataset {dataset!r} is not registered; give its card by --card. Built in: {known}"
+        )
+    loader = build_detection_test_loader(
+        DatasetCatalog.get(dataset), mapper=CheckedMapper(mapper, check_image=True)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        # A data set without a JSON of its own is converted into this folder.
+        evaluator = COCOEvaluator(dataset, distributed=False, output_dir=folder)
+        with contextlib.redirect_stdout(io.StringIO()):  # of pycocotools
+            return inference_on_dataset(model, loader, evaluator)

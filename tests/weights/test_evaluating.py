@@ -1,0 +1,85 @@
+"""AP of exported files, and of the checkpoint that they came from."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+from test_deployed import make
+
+from crosskd_ifc.weights.evaluating import compare, evaluate_checkpoint, evaluate_deployed
+from crosskd_ifc.weights.export import export_student
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate_export.py"
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A function that registers images whose labels are the student's best detections, moved."""
+
+    def register(student):
+        images, annotations = [], []
+        random = np.random.RandomState(0)
+        for i, (height, width) in enumerate([(130, 150), (200, 160)], start=1):
+            picture = random.randint(0, 256, (height, width, 3), dtype="uint8")
+            Image.fromarray(picture[:, :, ::-1]).save(tmp_path / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+            image = torch.from_numpy(picture).permute(2, 0, 1)
+            with torch.no_grad():
+                found = student([{"image": image}])[0]["instances"][:30:3]
+            for (x0, y0, x1, y1), c in zip(found.pred_boxes.tensor.tolist(), found.pred_classes):
+                box = [x0 + 0.2 * (x1 - x0), y0, x1 - x0, y1 - y0]
+                mask = [box[0], y0, box[0], y1, box[0] + box[2], y1, box[0] + box[2], y0]
+                annotation = {"id": len(annotations) + 1, "image_id": i, "category_id": int(c) + 1}
+                annotation.update(bbox=box, area=box[2] * box[3], iscrowd=0, segmentation=[mask])
+                annotations.append(annotation)
+        categories = [{"id": k, "name": f"class{k}"} for k in (1, 2, 3)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (tmp_path / "labels.json").write_text(json.dumps({"info": {}, **content}))
+        register_coco_instances("labelled", {}, str(tmp_path / "labels.json"), str(tmp_path))
+
+    return register
+
+
+@pytest.mark.parametrize("kind, tasks", [("Mask R-CNN", {"bbox", "segm"}), ("FCOS", {"bbox"})])
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+def test_a_file_has_the_ap_of_its_checkpoint(kind, tasks, format, labelled, tmp_path):
+    run, student = make(kind, tmp_path / "run", "DATASETS.TEST", ("labelled",))
+    labelled(student)
+    export_student(run, str(tmp_path / "out"), format=format)
+    found = evaluate_deployed(str(tmp_path / "out"), "labelled")
+    wanted = evaluate_checkpoint(run, "labelled")
+    assert set(found) == set(wanted) == tasks and wanted["bbox"]["AP"] > 5
+    assert compare(found, wanted, 0.1) == []
+
+
+def test_another_ap_is_an_error_and_so_is_an_unknown_data_set(labelled, tmp_path, capsys):
+    main = runpy.run_path(str(TOOL))["main"]
+    run, student = make("Faster R-CNN", tmp_path / "run", "DATASETS.TEST", ("labelled",))
+    labelled(student)
+    out = str(tmp_path / "out")
+    export_student(run, out, format="torchscript")
+    arguments = [out, "--dataset", "labelled", "--checkpoint"]
+    assert main([*arguments, run]) == 0
+    printed = capsys.readouterr().out
+    assert f"{out}: bbox AP " in printed and f"{run}: bbox AP " in printed
+    other, _ = make("Faster R-CNN", tmp_path / "other", "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.1)
+    assert main([*arguments, other]) == 1
+    assert "has bbox AP" in capsys.readouterr().err
+    assert main([out, "--dataset", "unknown"]) == 1
+    assert "--dataset 'unknown' is not registered; give its card" in capsys.readouterr().err
+    assert main([str(tmp_path), "--dataset", "labelled"]) == 1
+    assert "model.json: no such file" in capsys.readouterr().err
+    assert "labelled" in DatasetCatalog
+
+
+def test_an_ap_that_is_missing_or_no_number_differs():
+    nan = float("nan")
+    assert compare({"bbox": {"AP": 1.05}}, {"bbox": {"AP": 1.0}}, 0.1) == []
+    assert compare({}, {"bbox": {"AP": 1.0}}, 0.1) == ["bbox AP nan instead of 1.00"]
+    assert compare({"bbox": {"AP": nan}}, {"bbox": {"AP": 1.0}}, 0.1)
