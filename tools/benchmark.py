@@ -20,9 +20,9 @@ import torch
 from tabulate import tabulate
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.analysis.benchmark import Case, StepBenchmark, summarize_times
-from crosskd_ifc.analysis.benchmark_sweep import draw_sweep, sweep
-from crosskd_ifc.analysis.benchmark_trace import gpu_use
+from crosskd_ifc.analysis.benchmark.step import Case, StepBenchmark, summarize_times
+from crosskd_ifc.analysis.benchmark.sweep import draw_sweep, sweep
+from crosskd_ifc.analysis.benchmark.trace import gpu_use
 from crosskd_ifc.common.environment import hardware, versions
 from crosskd_ifc.experiments.runs import Run
 

@@ -12,7 +12,7 @@ from helpers import tiny_cfg, tiny_model
 from test_dense import dense_cfg
 
 from crosskd_ifc import attach_teacher
-from crosskd_ifc.analysis.benchmark import (
+from crosskd_ifc.analysis.benchmark.step import (
     PARTS,
     Case,
     StepBenchmark,
@@ -20,8 +20,8 @@ from crosskd_ifc.analysis.benchmark import (
     make_batch,
     summarize_times,
 )
-from crosskd_ifc.analysis.benchmark_sweep import draw_sweep, sweep
-from crosskd_ifc.analysis.benchmark_trace import gpu_use
+from crosskd_ifc.analysis.benchmark.sweep import draw_sweep, sweep
+from crosskd_ifc.analysis.benchmark.trace import gpu_use
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 SMALL = Case(48, 64, boxes=3)

@@ -20,9 +20,9 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..config import class_count
-from ..distillation.teacher import TeacherPass
-from ..modeling.attach import attach_teacher, load_teacher_config
+from ...config import class_count
+from ...distillation.teacher import TeacherPass
+from ...modeling.attach import attach_teacher, load_teacher_config
 
 #: What is timed: the plain student's training step, the stock float32 teacher's forward on the same
 #: images and RoIs, the cross-head pass alone (the teacher's layers that the gradient crosses,
