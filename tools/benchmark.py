@@ -10,21 +10,25 @@ All in one run, in turns, on random images and weights: no data and no weights a
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import shlex
 import sys
 
-import torch
-from tabulate import tabulate
+# Before torch is imported: the memory profiler warns of each tensor that is older than itself.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from crosskd_ifc import ConfigError
-from crosskd_ifc.analysis.benchmark.step import Case, StepBenchmark, summarize_times
-from crosskd_ifc.analysis.benchmark.sweep import draw_sweep, sweep
-from crosskd_ifc.analysis.benchmark.trace import gpu_use
-from crosskd_ifc.common.environment import hardware, versions
-from crosskd_ifc.experiments.runs import Run
+import torch  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+from crosskd_ifc import ConfigError  # noqa: E402
+from crosskd_ifc.analysis.benchmark.step import Case, StepBenchmark, summarize_times  # noqa: E402
+from crosskd_ifc.analysis.benchmark.sweep import draw_sweep, sweep  # noqa: E402
+from crosskd_ifc.analysis.benchmark.trace import gpu_use  # noqa: E402
+from crosskd_ifc.common.environment import hardware, versions  # noqa: E402
+from crosskd_ifc.experiments.runs import Run  # noqa: E402
 
 TITLES = {
     "student": "(a) plain student, training step",
@@ -69,6 +73,7 @@ def main(args):
         cfg = Run("KEY VALUE", args.config_file, "", [*settings, *opts, *args.opts]).cfg()
         return StepBenchmark(cfg, case)
 
+    print(f"Timed on {args.device}: {case}; the teacher's forward in {args.precision}\n")
     if args.sweep:
         found = {"sweep": sweep(build, case, args.rounds)}
         rows = [(r["what"], r["value"], r["ratios"]["c/a"]["median"]) for r in found["sweep"]]
@@ -87,6 +92,7 @@ def main(args):
         "command": shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
         "versions": versions(),
         "hardware": hardware(args.device, torch.get_num_threads()),
+        "case": dataclasses.asdict(case),
         **found,
     }
     if args.output:
@@ -129,6 +135,7 @@ def measure(bench, rounds):
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # advice to torch's own developers
     try:
         main(parse_args())
     except ConfigError as error:

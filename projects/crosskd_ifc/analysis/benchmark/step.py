@@ -6,6 +6,7 @@ that they have in a trained network.
 
 import contextlib
 import dataclasses
+import os
 import random
 import statistics
 import time
@@ -44,6 +45,12 @@ class Case:
     width: int = 480
     images: int = 2
     boxes: int = 8
+
+    def __str__(self) -> str:
+        return (
+            f"{self.images} image{'s' * (self.images != 1)} of {self.height} x {self.width} pixels "
+            f"(height x width), {self.boxes} boxes each"
+        )
 
 
 def make_batch(case: Case, num_classes: int, has_masks: bool = False) -> List[Dict[str, Any]]:
@@ -151,6 +158,7 @@ class StepBenchmark:
 
     def profile(self, path: str) -> None:
         """Write what one distillation step does, and where a GPU idles, as a Chrome trace."""
+        _quiet_profiler()
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -223,8 +231,15 @@ class StepBenchmark:
         return _peak_on_cpu(part)
 
 
+def _quiet_profiler() -> None:
+    """Without a GPU, torch's profiler would report that it finds none as an error."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its errors and its progress
+
+
 def _peak_on_cpu(part: Callable[[], None]) -> int:
     """From torch's own record of every allocation."""
+    _quiet_profiler()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         part()
