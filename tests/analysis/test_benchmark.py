@@ -180,7 +180,9 @@ def test_the_tool_prints_ratios_and_writes_numbers(tmp_path, capsys):
     assert found["profiled_step"] is None  # there is no GPU in it
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the profiler's errors are errors")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU, the profiler's errors are errors"
+)
 def test_on_a_cpu_the_profiler_reports_no_error(tmp_path):
     (tmp_path / "student.yaml").write_text(student_cfg(tmp_path, "RetinaNet").dump())
     words = ["--config-file", tmp_path / "student.yaml", "--device", "cpu", "--rounds", 1]

@@ -3,7 +3,6 @@
 matplotlib and detectron2's visualizer are imported inside the functions: training needs neither.
 """
 
-import colorsys
 import logging
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 from detectron2.structures import Instances
 
-from ..common.plotting import pyplot, save_figure
+from ..common.plotting import literal, pyplot, save_figure
 from ..modeling.rcnn import CrossKDRCNN
+from .drawing import bright_colors, draw_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -36,47 +36,6 @@ def predict_all(student: CrossKDRCNN, batched_inputs: List[dict]) -> Dict[str, L
             results["cross-head"] = student.cross_head_inference(batched_inputs)
         results["student"] = student(batched_inputs)
     return {k: [x["instances"].to("cpu") for x in v] for k, v in results.items()}
-
-
-def draw_boxes(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    labels: Sequence[str],
-    colors: Sequence[Tuple[float, float, float]],
-    *,
-    masks: Optional[np.ndarray] = None,
-    height: int = 320,
-) -> np.ndarray:
-    """A resized copy of an image with labelled boxes, drawn by detectron2's visualizer.
-
-    Args:
-        image: (H, W, 3) RGB uint8.
-        boxes: (B, 4) xyxy in pixels of ``image``.
-        labels: B texts.
-        colors: B RGB colours in [0, 1].
-        masks: (B, H, W) binary.
-        height: height of the result in pixels, so that labels stay readable on small images.
-
-    Returns:
-        (height, width, 3) RGB uint8.
-    """
-    import cv2
-    from detectron2.utils.visualizer import Visualizer
-
-    scale = height / image.shape[0]
-    size = (round(image.shape[1] * scale), height)
-    smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
-    canvas = Visualizer(cv2.resize(image, size, interpolation=smooth))
-    if masks is not None:
-        masks = [cv2.resize(m.astype(np.float32), size) > 0.5 for m in masks]
-    canvas.overlay_instances(
-        boxes=boxes * scale,
-        labels=list(labels),
-        masks=masks,
-        assigned_colors=list(colors),
-        alpha=0.4,
-    )
-    return canvas.output.get_image()
 
 
 def comparison_picture(
@@ -111,9 +70,9 @@ def comparison_picture(
             axis.imshow(row[column])
             axis.set_axis_off()
     for axis, column in zip(axes[0], columns):
-        axis.set_title(column, fontsize=13)
+        axis.set_title(literal(column), fontsize=13)
     if title:
-        figure.suptitle(title, fontsize=13)
+        figure.suptitle(literal(title), fontsize=13)
     save_figure(figure, path)
 
 
@@ -177,7 +136,7 @@ def compare_detections(
 
     student.eval()
     names = list(dict.fromkeys(name for column in class_names.values() for name in column))
-    palette = dict(zip(names, _bright_colors(len(names))))
+    palette = dict(zip(names, bright_colors(len(names))))
     rows = []
     for i, one in enumerate(inputs):
         picture = read_image(one["file_name"], "RGB")
@@ -233,8 +192,3 @@ def _draw(picture: np.ndarray, instances: Instances, class_names, palette) -> np
         # Small pictures are enlarged and big ones reduced, both to a readable column.
         height=round(height / width * min(max(width, 320), 480)),
     )
-
-
-def _bright_colors(count: int) -> List[Tuple[float, float, float]]:
-    """Evenly spread hues, all light enough to read on a photo and on a label's black ground."""
-    return [colorsys.hsv_to_rgb(i / count, 0.75, 1.0) for i in range(count)]
