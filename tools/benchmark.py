@@ -27,8 +27,9 @@ from crosskd_ifc import ConfigError  # noqa: E402
 from crosskd_ifc.analysis.benchmark.step import Case, StepBenchmark, summarize_times  # noqa: E402
 from crosskd_ifc.analysis.benchmark.sweep import draw_sweep, sweep  # noqa: E402
 from crosskd_ifc.analysis.benchmark.trace import gpu_use  # noqa: E402
+from crosskd_ifc.common.command_line import HelpFormatter  # noqa: E402
+from crosskd_ifc.common.config_files import load_config  # noqa: E402
 from crosskd_ifc.common.environment import hardware, versions  # noqa: E402
-from crosskd_ifc.experiments.runs import Run  # noqa: E402
 
 TITLES = {
     "student": "(a) plain student, training step",
@@ -39,16 +40,17 @@ TITLES = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--config-file", default="", help="of a student with a teacher")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="MODEL.DEVICE")
+    parser.add_argument(
+        "--image-size", type=int, nargs=2, default=(320, 480), metavar=("H", "W"), help="pixels"
     )
-    parser.add_argument("--config-file", required=True, help="of a student with a teacher")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--image-size", type=int, nargs=2, default=(320, 480), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--rois", type=int, default=512, help="for each image, two-stage")
     parser.add_argument("--precision", default="float32", help="of the teacher's forward")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of each part")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--sweep", action="store_true", help="how the cost grows with each size")
     parser.add_argument("--output", default="", help="JSON file to write")
@@ -70,7 +72,8 @@ def main(args):
     def build(case, *opts):
         settings = ["MODEL.DEVICE", args.device, "MODEL.CROSSKD.TEACHER.PRECISION", args.precision]
         settings += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(args.rois)]
-        cfg = Run("KEY VALUE", args.config_file, "", [*settings, *opts, *args.opts]).cfg()
+        cfg = load_config(args.config_file, [*settings, *opts, *args.opts])
+        cfg.freeze()
         return StepBenchmark(cfg, case)
 
     print(f"Timed on {args.device}: {case}; the teacher's forward in {args.precision}\n")

@@ -28,6 +28,7 @@ from tabulate import tabulate
 import crosskd_ifc
 from crosskd_ifc.analysis.curves import plot_curves
 from crosskd_ifc.analysis.detections import compare_on_dataset
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.experiments.runs import Run, RunFailed, train
 
 TOOLS = os.path.dirname(os.path.abspath(__file__))
@@ -139,11 +140,9 @@ def draw(runs, output):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output", default=os.path.join("output", "demo"), help="folder to write")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of all runs")
     args = parser.parse_args()
 
     logging.basicConfig(format="%(message)s")

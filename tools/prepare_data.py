@@ -13,14 +13,13 @@ import sys
 from typing import List, Optional
 
 import crosskd_ifc  # noqa: F401  registers the built-in data sets
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.data.check import check_dataset
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="list what is wrong with a data set")
     check.add_argument("target", help="a dataset card, or the name of a registered data set")

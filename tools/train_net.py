@@ -26,7 +26,9 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.common.user_code import import_user_code
 from crosskd_ifc.data.mapper import SampleError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer, has_checkpoint
 from crosskd_ifc.training.launching import PassOnSigterm
@@ -48,6 +50,7 @@ def setup(args):
         args.config_file, _ = find_config(args.config_file, key="--config-file")
         merge_from_file(cfg, args.config_file, key="--config-file")
     merge_from_list(cfg, args.opts, key="command line")
+    import_user_code(cfg)
     cfg.freeze()
     (check_evaluation_config if args.eval_only else check_training_config)(cfg)
     if not (args.resume and has_checkpoint(cfg.OUTPUT_DIR)):
@@ -84,6 +87,7 @@ def main(args):
 
 def argument_parser():
     parser = default_argument_parser()
+    parser.formatter_class = HelpFormatter
     parser.add_argument(
         "--timeout",
         type=float,

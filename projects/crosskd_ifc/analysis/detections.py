@@ -137,10 +137,12 @@ def compare_detections(
     student.eval()
     names = list(dict.fromkeys(name for column in class_names.values() for name in column))
     palette = dict(zip(names, bright_colors(len(names))))
-    rows = []
+    rows, best = [], {}
     for i, one in enumerate(inputs):
         picture = read_image(one["file_name"], "RGB")
         found = {name: instances[0] for name, instances in predict_all(student, [one]).items()}
+        for name, instances in found.items():
+            best[name] = max([best.get(name, 0.0), *instances.scores.tolist()])
         found = {name: x[x.scores >= threshold] for name, x in found.items()}
         if annotations is not None:
             with_masks = found["student"].has("pred_masks")
@@ -153,6 +155,11 @@ def compare_detections(
         )
     columns = [column for column in COLUMNS if column in rows[0]]
     title = f"Detections with a score of at least {threshold:g}"
+    for name in (column for column in columns if best.get(column, 1.0) < threshold):
+        logger.warning(
+            f"{name}: no detection reaches {threshold:g}, the highest score is {best[name]:.3f}; "
+            "lower the threshold to see more"
+        )
     comparison_picture(rows, path, columns=columns, title=title)
 
 

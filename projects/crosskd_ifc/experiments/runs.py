@@ -22,6 +22,7 @@ from ..common.config_files import find_config, merge_from_file, merge_from_list
 from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json, write_json
 from ..common.paths import resolve_path
+from ..common.user_code import import_user_code
 from ..config import add_crosskd_ifc_config, distillation_requested
 from ..modeling.attach import load_teacher_config
 from .child_process import RunFailed, RunStopped, claim_folder, supervise
@@ -57,6 +58,7 @@ class Run:
         add_crosskd_ifc_config(cfg)
         merge_from_file(cfg, find_config(self.config, key=self.name)[0], key=self.name)
         merge_from_list(cfg, [*self.opts, "OUTPUT_DIR", self.folder], key=self.name)
+        import_user_code(cfg)
         cfg.freeze()
         return cfg
 
@@ -73,12 +75,16 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def inputs(self) -> str:
-        """A digest of what the settings only name: dataset cards, and the config and weights of a
-        teacher that no run of ``needs`` trains."""
+        """A digest of what the settings only name: dataset cards, files of IMPORTS, and the config
+        and weights of a teacher that no run of ``needs`` trains."""
         cfg, found = self.cfg(), {}
         for card in cfg.DATASETS.CARDS:
             path = resolve_path(card, what="dataset card", key="DATASETS.CARDS")
             found[card] = file_sha256(path)
+        for name in cfg.MODEL.CROSSKD.IMPORTS:
+            if name.endswith(".py"):
+                path = resolve_path(name, what="file", key="MODEL.CROSSKD.IMPORTS")
+                found[name] = file_sha256(path)
         if not self.needs and distillation_requested(cfg):
             teacher, weights = load_teacher_config(cfg)
             found["teacher"] = [_settings(teacher), weights, file_sha256(weights)]

@@ -13,9 +13,11 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..common.files import refuse_overwriting, staging_folder
+from ..common.files import refuse_overwriting, staging_folder, write_json
 from ..common.paths import resolve_path
+from ..common.user_code import import_user_code, refuse_user_code
 from ..config import ConfigError, add_crosskd_ifc_config
+from .metadata import METADATA_NAME, describe_detector
 from .reading import load_weights, save_safetensors
 from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
 
@@ -68,8 +70,8 @@ def export_student(
 
     Args:
         checkpoint: ``.pth`` or ``.safetensors`` file; of a distilled or a plain model.
-        out: a folder to make, with ``model.pth`` and ``config.yaml``; or a name ending in
-            ``.pth``, beside which a ``.yaml`` is written.
+        out: a folder to make, with ``model.pth``, ``config.yaml`` and ``metadata.json``;
+            or a name ending in ``.pth``, beside which a ``.yaml`` and the metadata are written.
         config_file: of the checkpoint's training; empty for the ``config.yaml`` beside it.
         force: replace existing files (in an existing folder, only those written).
         safetensors: also write the weights as ``.safetensors``, which stock detectron2 doesn't
@@ -85,6 +87,7 @@ def export_student(
     cfg, config_path = _load_config(checkpoint, config_file)
     weights_out, config_out = _output_files(out)
     files_out = [weights_out, config_out]
+    files_out.append(os.path.join(os.path.dirname(weights_out), METADATA_NAME))
     if safetensors:
         files_out.append(os.path.splitext(weights_out)[0] + ".safetensors")
     for path in (out, *files_out):
@@ -104,8 +107,9 @@ def export_student(
         torch.save({"model": stock.state_dict()}, paths[0])
         with PathManager.open(paths[1], "w") as f:
             f.write(_HEADER + stock_cfg.dump())
+        write_json(paths[2], describe_detector(cfg))
         if safetensors:
-            save_safetensors(stock.state_dict(), paths[2])
+            save_safetensors(stock.state_dict(), paths[3])
         detections = _verify(cfg, state, *paths[:2])
         if is_new:
             os.rename(folder, folder_out)
@@ -175,6 +179,10 @@ def _load_config(checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
         cfg.merge_from_file(path, allow_unsafe=False)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as e:
         raise ConfigError(f"{path}: not a detectron2 config: {_first_line(e)}") from e
+    if config_file:
+        import_user_code(cfg)
+    else:
+        refuse_user_code(cfg, path)
     return cfg, path
 
 
