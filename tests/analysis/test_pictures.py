@@ -192,7 +192,7 @@ def test_names_may_stand_before_the_first_key(files, tmp_path):
         "--output",
         tmp_path / "x.png",
         "--names",
-        "00001",
+        "000001",
         "MODEL.CROSSKD.MIMIC",
         "student_head",
     )

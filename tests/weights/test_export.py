@@ -70,7 +70,7 @@ def test_export_is_a_stock_config_and_the_student_alone(run, tmp_path):
     done = export.export_student(run, str(tmp_path / "student"))
     assert done.detections > 50
     assert sorted(os.listdir(tmp_path)) == ["run", "student"]
-    assert sorted(os.listdir(tmp_path / "student")) == ["config.yaml", "model.pth"]
+    assert sorted(os.listdir(tmp_path / "student")) == ["config.yaml", "metadata.json", "model.pth"]
     assert (
         "crosskd"
         not in (tmp_path / "student" / "config.yaml").read_text().split("\n", 2)[2].lower()
@@ -117,7 +117,7 @@ def test_plain_model_and_file_name_as_out(tmp_path):
     cfg = tiny_cfg(architecture="GeneralizedRCNN")
     run = write_run(tmp_path / "run", tiny_model(cfg), cfg)
     done = export.export_student(run, str(tmp_path / "new" / "plain.pth"))
-    assert sorted(os.listdir(tmp_path / "new")) == ["plain.pth", "plain.yaml"]
+    assert sorted(os.listdir(tmp_path / "new")) == ["metadata.json", "plain.pth", "plain.yaml"]
     assert done.architecture == ("GeneralizedRCNN", "GeneralizedRCNN")
     assert done.dropped == ["optimizer", "iteration"]
 
@@ -166,7 +166,7 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
         export.export_student(run, str(out))
     assert (out / "model.pth").read_text() == "mine"
     export.export_student(run, str(out), force=True)
-    assert sorted(os.listdir(out)) == ["config.yaml", "model.pth", "notes.txt"]
+    assert sorted(os.listdir(out)) == ["config.yaml", "metadata.json", "model.pth", "notes.txt"]
 
     (tmp_path / "other.yaml").write_text("mine")
     with pytest.raises(FileExistsError, match="other.yaml exists"):

@@ -23,17 +23,19 @@ def predict_all(student: CrossKDRCNN, batched_inputs: List[dict]) -> Dict[str, L
     """Detections of teacher, cross-head and student on the same images.
 
     Args:
-        student: in evaluation mode, with a teacher attached.
+        student: in evaluation mode; without a teacher attached, only it detects.
         batched_inputs: raw images, as a test loader gives them.
 
     Returns:
         "teacher", "cross-head" (only with ``MIMIC`` "cross_head") and "student" -> one
         :class:`Instances` per image, on the CPU, in pixels of the images' "height" and "width".
     """
+    teacher, results = getattr(student, "teacher", None), {}
     with torch.no_grad():
-        results = {"teacher": student.teacher.model(student.teacher.swap_channels(batched_inputs))}
-        if student.has_cross_head:
-            results["cross-head"] = student.cross_head_inference(batched_inputs)
+        if teacher is not None:
+            results["teacher"] = teacher.model(teacher.swap_channels(batched_inputs))
+            if student.has_cross_head:
+                results["cross-head"] = student.cross_head_inference(batched_inputs)
         results["student"] = student(batched_inputs)
     return {k: [x["instances"].to("cpu") for x in v] for k, v in results.items()}
 
@@ -132,27 +134,14 @@ def compare_detections(
             student without a cross-head.
         threshold: detections below this score aren't drawn.
     """
-    from detectron2.data.detection_utils import read_image
-
     student.eval()
-    names = list(dict.fromkeys(name for column in class_names.values() for name in column))
-    palette = dict(zip(names, bright_colors(len(names))))
     rows, best = [], {}
     for i, one in enumerate(inputs):
-        picture = read_image(one["file_name"], "RGB")
         found = {name: instances[0] for name, instances in predict_all(student, [one]).items()}
         for name, instances in found.items():
             best[name] = max([best.get(name, 0.0), *instances.scores.tolist()])
-        found = {name: x[x.scores >= threshold] for name, x in found.items()}
-        if annotations is not None:
-            with_masks = found["student"].has("pred_masks")
-            found["ground truth"] = _truth(annotations[i], picture.shape[:2], with_masks)
-        rows.append(
-            {
-                column: _draw(picture, instances, class_names[column], palette)
-                for column, instances in found.items()
-            }
-        )
+        truth = None if annotations is None else annotations[i]
+        rows.append(draw_row(one["file_name"], found, class_names, truth, threshold=threshold))
     columns = [column for column in COLUMNS if column in rows[0]]
     title = f"Detections with a score of at least {threshold:g}"
     for name in (column for column in columns if best.get(column, 1.0) < threshold):
@@ -163,6 +152,42 @@ def compare_detections(
     comparison_picture(rows, path, columns=columns, title=title)
 
 
+def draw_row(
+    file_name: str,
+    found: Mapping[str, Instances],
+    class_names: Mapping[str, Sequence[str]],
+    annotations: Optional[List[dict]] = None,
+    *,
+    threshold: float = 0.5,
+) -> Dict[str, np.ndarray]:
+    """The same image once for each column.
+
+    Args:
+        file_name: the image.
+        found: column of ``COLUMNS`` -> detections, in pixels of the image.
+        class_names: column -> names of its classes.
+        annotations: those of its data set; None leaves the ground truth out.
+        threshold: detections below this score aren't drawn.
+
+    Returns:
+        Column, in the order of ``COLUMNS`` -> (H, W, 3) RGB uint8, all of the same size.
+    """
+    from detectron2.data.detection_utils import read_image
+
+    names = list(dict.fromkeys(name for column in class_names.values() for name in column))
+    palette = dict(zip(names, bright_colors(len(names))))
+    picture = read_image(file_name, "RGB")
+    shown = {name: x[x.scores >= threshold] for name, x in found.items()}
+    if annotations is not None:
+        with_masks = shown["student"].has("pred_masks")
+        shown["ground truth"] = as_instances(annotations, picture.shape[:2], with_masks)
+    return {
+        column: _draw(picture, shown[column], class_names[column], palette)
+        for column in COLUMNS
+        if column in shown
+    }
+
+
 def spread_evenly(count: int, total: int) -> List[int]:
     """``count`` indices, or all if there are fewer, spread evenly over ``range(total)``."""
     if count + 2 > total:  # no room to stay away from both ends
@@ -170,7 +195,9 @@ def spread_evenly(count: int, total: int) -> List[int]:
     return np.linspace(0, total - 1, count + 2).round().astype(int)[1:-1].tolist()
 
 
-def _truth(annotations: List[dict], size: Tuple[int, int], with_masks: bool) -> Instances:
+def as_instances(
+    annotations: List[dict], size: Tuple[int, int], with_masks: bool = False
+) -> Instances:
     """Annotations in the fields of detections; crowds are left out, as detectron2's mapper does."""
     from detectron2.data.detection_utils import annotations_to_instances
 

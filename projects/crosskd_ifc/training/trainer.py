@@ -25,6 +25,7 @@ from ..data.cards import drop_degenerate_boxes
 from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
 from ..modeling.student import unwrap
+from ..modeling.summary import describe_distillation
 from .checkpointer import SafeCheckpointer
 from .non_finite import LastStepRecorder
 from .preemption import (
@@ -131,6 +132,8 @@ class CrossKDTrainer(DefaultTrainer):
         model = super().build_model(cfg)
         if distillation_requested(cfg):
             attach_teacher(model, cfg)
+            if comm.is_main_process():
+                logger.info(describe_distillation(model, cfg))
         return model
 
     @classmethod
