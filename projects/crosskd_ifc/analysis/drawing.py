@@ -61,7 +61,8 @@ def _draw_labels(canvas, boxes: np.ndarray, labels: Sequence[str], colors: Seque
     for i in np.argsort(areas, kind="stable"):  # the smallest have the least choice
         if not labels[i]:
             continue
-        options = dict(font_size=_LABEL_SIZE, horizontal_alignment="left", color=colors[i])
+        light = tuple(0.4 + 0.6 * channel for channel in colors[i])  # on a black ground
+        options = dict(font_size=_LABEL_SIZE, horizontal_alignment="left", color=light)
         canvas.draw_text(literal(labels[i]), tuple(boxes[i, :2]), **options)
         text, renderer = output.ax.texts[-1], output.canvas.get_renderer()
         text.update_bbox_position_size(renderer)

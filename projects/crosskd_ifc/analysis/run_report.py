@@ -230,8 +230,8 @@ def _add_worst(page: Page, networks: Networks, images: int, shown: int, threshol
                 caption += f": {_tell(errors_of(found[column], truths[i], threshold))}"
             captions.append(caption)
         cells = [picture(image, column) for column, image in drawn.items()]
+        rows.append(paragraph(os.path.basename(inputs[i]["file_name"])))
         rows.append(picture_row(cells, captions))
-        rows.append(paragraph(os.path.basename(inputs[i]["file_name"]), note=True))
     note = (
         f"Of {len(chosen)} images of {name}, those where the student's F1 is lowest. A detection "
         f"counts from a score of {threshold:g}, and is right with an overlap (IoU) of at least 0.5 "
@@ -247,17 +247,17 @@ def _tell(errors: Errors) -> str:
 def _add_cost(page: Page, record: RunRecord, networks: Optional[Networks]) -> None:
     rows: List[Sequence[Any]] = []
     seconds = record.median("time")
-    if seconds is not None:
-        rows.append(("an iteration, median", f"{seconds:.3f} s"))
-        hours = seconds * record.iterations / 3600
-        rows.append((f"{record.iterations} iterations at that speed", f"{hours:.2f} h"))
     for key, what in (
-        ("data_time", "of it waiting for data, median"),
-        ("crosskd/teacher_seconds", "of it the teacher's forward, median"),
+        ("time", "an iteration, median"),
+        ("data_time", "waiting for data in an iteration, median"),
+        ("crosskd/teacher_seconds", "the teacher's forward in an iteration, median"),
     ):
         value = record.median(key)
         if value is not None:
             rows.append((what, f"{value:.3f} s"))
+    if seconds is not None:
+        hours = seconds * record.iterations / 3600
+        rows.append((f"{record.iterations} iterations at the median speed", f"{hours:.2f} h"))
     memory = record.peak_gpu_megabytes()
     if memory is not None:
         rows.append(("peak GPU memory", f"{memory} MiB"))
@@ -269,7 +269,7 @@ def _add_cost(page: Page, record: RunRecord, networks: Optional[Networks]) -> No
             rows.append(("teacher", f"{count / 1e6:.2f} M parameters"))
         name = os.path.basename(networks.cfg.MODEL.WEIGHTS)
         rows.append((f"{name}, with the optimizer's state", f"{size:.1f} MiB"))
-    page.add("Cost", table(rows, ("what", "measured in training"), numbers_from=1))
+    page.add("Cost", table(rows, ("of the training", ""), numbers_from=1))
 
 
 def _add_settings(page: Page, record: RunRecord, networks: Optional[Networks]) -> None:
