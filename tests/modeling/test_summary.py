@@ -47,14 +47,24 @@ def test_losses_schedule_and_classes_are_told():
 
 def test_the_students_own_head_has_no_cross_head():
     _, lines, text = described(K + "MIMIC", "student_head")
-    assert "student's own head" in lines["mimics"] and "cross-head" not in text
+    assert "student's own predictions" in lines["own"] and "cross-head" not in text
+
+
+def test_terms_and_detached_taps_are_told():
+    _, lines, _ = described(
+        *(K + "LOSS.FUSED_WEIGHT", 0.5, K + "LOSS.TAP_WEIGHTS", (0.0, 0.25)),
+        *(K + "FUSION.DETACH", ("fc1",), K + "MIMIC", "both"),
+    )
+    assert "fc1 (16, detached), fc2 (16)" in lines["cross-head"]
+    assert lines["terms"].endswith("0.5 x combined, 0.25 x fc2") and "own" in lines
+    assert "fused" not in lines["losses"]
 
 
 @pytest.mark.parametrize("kind", ["RetinaNet", "FCOS"])
 def test_a_dense_detector_has_a_line_for_each_tower(kind):
     student, _ = pair(kind)
     text = describe_distillation(student, dense_cfg(kind))
-    assert "cls tower" in text and "bbox tower" in text and "standardized" in text
+    assert "cls tower" in text and "bbox tower" in text and "standardize" in text
     assert re.search(r"conv1 \(\d+ channels\)", text) and "not counted" not in text
 
 

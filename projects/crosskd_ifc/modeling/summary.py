@@ -35,7 +35,7 @@ def describe_distillation(student: Student, cfg: CfgNode) -> str:
     lines = [
         ("student", f"{type(student).__name__}, {_size_of(student)}"),
         ("teacher", f"{teacher.description}, {_size_of(teacher.model)}"),
-        *_describe_cross_head(student),
+        *_describe_heads(student, kd.MIMIC),
         ("losses", _describe_losses(student, cfg)),
         ("schedule", _describe_schedule(kd.SCHEDULE)),
         ("classes", _describe_classes(student, cfg)),
@@ -84,13 +84,15 @@ def _size_of(model: nn.Module) -> str:
     return f"{parameters}, {flops}"
 
 
-def _describe_cross_head(student: Student) -> List[tuple]:
-    if not student.has_cross_head:
-        return [("mimics", "the teacher's predictions, with the student's own head")]
-    if hasattr(student, "roi_heads"):
-        fusion, layers = student.distiller.fusion, [_box_layers(m) for m in _networks(student)]
-        return [*_describe_fusion("cross-head", fusion, *layers)]
+def _describe_heads(student: Student, mimic: str) -> List[tuple]:
     lines = []
+    if not student.has_cross_head or mimic == "both":
+        lines.append(("own head", "the student's own predictions mimic the teacher's"))
+    if not student.has_cross_head:
+        return lines
+    if hasattr(student, "roi_heads"):
+        layers = (_box_layers(m) for m in _networks(student))
+        return lines + _describe_fusion("cross-head", student.distiller.fusion, *layers)
     ours, theirs = (towers_of(m.head) for m in _networks(student))
     for tower, fusion in student.distiller.fusion.items():
         lines += _describe_fusion(f"{tower} tower", fusion, ours[tower], theirs[tower])
@@ -108,8 +110,11 @@ def _box_layers(model: nn.Module) -> NamedLayers:
 def _describe_fusion(
     name: str, fusion: FeatureFusion, ours: NamedLayers, theirs: NamedLayers
 ) -> List[tuple]:
-    taps = ", ".join(f"{tap} ({_text(ours.shapes[tap])})" for tap in fusion.taps)
-    combination = type(fusion.combine).__name__ + (", standardized" if fusion.standardize else "")
+    shapes = {tap: _text(ours.shapes[tap]) for tap in fusion.taps}
+    detached = {tap: ", detached" if tap in fusion.detach else "" for tap in fusion.taps}
+    taps = ", ".join(f"{tap} ({shape}{detached[tap]})" for tap, shape in shapes.items())
+    align = "" if fusion.align == "none" else f", {fusion.align}"
+    combination = type(fusion.combine).__name__ + align
     entry = f"the teacher's {fusion.entry} ({_text(theirs.shapes[fusion.entry])})"
     after = theirs.names[theirs.depth(fusion.entry) + 1 :]
     then = "".join(f"{layer}, " for layer in after) + "predictor"
@@ -117,8 +122,10 @@ def _describe_fusion(
     learned["combination"] = fusion.combine
     counts = {what: count_parameters(module) for what, module in learned.items()}
     learns = ", ".join(f"{what} {count:,}" for what, count in counts.items() if count)
+    terms = ", ".join(f"{weight:g} x {term}" for term, weight in fusion.terms.items())
     return [
         (name, f"{taps} -> {fusion.route} -> {combination} -> {entry} -> its {then}"),
+        ("terms", terms or "none"),
         ("adapters", f"{learns} parameters" if learns else "none: the shapes agree"),
     ]
 
@@ -139,7 +146,8 @@ def _describe_losses(student: Student, cfg: CfgNode) -> str:
     found = []
     for key, value in loss.items():
         has_no_masks = key == "MASK_WEIGHT" and not cfg.MODEL.MASK_ON
-        if key.endswith("_WEIGHT") and value and not has_no_masks:
+        is_loss = key.endswith("_WEIGHT") and key != "FUSED_WEIGHT"  # which the terms tell
+        if is_loss and value and not has_no_masks:
             note = f" ({notes[key]})" if key in notes else ""
             found.append(f"{key[: -len('_WEIGHT')].lower()} {value:g}{note}")
     return ", ".join(found) or "none"
