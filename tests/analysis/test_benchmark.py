@@ -15,11 +15,11 @@ from helpers import tiny_cfg, tiny_model
 from test_dense import dense_cfg
 
 from crosskd_ifc import attach_teacher
+from crosskd_ifc.analysis.benchmark.instruments import peak_on_cpu
 from crosskd_ifc.analysis.benchmark.step import (
     PARTS,
     Case,
     StepBenchmark,
-    _peak_on_cpu,
     make_batch,
     summarize_times,
 )
@@ -113,7 +113,7 @@ def test_memory_is_counted_to_the_byte():
         b = torch.zeros(3000)
         b += torch.ones(500).sum()
 
-    assert 4 * 3500 <= _peak_on_cpu(part) <= 4 * 3500 + 256
+    assert 4 * 3500 <= peak_on_cpu(part) <= 4 * 3500 + 256
 
 
 def test_attaching_a_teacher_copies_no_tensor_twice(tmp_path):
@@ -126,7 +126,7 @@ def test_attaching_a_teacher_copies_no_tensor_twice(tmp_path):
         *(K + "TEACHER.CONFIG_FILE", str(tmp_path / "teacher.yaml")),
         *(K + "TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")),
     )
-    peak = _peak_on_cpu(lambda student=tiny_model(cfg): attach_teacher(student, cfg))
+    peak = peak_on_cpu(lambda student=tiny_model(cfg): attach_teacher(student, cfg))
     size = sum(x.numel() * x.element_size() for x in weights.values())
     assert 2 * size <= peak <= 2.5 * size
 

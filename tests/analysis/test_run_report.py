@@ -173,6 +173,10 @@ def test_a_plain_students_page_has_no_distillation(run, tmp_path):
     found, words = parse(tmp_path / "report.html")
     assert "Distillation" not in found.headings and "Worst images" in found.headings
     assert "There was no evaluation yet" in words and "teacher:" not in words
+    cfg.DATASETS.TEST = ()
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    report([str(tmp_path), "--device", "cpu", "--force"])
+    assert "DATASETS.TEST is empty" in parse(tmp_path / "report.html")[1]
 
 
 def test_the_teacher_is_evaluated_on_demand(run, tmp_path):

@@ -58,7 +58,7 @@ def inspect_pair(
     if images:
         records = _from_files(images)
     else:
-        records = choose_records(_load_records(cfg), number, seed=seed, names=names)
+        records = choose_records(load_records(cfg), number, seed=seed, names=names)
     source = "--images" if images else f"data set {cfg.DATASETS.TEST[0]!r}"
     inputs = load_inputs(cfg, records, source)
     detections, features = _prepare_output(out, images, force)
@@ -144,8 +144,12 @@ def _from_files(images: Sequence[str]) -> List[dict]:
     return [{"file_name": path} for path in images]
 
 
-def _load_records(cfg: CfgNode) -> List[dict]:
-    """The dataset dicts of the first data set in DATASETS.TEST."""
+def load_records(cfg: CfgNode) -> List[dict]:
+    """The dataset dicts of the first data set in DATASETS.TEST.
+
+    Raises:
+        ConfigError: if there is none, or it can't be loaded or is empty.
+    """
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty; give --images or --dataset")
     name = cfg.DATASETS.TEST[0]

@@ -5,7 +5,6 @@ import os
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from detectron2.data import DatasetCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 
@@ -135,7 +134,9 @@ def _subtitle(record: RunRecord) -> str:
     what = cfg.MODEL.META_ARCHITECTURE
     if distillation_requested(cfg):
         what += f", distilled from {cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE}"
-    data = f"trained on {', '.join(cfg.DATASETS.TRAIN)}, tested on {', '.join(cfg.DATASETS.TEST)}"
+    data = f"trained on {', '.join(cfg.DATASETS.TRAIN)}"
+    if cfg.DATASETS.TEST:
+        data += f", tested on {', '.join(cfg.DATASETS.TEST)}"
     return escape(f"{what}; {data}; {os.path.abspath(record.folder)}")
 
 
@@ -208,8 +209,10 @@ def _number(value: float) -> str:
 
 
 def _add_worst(page: Page, networks: Networks, images: int, shown: int, threshold: float) -> None:
-    name = networks.cfg.DATASETS.TEST[0]
-    records = DatasetCatalog.get(name)
+    if not networks.cfg.DATASETS.TEST:
+        page.add("Worst images", paragraph("DATASETS.TEST is empty."))
+        return
+    name, records = networks.cfg.DATASETS.TEST[0], pictures.load_records(networks.cfg)
     chosen = [records[i] for i in spread_evenly(images, len(records))]
     chosen = [record for record in chosen if "annotations" in record]
     if not chosen:

@@ -4,13 +4,11 @@ Everything is made up: random images, random weights, normalized so that activat
 that they have in a trained network.
 """
 
-import contextlib
 import dataclasses
-import os
 import random
 import statistics
 import time
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -24,6 +22,7 @@ from torch import nn
 from ...config import class_count
 from ...distillation.teacher import TeacherPass
 from ...modeling.attach import attach_teacher, load_teacher_config
+from .instruments import peak_on_cpu, quiet_profiler, timed_modules
 
 #: What is timed: the plain student's training step, the stock float32 teacher's forward on the same
 #: images and RoIs, the cross-head pass alone (the teacher's layers that the gradient crosses,
@@ -145,7 +144,7 @@ class StepBenchmark:
         found: Dict[str, List[float]] = {}
         for i in range(rounds + 1):
             pieces = dict.fromkeys(modules, 0.0)
-            with _timed_modules(modules, pieces, self._clock):
+            with timed_modules(modules, pieces, self._clock):
                 torch.manual_seed(i)
                 self._step(student, pieces)
             if i:
@@ -158,7 +157,7 @@ class StepBenchmark:
 
     def profile(self, path: str) -> None:
         """Write what one distillation step does, and where a GPU idles, as a Chrome trace."""
-        _quiet_profiler()
+        quiet_profiler()
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -228,27 +227,7 @@ class StepBenchmark:
             torch.cuda.reset_peak_memory_stats(self._device)
             part()
             return torch.cuda.max_memory_allocated(self._device) - before
-        return _peak_on_cpu(part)
-
-
-def _quiet_profiler() -> None:
-    """Without a GPU, torch's profiler would report that it finds none as an error."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its errors and its progress
-
-
-def _peak_on_cpu(part: Callable[[], None]) -> int:
-    """From torch's own record of every allocation."""
-    _quiet_profiler()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        part()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+        return peak_on_cpu(part)
 
 
 @torch.no_grad()
@@ -268,32 +247,6 @@ def _normalize(model: nn.Module, batch: List[Dict[str, Any]]) -> None:
     model.backbone(model.preprocess_image(batch).tensor)
     for handle in handles:
         handle.remove()
-
-
-@contextlib.contextmanager
-def _timed_modules(
-    modules: Mapping[str, nn.Module], pieces: Dict[str, float], clock: Callable[[], float]
-) -> Iterator[None]:
-    """Within this context, the forward passes of ``modules`` are added to ``pieces``."""
-    handles, starts = [], {}
-
-    def before(name: str):
-        return lambda *_: starts.__setitem__(name, clock())
-
-    def after(name: str):
-        def add(*_):
-            pieces[name] += clock() - starts[name]
-
-        return add
-
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(before(name)))
-        handles.append(module.register_forward_hook(after(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _leaves(x: Any) -> Any:
