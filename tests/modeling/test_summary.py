@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
-from helpers import distilling, tiny_cfg
+from helpers import distilling, tiny_cfg, tiny_model
 from test_dense import dense_cfg, pair
 
+from crosskd_ifc import CrossKDTrainer
 from crosskd_ifc.modeling.summary import count_flops, count_parameters, describe_distillation
 
 K = "MODEL.CROSSKD."
@@ -93,3 +94,17 @@ def test_a_network_that_cannot_be_traced_is_still_described(monkeypatch):
     student, _ = distilling()
     monkeypatch.setattr(student, "inference", lambda *_: 1 / 0)
     assert "FLOPs not counted (ZeroDivisionError)" in describe_distillation(student, tiny_cfg())
+
+
+def test_a_training_starts_with_it(tmp_path, caplog):
+    stock = tiny_cfg(architecture="GeneralizedRCNN")
+    (tmp_path / "teacher.yaml").write_text(stock.dump())
+    torch.save({"model": tiny_model(stock).state_dict()}, tmp_path / "teacher.pth")
+    cfg = tiny_cfg(
+        *(K + "TEACHER.CONFIG_FILE", str(tmp_path / "teacher.yaml")),
+        *(K + "TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")),
+    )
+    caplog.set_level("INFO", logger="crosskd_ifc")
+    model = CrossKDTrainer.build_model(cfg)
+    assert "What will be distilled:\n  student" in caplog.text
+    assert model.training  # as detectron2's trainer wants it
