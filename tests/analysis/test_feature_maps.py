@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import matplotlib.text
 import numpy as np
 import pytest
 import torch
@@ -104,8 +105,8 @@ def test_red_is_where_the_student_responds_more(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("levels", [("p3",), ("p2", "p3", "p4", "p5", "p6")])
 @pytest.mark.parametrize("photos", [1, 2])
-@pytest.mark.parametrize("height, width", [(32, 64), (64, 32)])
-def test_no_text_is_cut_off(monkeypatch, tmp_path, levels, photos, height, width):
+@pytest.mark.parametrize("height, width", [(32, 64), (64, 32), (64, 64)])
+def test_no_text_is_cut_off_or_covered(monkeypatch, tmp_path, levels, photos, height, width):
     student, _ = distilling()
     all_levels = shared_levels(student)
     picked = {name: all_levels[name] for name in levels}
@@ -121,3 +122,6 @@ def test_no_text_is_cut_off(monkeypatch, tmp_path, levels, photos, height, width
     drawn = figure.get_tightbbox(figure.canvas.get_renderer())  # inches
     assert drawn.x0 >= 0 and drawn.x1 <= figure.get_figwidth()
     assert drawn.y0 >= 0 and drawn.y1 <= figure.get_figheight()
+    texts = {text.get_text(): text for text in figure.findobj(matplotlib.text.Text)}
+    title = next(text for words, text in texts.items() if words.startswith("Spatial attention"))
+    assert title.get_window_extent().y0 >= texts["image"].get_window_extent().y1
