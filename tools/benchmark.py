@@ -10,21 +10,26 @@ All in one run, in turns, on random images and weights: no data and no weights a
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import shlex
 import sys
 
-import torch
-from tabulate import tabulate
+# Before torch is imported: the memory profiler warns of each tensor that is older than itself.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from crosskd_ifc import ConfigError
-from crosskd_ifc.analysis.benchmark import Case, StepBenchmark, summarize_times
-from crosskd_ifc.analysis.benchmark_sweep import draw_sweep, sweep
-from crosskd_ifc.analysis.benchmark_trace import gpu_use
-from crosskd_ifc.common.environment import hardware, versions
-from crosskd_ifc.experiments.runs import Run
+import torch  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+from crosskd_ifc import ConfigError  # noqa: E402
+from crosskd_ifc.analysis.benchmark.step import Case, StepBenchmark, summarize_times  # noqa: E402
+from crosskd_ifc.analysis.benchmark.sweep import draw_sweep, sweep  # noqa: E402
+from crosskd_ifc.analysis.benchmark.trace import gpu_use  # noqa: E402
+from crosskd_ifc.common.command_line import HelpFormatter  # noqa: E402
+from crosskd_ifc.common.config_files import load_config  # noqa: E402
+from crosskd_ifc.common.environment import hardware, versions  # noqa: E402
 
 TITLES = {
     "student": "(a) plain student, training step",
@@ -35,16 +40,17 @@ TITLES = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--config-file", default="", help="of a student with a teacher")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="MODEL.DEVICE")
+    parser.add_argument(
+        "--image-size", type=int, nargs=2, default=(320, 480), metavar=("H", "W"), help="pixels"
     )
-    parser.add_argument("--config-file", required=True, help="of a student with a teacher")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--image-size", type=int, nargs=2, default=(320, 480), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--rois", type=int, default=512, help="for each image, two-stage")
     parser.add_argument("--precision", default="float32", help="of the teacher's forward")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of each part")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--sweep", action="store_true", help="how the cost grows with each size")
     parser.add_argument("--output", default="", help="JSON file to write")
@@ -66,9 +72,11 @@ def main(args):
     def build(case, *opts):
         settings = ["MODEL.DEVICE", args.device, "MODEL.CROSSKD.TEACHER.PRECISION", args.precision]
         settings += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(args.rois)]
-        cfg = Run("KEY VALUE", args.config_file, "", [*settings, *opts, *args.opts]).cfg()
+        cfg = load_config(args.config_file, [*settings, *opts, *args.opts])
+        cfg.freeze()
         return StepBenchmark(cfg, case)
 
+    print(f"Timed on {args.device}: {case}; the teacher's forward in {args.precision}\n")
     if args.sweep:
         found = {"sweep": sweep(build, case, args.rounds)}
         rows = [(r["what"], r["value"], r["ratios"]["c/a"]["median"]) for r in found["sweep"]]
@@ -87,6 +95,7 @@ def main(args):
         "command": shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
         "versions": versions(),
         "hardware": hardware(args.device, torch.get_num_threads()),
+        "case": dataclasses.asdict(case),
         **found,
     }
     if args.output:
@@ -129,6 +138,7 @@ def measure(bench, rounds):
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # advice to torch's own developers
     try:
         main(parse_args())
     except ConfigError as error:

@@ -19,6 +19,7 @@ import sys
 import torch
 
 from crosskd_ifc import ConfigError
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, select
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import write_report
@@ -29,9 +30,7 @@ ROOT = os.path.dirname(TOOLS)
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("protocol", help="YAML file, see tools/README.md")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
     parser.add_argument("--arms", nargs="+", help="only these, and the teachers that they need")

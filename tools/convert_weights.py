@@ -17,6 +17,7 @@ import os
 import sys
 from typing import List, Optional
 
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.weights.convert import convert_file
 
 TEACHER = """\
@@ -29,9 +30,7 @@ As a teacher:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("IN", help="a state dict or checkpoint, a file or URL")
     parser.add_argument("OUT", help="the .pth file to write; a detector's config lies beside it")
     parser.add_argument(

@@ -28,6 +28,7 @@ from tabulate import tabulate
 from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.curves import plot_curves
 from crosskd_ifc.analysis.detections import compare_on_dataset
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, has_weights
 from crosskd_ifc.experiments.protocol import TEACHER, load_protocol
 from crosskd_ifc.experiments.results import Results
@@ -66,9 +67,7 @@ def table_of(titles, runs):
 
 
 def main(argv=None, protocol_file=PROTOCOL):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output", default=os.path.join("output", "demo"), help="folder to write")
     args = parser.parse_args(argv)
     start = time.monotonic()

@@ -16,6 +16,7 @@ import os
 import sys
 from typing import List, Optional
 
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.weights.export import FORMATS, export_student
 
 YACS = """\
@@ -44,9 +45,7 @@ FILE = "docs/deploy.md has a program that runs it without detectron2 and torch.\
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("IN", help="a checkpoint written by tools/train_net.py")
     parser.add_argument("OUT", help="a folder to make")
     parser.add_argument("--config-file", default="", help="the config IN was trained with")

@@ -311,12 +311,16 @@ def install_from_git(commit: str) -> None:
     )
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """That of the other tools can't be imported before detectron2 is there."""
+
+
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--source", choices=("pypi", "git"), default="pypi", help="where detectron2 comes from"
     )
-    parser.add_argument("--source", choices=("pypi", "git"), default="pypi")
     parser.add_argument(
         "--commit", default="", help="with --source git: what to build (%s)" % COMMIT[:7]
     )

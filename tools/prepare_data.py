@@ -15,6 +15,7 @@ import sys
 from typing import List, Optional
 
 import crosskd_ifc  # noqa: F401  registers the built-in data sets
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.data.check import check_dataset
 from crosskd_ifc.data.histograms import draw_histograms
 from crosskd_ifc.data.layouts import LAYOUTS
@@ -23,9 +24,7 @@ from crosskd_ifc.training.recipe import BACKBONES, DETECTORS, write_configs
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:

@@ -32,7 +32,9 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessRaisedException
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.common.user_code import import_user_code
 from crosskd_ifc.data.cards import fill_in_class_count
 from crosskd_ifc.modeling.building import explained
 from crosskd_ifc.training.checkpointer import SafeCheckpointer, has_checkpoint
@@ -59,6 +61,7 @@ def setup(args) -> CfgNode:
         args.config_file, _ = find_config(args.config_file, key="--config-file")
         merge_from_file(cfg, args.config_file, key="--config-file")
     merge_from_list(cfg, args.opts, key="command line")
+    import_user_code(cfg)
     fill_in_class_count(cfg)
     cfg.freeze()
     with one_line_errors(cfg):
@@ -138,6 +141,7 @@ def train(cfg, args):
 
 def argument_parser():
     parser = default_argument_parser()
+    parser.formatter_class = HelpFormatter
     parser.add_argument(
         "--timeout",
         type=float,

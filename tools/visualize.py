@@ -17,48 +17,56 @@ from typing import List, Optional
 
 from detectron2.config import get_cfg
 
-from crosskd_ifc import ConfigError, add_crosskd_ifc_config
+from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.pictures import inspect_pair
-from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
+from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.config_files import load_config
 from crosskd_ifc.data.cards import fill_in_class_count
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, help="the student's config")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--config-file", default="", help="the student's config")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", nargs="+", default=[], metavar="FILE", help="images to draw")
-    source.add_argument("--dataset", help="draw some of its images [first of DATASETS.TEST]")
-    parser.add_argument("--num", type=int, default=4, help="how many of them [4]")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn [0.5]")
-    parser.add_argument("--output", metavar="OUT", help="folder, or X.png [OUTPUT_DIR/pictures]")
+    source.add_argument(
+        "--dataset",
+        help="draw some of its images; without it, of the first data set in DATASETS.TEST",
+    )
+    parser.add_argument("--num", type=int, default=4, help="how many of them")
+    parser.add_argument("--seed", type=int, help="draw them by chance; without it, evenly spread")
+    parser.add_argument(
+        "--names", nargs="+", default=[], metavar="NAME", help="these of them: file names or stems"
+    )
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
+    parser.add_argument(
+        "--output", metavar="OUT", help="folder, or X.png; without it, OUTPUT_DIR/pictures"
+    )
     parser.add_argument("--force", action="store_true", help="replace existing pictures")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides")
     args = parser.parse_args(argv)
-    # argparse takes all words after --images for files, the overrides too.
-    is_key = [word.split(".")[0] in get_cfg() and not os.path.exists(word) for word in args.images]
-    if any(is_key):
-        first = is_key.index(True)
-        args.images, args.opts = args.images[:first], args.images[first:] + args.opts
-        if not args.images:
-            parser.error("--images: there is no file before the first KEY")
+    # argparse takes all words after --images and --names for theirs, the overrides too.
+    for option in ("images", "names"):
+        words = getattr(args, option)
+        is_key = [word.split(".")[0] in get_cfg() and not os.path.exists(word) for word in words]
+        if any(is_key):
+            first = is_key.index(True)
+            setattr(args, option, words[:first])
+            args.opts = words[first:] + args.opts
+            if not first:
+                parser.error(f"--{option}: there is none before the first KEY")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = get_cfg()
-    add_crosskd_ifc_config(cfg)
-    path, _ = find_config(args.config_file, key="--config-file")
-    merge_from_file(cfg, path, key="--config-file")
-    merge_from_list(cfg, args.opts, key="command line")
+    cfg = load_config(args.config_file, args.opts)
     fill_in_class_count(cfg)
     if args.dataset:
         cfg.DATASETS.TEST = (args.dataset,)
     cfg.freeze()
     out = args.output or os.path.join(cfg.OUTPUT_DIR, "pictures")
-    options = dict(number=args.num, threshold=args.threshold, force=args.force)
+    options = dict(number=args.num, seed=args.seed, names=args.names)
+    options.update(threshold=args.threshold, force=args.force)
     for file in inspect_pair(cfg, out, images=args.images, **options):
         print(f"Wrote {file}")
 

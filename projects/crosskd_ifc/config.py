@@ -29,6 +29,9 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # student's features, "student_head", the student's own (prediction mimicking, the classic
     # baseline), or "both".
     _C.MIMIC = "cross_head"
+    # Python modules or .py files to import before anything is built, such as one that registers a
+    # fusion of your own. This runs their code; a teacher's config can't name any.
+    _C.IMPORTS = ()
     # Prefixes of the student's tensors that start from the teacher's weights where names and shapes
     # agree, such as ("backbone.fpn", "proposal_generator").
     _C.INHERIT = ()

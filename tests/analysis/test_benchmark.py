@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import runpy
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,16 +15,16 @@ from helpers import tiny_cfg, tiny_model
 from test_dense import dense_cfg
 
 from crosskd_ifc import attach_teacher
-from crosskd_ifc.analysis.benchmark import (
+from crosskd_ifc.analysis.benchmark.instruments import peak_on_cpu
+from crosskd_ifc.analysis.benchmark.step import (
     PARTS,
     Case,
     StepBenchmark,
-    _peak_on_cpu,
     make_batch,
     summarize_times,
 )
-from crosskd_ifc.analysis.benchmark_sweep import draw_sweep, sweep
-from crosskd_ifc.analysis.benchmark_trace import gpu_use
+from crosskd_ifc.analysis.benchmark.sweep import draw_sweep, sweep
+from crosskd_ifc.analysis.benchmark.trace import gpu_use
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 SMALL = Case(48, 64, boxes=3)
@@ -110,7 +113,7 @@ def test_memory_is_counted_to_the_byte():
         b = torch.zeros(3000)
         b += torch.ones(500).sum()
 
-    assert 4 * 3500 <= _peak_on_cpu(part) <= 4 * 3500 + 256
+    assert 4 * 3500 <= peak_on_cpu(part) <= 4 * 3500 + 256
 
 
 def test_attaching_a_teacher_copies_no_tensor_twice(tmp_path):
@@ -123,7 +126,7 @@ def test_attaching_a_teacher_copies_no_tensor_twice(tmp_path):
         *(K + "TEACHER.CONFIG_FILE", str(tmp_path / "teacher.yaml")),
         *(K + "TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")),
     )
-    peak = _peak_on_cpu(lambda student=tiny_model(cfg): attach_teacher(student, cfg))
+    peak = peak_on_cpu(lambda student=tiny_model(cfg): attach_teacher(student, cfg))
     size = sum(x.numel() * x.element_size() for x in weights.values())
     assert 2 * size <= peak <= 2.5 * size
 
@@ -163,15 +166,32 @@ def test_the_tool_prints_ratios_and_writes_numbers(tmp_path, capsys):
     words += ["--image-size", 48, 64, "--rounds", 2, "--output", out]
     words += ["--profile", tmp_path / "trace" / "step.json"]
     tool["main"](tool["parse_args"](list(map(str, words))))
-    assert "c/(a+b)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "c/(a+b)" in printed
+    assert "cpu: 2 images of 48 x 64 pixels (height x width), 8 boxes each" in printed
     found = json.loads(out.read_text())
     assert {"command", "versions", "hardware", "seconds", "ratios", "peak_bytes"} <= set(found)
+    assert found["case"] == {"height": 48, "width": 64, "images": 2, "boxes": 8}
     seconds, speed = found["seconds"]["distillation"], found["images_per_second"]["distillation"]
     assert speed == pytest.approx(2 / seconds["median"], rel=0.02)
     trace = json.loads((tmp_path / "trace" / "step.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"aten::conv2d", "ConvolutionBackward0"} <= names
     assert found["profiled_step"] is None  # there is no GPU in it
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU, the profiler's errors are errors"
+)
+def test_on_a_cpu_the_profiler_reports_no_error(tmp_path):
+    (tmp_path / "student.yaml").write_text(student_cfg(tmp_path, "RetinaNet").dump())
+    words = ["--config-file", tmp_path / "student.yaml", "--device", "cpu", "--rounds", 1]
+    words += ["--image-size", 48, 64, "--profile", tmp_path / "step.json"]
+    command = [sys.executable, "-W", "ignore", str(TOOL), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1] / "projects")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "c/a" in done.stdout
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("name", ["step.json", "step.json.gz"])

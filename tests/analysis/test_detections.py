@@ -90,7 +90,7 @@ def test_masks_of_ground_truth_and_detections_are_drawn_and_crowds_are_not(tmp_p
     names = dict.fromkeys(COLUMNS, ("a", "b", "c"))
     path = str(tmp_path / "picture.png")
     compare_detections(student, [inputs], names, path, annotations=[annotations], threshold=0.1)
-    teacher, _, mine, truth = drawn
+    truth, teacher, _, mine = drawn
     assert truth[0].tolist() == [[8, 8, 18, 18]] and truth[1] == ["b"] and truth[2] == [100]
     for boxes, labels, areas in (teacher, mine):
         assert len(boxes) == len(labels) == len(areas) > 0

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import matplotlib.text
 import numpy as np
 import pytest
 import torch
@@ -100,3 +101,27 @@ def test_red_is_where_the_student_responds_more(tmp_path, monkeypatch):
     }
     first_map = columns["red"][0]
     assert 240 < first_map < columns["blue"][0] < first_map + 240
+
+
+@pytest.mark.parametrize("levels", [("p3",), ("p2", "p3", "p4", "p5", "p6")])
+@pytest.mark.parametrize("photos", [1, 2])
+@pytest.mark.parametrize("height, width", [(32, 64), (64, 32), (64, 64)])
+def test_no_text_is_cut_off_or_covered(monkeypatch, tmp_path, levels, photos, height, width):
+    student, _ = distilling()
+    all_levels = shared_levels(student)
+    picked = {name: all_levels[name] for name in levels}
+    monkeypatch.setattr(feature_maps, "shared_levels", lambda _: picked)
+    figures = []
+    monkeypatch.setattr(feature_maps, "save_figure", lambda figure, path: figures.append(figure))
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (width, height), (128, 128, 128)).save(photo)
+    inputs = [{**image_of(height, width), "file_name": str(photo)}] * photos
+    compare_features(student, inputs, "unused.png")
+    (figure,) = figures
+    figure.canvas.draw()
+    drawn = figure.get_tightbbox(figure.canvas.get_renderer())  # inches
+    assert drawn.x0 >= 0 and drawn.x1 <= figure.get_figwidth()
+    assert drawn.y0 >= 0 and drawn.y1 <= figure.get_figheight()
+    texts = {text.get_text(): text for text in figure.findobj(matplotlib.text.Text)}
+    title = next(text for words, text in texts.items() if words.startswith("Spatial attention"))
+    assert title.get_window_extent().y0 >= texts["image"].get_window_extent().y1

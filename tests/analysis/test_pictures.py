@@ -11,8 +11,9 @@ from detectron2.data import DatasetCatalog, build_detection_test_loader
 from helpers import distilling, tiny_cfg, tiny_model
 from PIL import Image
 
+from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.detections import COLUMNS
-from crosskd_ifc.analysis.pictures import class_names, load_inputs
+from crosskd_ifc.analysis.pictures import choose_records, class_names, load_inputs
 from crosskd_ifc.data.shapes import CLASSES, COARSE_CLASSES, generate
 from crosskd_ifc.training.preflight import check_evaluation_config
 
@@ -115,7 +116,7 @@ def test_the_pictures_lie_in_the_runs_folder_and_are_replaced_only_on_demand(fil
         (("MODEL.WEIGHTS", "{files}/text.jpg"), "MODEL.WEIGHTS '.*text.jpg' can't be read"),
         (
             ("MODEL.WEIGHTS", "{files}/partial.pth"),
-            "MODEL.WEIGHTS '.*partial.pth' does not fit the student of this config. Weights "
+            "MODEL.WEIGHTS '.*partial.pth' does not fit the model of its config. Weights "
             "missing: roi_heads.box_head.fc1.bias; of another shape: roi_heads.box_head.fc1.weight",
         ),
         (
@@ -158,7 +159,7 @@ def test_a_config_without_a_teacher_is_refused(files):
 def test_images_that_are_none_are_a_usage_error(files, capsys):
     with pytest.raises(SystemExit):
         run(files, "--images", "MODEL.WEIGHTS", "x.pth")
-    assert "--images: there is no file" in capsys.readouterr().err
+    assert "--images: there is none before" in capsys.readouterr().err
 
 
 def test_images_are_prepared_as_by_the_test_loader(files):
@@ -170,6 +171,52 @@ def test_images_are_prepared_as_by_the_test_loader(files):
     (found,) = load_inputs(cfg, [{"file_name": expected["file_name"]}], "--images")
     assert torch.equal(found["image"], expected["image"]) and found["image"].shape == (3, 48, 48)
     assert found["height"] == found["width"] == 64
+
+
+def test_images_are_picked_by_name_or_seed():
+    records = [{"file_name": f"/data/{folder}/{i}.jpg"} for folder in "ab" for i in range(5)]
+    for name in ("/data/b/3.jpg",):
+        assert choose_records(records, 4, names=[name]) == [records[8]]
+    assert choose_records(records[5:], 4, names=["3.jpg", "0"]) == [records[8], records[5]]
+    with pytest.raises(ConfigError, match="--names: 2 images are called '3'"):
+        choose_records(records, 4, names=["3"])
+    with pytest.raises(ConfigError, match="--names: no image.* called 'x'; .* such as 0.jpg"):
+        choose_records(records, 4, names=["x"])
+    first, again, other = (choose_records(records, 4, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other and len({r["file_name"] for r in first}) == 4
+
+
+def test_names_may_stand_before_the_first_key(files, tmp_path):
+    run(
+        files,
+        "--output",
+        tmp_path / "x.png",
+        "--names",
+        "000001",
+        "MODEL.CROSSKD.MIMIC",
+        "student_head",
+    )
+    assert Image.open(tmp_path / "x_detections.png").size[1] < 400  # one row
+
+
+def test_it_says_when_nothing_reaches_the_threshold(files, tmp_path, caplog):
+    image = ("--images", files / "wide.jpg")
+    run(files, "--output", tmp_path / "a.png", "--threshold", 1.0, *image)
+    assert "student: no detection reaches 1, the highest score is 0." in caplog.text
+    caplog.clear()
+    run(files, "--output", tmp_path / "b.png", "--threshold", 0.0, *image)
+    assert "reaches" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "late", [("--force",), ("--num", "2"), ("--output", "x"), ("--config-file", "x.yaml")]
+)
+def test_options_after_keys_are_refused(files, late):
+    keys = ("MODEL.CROSSKD.MIMIC", "student_head")
+    with pytest.raises(SystemExit, match=f"^error: command line: {late[0]} stands .* come first"):
+        run(files, *keys, *late)
+    with pytest.raises(SystemExit, match=f"^error: command line: {late[0]} stands .* come first"):
+        visualize.invoke_main([*keys, *late])
 
 
 class TestClassNames:

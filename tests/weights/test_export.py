@@ -72,7 +72,7 @@ def test_export_is_a_stock_config_and_the_student_alone(run, tmp_path):
     done = export.export_student(run, str(tmp_path / "student"))
     assert done.detections > 50
     assert sorted(os.listdir(tmp_path)) == ["run", "student"]
-    assert sorted(os.listdir(tmp_path / "student")) == ["config.yaml", "model.pth"]
+    assert sorted(os.listdir(tmp_path / "student")) == ["config.yaml", "metadata.json", "model.pth"]
     assert (
         "crosskd"
         not in (tmp_path / "student" / "config.yaml").read_text().split("\n", 2)[2].lower()
@@ -119,7 +119,11 @@ def test_a_plain_model_is_exported_into_a_new_folder(tmp_path):
     cfg = tiny_cfg(architecture="GeneralizedRCNN")
     run = write_run(tmp_path / "run", tiny_model(cfg), cfg)
     done = export.export_student(run, str(tmp_path / "new" / "plain"))
-    assert sorted(os.listdir(tmp_path / "new" / "plain")) == ["config.yaml", "model.pth"]
+    assert sorted(os.listdir(tmp_path / "new" / "plain")) == [
+        "config.yaml",
+        "metadata.json",
+        "model.pth",
+    ]
     assert done.architecture == ("GeneralizedRCNN", "GeneralizedRCNN")
     assert done.dropped == ["optimizer", "iteration"]
 
@@ -168,7 +172,7 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
         export.export_student(run, str(out))
     assert (out / "model.pth").read_text() == "mine"
     export.export_student(run, str(out), force=True)
-    assert sorted(os.listdir(out)) == ["config.yaml", "model.pth", "notes.txt"]
+    assert sorted(os.listdir(out)) == ["config.yaml", "metadata.json", "model.pth", "notes.txt"]
 
     # Not even then over the checkpoint and its config.
     with pytest.raises(FileExistsError, match="overwrite the input"):
@@ -181,14 +185,14 @@ def test_a_forced_export_leaves_nothing_of_an_earlier_one(run, tmp_path):
     (out / "model.onnx").write_text("of an earlier one")
     (out / "notes.txt").write_text("mine")
     export.export_student(run, str(out), force=True)
-    assert sorted(os.listdir(out)) == ["config.yaml", "model.pth", "notes.txt"]
+    assert sorted(os.listdir(out)) == ["config.yaml", "metadata.json", "model.pth", "notes.txt"]
 
 
 def test_all_files_can_be_read_by_the_same_people(run, tmp_path):
     out = tmp_path / "student"
     export.export_student(run, str(out), safetensors=True)
     modes = {name: stat.S_IMODE(os.stat(out / name).st_mode) for name in os.listdir(out)}
-    assert len(modes) == 3 and set(modes.values()) == {0o666 & ~umask()}
+    assert len(modes) == 4 and set(modes.values()) == {0o666 & ~umask()}
 
 
 def umask():

@@ -6,7 +6,7 @@ from typing import List, Mapping
 
 from detectron2.utils.file_io import PathManager
 
-from ..common.plotting import pyplot, save_figure
+from ..common.plotting import literal, pyplot, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def plot_curves(
             points = [(line["iteration"], line[key]) for line in lines if key in line]
             if points:
                 marker = "o" if key == metric else ""
-                axis.plot(*zip(*points), marker=marker, label=label, color=f"C{i}")
+                axis.plot(*zip(*points), marker=marker, label=literal(label), color=f"C{i}")
     for axis, name in zip(axes, panels.values()):
         axis.set_title(name, fontsize=11)
         axis.set_xlabel("iteration")
@@ -59,5 +59,5 @@ def plot_curves(
         if axis.lines:
             axis.legend(fontsize=9)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(literal(title))
     save_figure(figure, path)

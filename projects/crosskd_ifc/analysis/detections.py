@@ -3,7 +3,6 @@
 matplotlib and detectron2's visualizer are imported inside the functions: training needs neither.
 """
 
-import colorsys
 import logging
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 from detectron2.structures import Instances
 
-from ..common.plotting import pyplot, save_figure
+from ..common.plotting import literal, pyplot, save_figure
 from ..modeling.rcnn import CrossKDRCNN
+from .drawing import bright_colors, draw_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -23,60 +23,21 @@ def predict_all(student: CrossKDRCNN, batched_inputs: List[dict]) -> Dict[str, L
     """Detections of teacher, cross-head and student on the same images.
 
     Args:
-        student: in evaluation mode, with a teacher attached.
+        student: in evaluation mode; without a teacher attached, only it detects.
         batched_inputs: raw images, as a test loader gives them.
 
     Returns:
         "teacher", "cross-head" (only with ``MIMIC`` "cross_head") and "student" -> one
         :class:`Instances` per image, on the CPU, in pixels of the images' "height" and "width".
     """
+    teacher, results = getattr(student, "teacher", None), {}
     with torch.no_grad():
-        results = {"teacher": student.teacher.model(student.teacher.swap_channels(batched_inputs))}
-        if student.has_cross_head:
-            results["cross-head"] = student.cross_head_inference(batched_inputs)
+        if teacher is not None:
+            results["teacher"] = teacher.model(teacher.swap_channels(batched_inputs))
+            if student.has_cross_head:
+                results["cross-head"] = student.cross_head_inference(batched_inputs)
         results["student"] = student(batched_inputs)
     return {k: [x["instances"].to("cpu") for x in v] for k, v in results.items()}
-
-
-def draw_boxes(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    labels: Sequence[str],
-    colors: Sequence[Tuple[float, float, float]],
-    *,
-    masks: Optional[np.ndarray] = None,
-    height: int = 320,
-) -> np.ndarray:
-    """A resized copy of an image with labelled boxes, drawn by detectron2's visualizer.
-
-    Args:
-        image: (H, W, 3) RGB uint8.
-        boxes: (B, 4) xyxy in pixels of ``image``.
-        labels: B texts.
-        colors: B RGB colours in [0, 1].
-        masks: (B, H, W) binary.
-        height: height of the result in pixels, so that labels stay readable on small images.
-
-    Returns:
-        (height, width, 3) RGB uint8.
-    """
-    import cv2
-    from detectron2.utils.visualizer import Visualizer
-
-    scale = height / image.shape[0]
-    size = (round(image.shape[1] * scale), height)
-    smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
-    canvas = Visualizer(cv2.resize(image, size, interpolation=smooth))
-    if masks is not None:
-        masks = [cv2.resize(m.astype(np.float32), size) > 0.5 for m in masks]
-    canvas.overlay_instances(
-        boxes=boxes * scale,
-        labels=list(labels),
-        masks=masks,
-        assigned_colors=list(colors),
-        alpha=0.4,
-    )
-    return canvas.output.get_image()
 
 
 def comparison_picture(
@@ -111,9 +72,9 @@ def comparison_picture(
             axis.imshow(row[column])
             axis.set_axis_off()
     for axis, column in zip(axes[0], columns):
-        axis.set_title(column, fontsize=13)
+        axis.set_title(literal(column), fontsize=13)
     if title:
-        figure.suptitle(title, fontsize=13)
+        figure.suptitle(literal(title), fontsize=13)
     save_figure(figure, path)
 
 
@@ -173,28 +134,58 @@ def compare_detections(
             student without a cross-head.
         threshold: detections below this score aren't drawn.
     """
-    from detectron2.data.detection_utils import read_image
-
     student.eval()
-    names = list(dict.fromkeys(name for column in class_names.values() for name in column))
-    palette = dict(zip(names, _bright_colors(len(names))))
-    rows = []
+    rows, best = [], {}
     for i, one in enumerate(inputs):
-        picture = read_image(one["file_name"], "RGB")
         found = {name: instances[0] for name, instances in predict_all(student, [one]).items()}
-        found = {name: x[x.scores >= threshold] for name, x in found.items()}
-        if annotations is not None:
-            with_masks = found["student"].has("pred_masks")
-            found["ground truth"] = _truth(annotations[i], picture.shape[:2], with_masks)
-        rows.append(
-            {
-                column: _draw(picture, instances, class_names[column], palette)
-                for column, instances in found.items()
-            }
-        )
+        for name, instances in found.items():
+            best[name] = max([best.get(name, 0.0), *instances.scores.tolist()])
+        truth = None if annotations is None else annotations[i]
+        rows.append(draw_row(one["file_name"], found, class_names, truth, threshold=threshold))
     columns = [column for column in COLUMNS if column in rows[0]]
     title = f"Detections with a score of at least {threshold:g}"
+    for name in (column for column in columns if best.get(column, 1.0) < threshold):
+        logger.warning(
+            f"{name}: no detection reaches {threshold:g}, the highest score is {best[name]:.3f}; "
+            "lower the threshold to see more"
+        )
     comparison_picture(rows, path, columns=columns, title=title)
+
+
+def draw_row(
+    file_name: str,
+    found: Mapping[str, Instances],
+    class_names: Mapping[str, Sequence[str]],
+    annotations: Optional[List[dict]] = None,
+    *,
+    threshold: float = 0.5,
+) -> Dict[str, np.ndarray]:
+    """The same image once for each column.
+
+    Args:
+        file_name: the image.
+        found: column of ``COLUMNS`` -> detections, in pixels of the image.
+        class_names: column -> names of its classes.
+        annotations: those of its data set; None leaves the ground truth out.
+        threshold: detections below this score aren't drawn.
+
+    Returns:
+        Column, in the order of ``COLUMNS`` -> (H, W, 3) RGB uint8, all of the same size.
+    """
+    from detectron2.data.detection_utils import read_image
+
+    names = list(dict.fromkeys(name for column in class_names.values() for name in column))
+    palette = dict(zip(names, bright_colors(len(names))))
+    picture = read_image(file_name, "RGB")
+    shown = {name: x[x.scores >= threshold] for name, x in found.items()}
+    if annotations is not None:
+        with_masks = shown["student"].has("pred_masks")
+        shown["ground truth"] = as_instances(annotations, picture.shape[:2], with_masks)
+    return {
+        column: _draw(picture, shown[column], class_names[column], palette)
+        for column in COLUMNS
+        if column in shown
+    }
 
 
 def spread_evenly(count: int, total: int) -> List[int]:
@@ -204,7 +195,9 @@ def spread_evenly(count: int, total: int) -> List[int]:
     return np.linspace(0, total - 1, count + 2).round().astype(int)[1:-1].tolist()
 
 
-def _truth(annotations: List[dict], size: Tuple[int, int], with_masks: bool) -> Instances:
+def as_instances(
+    annotations: List[dict], size: Tuple[int, int], with_masks: bool = False
+) -> Instances:
     """Annotations in the fields of detections; crowds are left out, as detectron2's mapper does."""
     from detectron2.data.detection_utils import annotations_to_instances
 
@@ -233,8 +226,3 @@ def _draw(picture: np.ndarray, instances: Instances, class_names, palette) -> np
         # Small pictures are enlarged and big ones reduced, both to a readable column.
         height=round(height / width * min(max(width, 320), 480)),
     )
-
-
-def _bright_colors(count: int) -> List[Tuple[float, float, float]]:
-    """Evenly spread hues, all light enough to read on a photo and on a label's black ground."""
-    return [colorsys.hsv_to_rgb(i / count, 0.75, 1.0) for i in range(count)]

@@ -117,7 +117,7 @@ def _draw_maps(
     figure, axes = plt.subplots(
         len(rows),
         1 + len(levels),
-        figsize=(2.4 * (1 + len(levels)) + 0.9, 2.3 * sum(ratios) + 0.2 * len(rows) + 0.6),
+        figsize=(max(2.4 * (1 + len(levels)), 6.5), 2.3 * sum(ratios) + 0.2 * len(rows) + 1.7),
         height_ratios=ratios,
         squeeze=False,
         layout="constrained",
@@ -144,7 +144,10 @@ def _draw_maps(
     titles = ("image", *(f"{name}, stride {stride}" for name, stride in levels.items()))
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=12)
-    bar = figure.colorbar(colored, ax=axes, extend="both", aspect=30, fraction=0.05, pad=0.01)
+    # Below: as wide as the levels, where a height would depend on the photos.
+    bar = figure.colorbar(
+        colored, ax=axes, location="bottom", extend="both", aspect=60, shrink=0.8, pad=0.02
+    )
     bar.set_label("teacher responds more  ←   difference   →  student responds more")
     figure.suptitle("Spatial attention relative to its mean, student minus teacher", fontsize=13)
     save_figure(figure, path)

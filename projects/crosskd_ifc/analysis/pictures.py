@@ -1,7 +1,8 @@
 """Pictures of what a trained student and its teacher make of given images, from a config."""
 
 import os
-from typing import Dict, List, Sequence
+import random
+from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
@@ -14,8 +15,8 @@ from ..distillation.teacher import Teacher
 from ..modeling import classes
 from ..modeling.attach import attach_teacher
 from ..training.preflight import check_evaluation_config, check_weights
-from ..weights.reading import MisfitError, StrictReader
 from .detections import COLUMNS, compare_detections, spread_evenly
+from .detector import load_strictly
 from .feature_maps import compare_features
 
 MAX_IMAGES = 100  # a row each; matplotlib refuses pictures that are much higher
@@ -27,6 +28,8 @@ def inspect_pair(
     *,
     images: Sequence[str] = (),
     number: int = 4,
+    seed: Optional[int] = None,
+    names: Sequence[str] = (),
     threshold: float = 0.5,
     force: bool = False,
 ) -> List[str]:
@@ -38,8 +41,10 @@ def inspect_pair(
         out: the folder to write to, or a .png file: ``x.png`` makes ``x_detections.png`` and
             ``x_features.png``.
         images: image files; if there are none, images of the first data set in DATASETS.TEST are
-            taken, spread evenly over it, and their ground truth is drawn.
-        number: how many of the data set.
+            taken, and their ground truth is drawn.
+        number: how many of the data set, spread evenly over it.
+        seed: take them by chance instead.
+        names: take those of these file names, with or without folder and suffix.
         threshold: detections below this score aren't drawn.
         force: whether existing pictures may be replaced.
 
@@ -50,14 +55,17 @@ def inspect_pair(
         ConfigError: if the config, a data set, an image, the weights or ``out`` can't be used.
     """
     _check(cfg)
-    records = _find_records(cfg, images, number)
+    if images:
+        records = _from_files(images)
+    else:
+        records = choose_records(load_records(cfg), number, seed=seed, names=names)
     source = "--images" if images else f"data set {cfg.DATASETS.TEST[0]!r}"
     inputs = load_inputs(cfg, records, source)
     detections, features = _prepare_output(out, images, force)
 
     student = build_model(cfg)
     teacher = attach_teacher(student, cfg)  # first: it adds the adapters, if there are any
-    _load(student, cfg.MODEL.WEIGHTS)
+    load_strictly(student, cfg.MODEL.WEIGHTS)
     compare_features(student, inputs, features)
     known = all("annotations" in record for record in records)
     compare_detections(
@@ -130,13 +138,18 @@ def _check(cfg: CfgNode) -> None:
     check_weights(cfg)
 
 
-def _find_records(cfg: CfgNode, images: Sequence[str], number: int) -> List[dict]:
+def _from_files(images: Sequence[str]) -> List[dict]:
     if len(images) > MAX_IMAGES:
         raise ConfigError(f"--images: {len(images)} files; {MAX_IMAGES} is the most")
-    if images:
-        return [{"file_name": path} for path in images]
-    if not 1 <= number <= MAX_IMAGES:
-        raise ConfigError(f"--num is {number}; it must be from 1 to {MAX_IMAGES}")
+    return [{"file_name": path} for path in images]
+
+
+def load_records(cfg: CfgNode) -> List[dict]:
+    """The dataset dicts of the first data set in DATASETS.TEST.
+
+    Raises:
+        ConfigError: if there is none, or it can't be loaded or is empty.
+    """
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty; give --images or --dataset")
     name = cfg.DATASETS.TEST[0]
@@ -146,7 +159,44 @@ def _find_records(cfg: CfgNode, images: Sequence[str], number: int) -> List[dict
         raise ConfigError(f"data set {name!r} can't be loaded: {_one_line(error)}") from error
     if not records:
         raise ConfigError(f"data set {name!r} has no images")
-    return [records[i] for i in spread_evenly(number, len(records))]
+    return records
+
+
+def choose_records(
+    records: Sequence[dict],
+    number: int,
+    *,
+    seed: Optional[int] = None,
+    names: Sequence[str] = (),
+) -> List[dict]:
+    """Some images of a data set: those of ``names``, or ``number`` by chance, or evenly spread.
+
+    Raises:
+        ConfigError: for a number that can't be drawn, or a name that no image or several have.
+    """
+    if len(names) > MAX_IMAGES:
+        raise ConfigError(f"--names: {len(names)} images; {MAX_IMAGES} is the most")
+    if names:
+        return [_named(records, name) for name in names]
+    if not 1 <= number <= MAX_IMAGES:
+        raise ConfigError(f"--num is {number}; it must be from 1 to {MAX_IMAGES}")
+    if seed is None:
+        return [records[i] for i in spread_evenly(number, len(records))]
+    return random.Random(seed).sample(list(records), min(number, len(records)))
+
+
+def _named(records: Sequence[dict], name: str) -> dict:
+    found = []
+    for record in records:
+        path = record["file_name"]
+        base = os.path.basename(path)
+        if name in (path, base, os.path.splitext(base)[0]):
+            found.append(record)
+    if len(found) != 1:
+        what = f"{len(found)} images are" if found else "no image of the data set is"
+        example = os.path.basename(records[0]["file_name"])
+        raise ConfigError(f"--names: {what} called {name!r}; a name is a file's, such as {example}")
+    return found[0]
 
 
 def _prepare_output(out: str, images: Sequence[str], force: bool) -> List[str]:
@@ -161,19 +211,6 @@ def _prepare_output(out: str, images: Sequence[str], force: bool) -> List[str]:
     except OSError as error:
         raise ConfigError(f"--output: {error}") from error
     return files
-
-
-def _load(student, weights: str) -> None:
-    try:
-        StrictReader(student).load(weights)
-    except MisfitError as error:
-        raise ConfigError(
-            f"MODEL.WEIGHTS {weights!r} does not fit the student of this config. Weights {error}"
-        ) from None
-    except Exception as error:  # on foreign bytes, readers raise what they like
-        raise ConfigError(
-            f"MODEL.WEIGHTS {weights!r} can't be read as weights: {_one_line(error)}"
-        ) from error
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from detectron2.config import get_cfg
 from ..config import ConfigError, add_crosskd_ifc_config
 from .lazy_config import is_lazy
 from .paths import resolve_path
+from .user_code import import_user_code
 
 # What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
 _MERGE_ERRORS = (
@@ -42,6 +43,40 @@ class _CheckedCfg(CN):
             text = f.read()
         check_yaml(text)
         return io.StringIO(text)
+
+
+def load_config(config_file: str, opts: Sequence = ()) -> CN:
+    """The config that a tool's command line means; what its IMPORTS name is imported.
+
+    Args:
+        config_file: of ``--config-file``.
+        opts: KEY, VALUE, ... on top.
+
+    Raises:
+        ConfigError: if there is no such config, or it or ``opts`` can't be merged.
+    """
+    refuse_late_options(opts)
+    if not config_file:
+        raise ConfigError("--config-file is missing")
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    merge_from_file(cfg, find_config(config_file, key="--config-file")[0], key="--config-file")
+    merge_from_list(cfg, opts, key="command line")
+    import_user_code(cfg)
+    return cfg
+
+
+def refuse_late_options(opts: Sequence) -> None:
+    """Refuse options among KEY VALUE pairs: argparse leaves all that follows the first KEY to them.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    late = [x for x in opts if isinstance(x, str) and x.startswith("--")]
+    if late:
+        raise ConfigError(
+            f"command line: {late[0]} stands after the first KEY VALUE pair; options come first"
+        )
 
 
 def find_config(name: str, *, key: str) -> Tuple[str, str]:
@@ -113,6 +148,7 @@ def merge_from_list(cfg: CN, opts: Sequence, *, key: str) -> None:
         ConfigError: for an unknown key, a value of another type, or an odd number of items.
     """
     opts = list(opts)
+    refuse_late_options(opts)
     if len(opts) % 2:
         raise ConfigError(f"{key}: {len(opts)} items; expected KEY VALUE pairs")
     for name, value in zip(opts[::2], opts[1::2]):

@@ -22,6 +22,7 @@ from ..common.config_files import find_config, flat, merge_from_file, merge_from
 from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json, write_json
 from ..common.paths import resolve_path
+from ..common.user_code import import_user_code
 from ..config import add_crosskd_ifc_config, distillation_requested
 from ..data import shapes
 from ..data.cards import fill_in_class_count
@@ -73,6 +74,7 @@ class Run:
         add_crosskd_ifc_config(cfg)
         merge_from_file(cfg, find_config(self.config, key=self.name)[0], key=self.name)
         merge_from_list(cfg, [*self.opts, "OUTPUT_DIR", self.folder], key=self.name)
+        import_user_code(cfg)
         fill_in_class_count(cfg)
         cfg.freeze()
         return cfg
@@ -90,9 +92,10 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def inputs(self) -> Optional[str]:
-        """A digest of what the settings only name: dataset cards, the weights that the student
-        starts from, config and weights of a teacher that no run of ``needs`` trains, and the
-        version of the built-in data, from the second on. None if one of the weights isn't there.
+        """A digest of what the settings only name: dataset cards, files of IMPORTS, the weights
+        that the student starts from, config and weights of a teacher that no run of ``needs``
+        trains, and the version of the built-in data, from the second on. None if one of the weights
+        isn't there.
         """
         cfg, found = self.cfg(), {}
         start = cfg.MODEL.WEIGHTS
@@ -104,6 +107,10 @@ class Run:
         for card in cfg.DATASETS.CARDS:
             path = resolve_path(card, what="dataset card", key="DATASETS.CARDS")
             found[card] = file_sha256(path)
+        for name in cfg.MODEL.CROSSKD.IMPORTS:
+            if name.endswith(".py"):
+                path = resolve_path(name, what="file", key="MODEL.CROSSKD.IMPORTS")
+                found[name] = file_sha256(path)
         if start and "://" not in start:
             found["start"] = file_sha256(start.split("?")[0])
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)

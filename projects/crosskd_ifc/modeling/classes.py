@@ -1,14 +1,13 @@
 """The classes of student and teacher: their names, and how they correspond."""
 
 import logging
-from typing import Optional, Sequence
+from typing import Optional
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
 from ..config import ConfigError, class_count
-from ..data.cards import register_cards
+from ..data.class_names import class_names
 from ..distillation.compatibility import class_map
 from ..distillation.compatibility.class_map import ClassMap
 from ..distillation.teacher import Teacher
@@ -73,38 +72,3 @@ def build_class_map(
 def num_classes(model: nn.Module) -> int:
     """Foreground classes of a two-stage or dense detector."""
     return getattr(model, "roi_heads", model).num_classes
-
-
-def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Sequence[str]]:
-    """The names of a model's classes, None where they aren't known.
-
-    They are those of the first data set in DATASETS.TRAIN, then TEST, that is registered with a
-    name for each of the model's classes.
-
-    Args:
-        cfg: the model's config, None if it has none.
-        load: also register the config's dataset cards, and load a data set whose names are known
-            only then (``register_coco_instances``). What is not on this machine stays unknown.
-    """
-    if cfg is None:
-        return None
-    if load:
-        try:
-            register_cards(cfg.DATASETS.CARDS)
-        except ConfigError as error:
-            logger.warning(str(error))
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        names = _names_of(name, load) if name in DatasetCatalog else None
-        if names and len(names) == class_count(cfg)[1]:
-            return names
-    return None
-
-
-def _names_of(dataset: str, load: bool) -> Optional[Sequence[str]]:
-    metadata = MetadataCatalog.get(dataset)
-    if load and not metadata.get("thing_classes", None) and metadata.get("json_file", None):
-        try:
-            DatasetCatalog.get(dataset)
-        except Exception as error:  # a data set's loader is anyone's code
-            logger.warning(f"{dataset}: {type(error).__name__} {error}")
-    return metadata.get("thing_classes", None)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import Any, Callable, Dict
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -48,8 +49,7 @@ class TeacherEvaluation(HookBase):
         if self.trainer.start_iter > 0:
             return
         student = unwrap(self.trainer.model)
-        teacher = student.teacher
-        results = self.trainer.test(self._config(teacher), _StudentTasks(teacher, student))
+        results = evaluate_teacher(self.trainer.cfg, student, self.trainer.test)
         if not comm.is_main_process():
             return
         for name, value in flatten_results_dict(results).items():
@@ -59,16 +59,25 @@ class TeacherEvaluation(HookBase):
                     f"Teacher on {', '.join(self.trainer.cfg.DATASETS.TEST)}: {name} {value:.2f}"
                 )
 
-    def _config(self, teacher) -> CfgNode:
-        """The teacher's own input settings on the student's test sets."""
-        ours = self.trainer.cfg
-        cfg = (teacher.cfg or ours).clone()
-        cfg.defrost()
-        cfg.INPUT.FORMAT = teacher.input_format
-        cfg.DATASETS = ours.DATASETS
-        cfg.DATALOADER = ours.DATALOADER
-        cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, "teacher")
-        return cfg
+
+def evaluate_teacher(
+    ours: CfgNode, student: nn.Module, test: Callable[[CfgNode, nn.Module], Dict[str, Any]]
+) -> Dict[str, Any]:
+    """The results of a student's teacher, with its own input settings, on the student's test sets.
+
+    Args:
+        ours: the student's config.
+        student: with an attached teacher.
+        test: of the trainer.
+    """
+    teacher = student.teacher
+    cfg = (teacher.cfg or ours).clone()
+    cfg.defrost()
+    cfg.INPUT.FORMAT = teacher.input_format
+    cfg.DATASETS = ours.DATASETS
+    cfg.DATALOADER = ours.DATALOADER
+    cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, "teacher")
+    return test(cfg, _StudentTasks(teacher, student))
 
 
 class _StudentTasks(nn.Module):

@@ -28,6 +28,7 @@ from ..data.outlines import check_outlines
 from ..modeling.attach import attach_teacher
 from ..modeling.building import explained
 from ..modeling.student import unwrap
+from ..modeling.summary import describe_distillation
 from .checkpointer import SafeCheckpointer
 from .errors import message_in_traceback
 from .non_finite import LastStepRecorder
@@ -149,6 +150,8 @@ class CrossKDTrainer(DefaultTrainer):
             model = super().build_model(cfg)
         if distillation_requested(cfg):
             attach_teacher(model, cfg)
+            if comm.is_main_process():
+                logger.info(describe_distillation(model, cfg))
         return model
 
     @classmethod

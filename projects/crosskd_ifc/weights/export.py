@@ -12,9 +12,11 @@ from torch import nn
 from ..common.config_files import load_config_text, merge_from_file
 from ..common.files import refuse_overwriting, staging_folder, write_json
 from ..common.paths import resolve_path
+from ..common.user_code import import_user_code, refuse_user_code
 from ..config import add_crosskd_ifc_config
 from .deployed import INFO_NAME, DeployedModel, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
+from .metadata import METADATA_NAME, describe_detector
 from .quantizing import quantize
 from .reading import load_weights, save_safetensors
 from .samples import calibration_images, sample_images
@@ -24,7 +26,7 @@ from .stock import build_student, is_fcos, load_stock, stock_config, write_confi
 FORMATS = ("detectron2", *GRAPH_NAMES)
 _WEIGHTS, _CONFIG, _SAFETENSORS = "model.pth", "config.yaml", "model.safetensors"
 # All names that an export can have: a forced one leaves none of an earlier one.
-_NAMES = (_WEIGHTS, _CONFIG, _SAFETENSORS, INFO_NAME, *GRAPH_NAMES.values())
+_NAMES = (_WEIGHTS, _CONFIG, _SAFETENSORS, METADATA_NAME, INFO_NAME, *GRAPH_NAMES.values())
 
 
 class Export(NamedTuple):
@@ -80,8 +82,9 @@ def export_student(
 
     Args:
         checkpoint: ``.pth`` or ``.safetensors`` file; of a distilled or a plain model.
-        out: a folder to make. ``detectron2``: with ``model.pth`` and ``config.yaml`` (of FCOS, a
-            LazyConfig); else with ``model.ts`` or ``model.onnx``, and ``model.json``.
+        out: a folder to make. ``detectron2``: with ``model.pth``, ``metadata.json`` and
+            ``config.yaml`` (of FCOS, a LazyConfig); else with ``model.ts`` or ``model.onnx``, and
+            ``model.json``.
         config_file: of the checkpoint's training; empty for the one in the checkpoint, or, if it
             holds none, the ``config.yaml`` beside it.
         format: one of ``FORMATS``.
@@ -126,6 +129,7 @@ def export_student(
             names = _WEIGHTS, _CONFIG
             torch.save({"model": student.state_dict()}, os.path.join(folder, _WEIGHTS))
             write_config(stock, os.path.join(folder, _CONFIG))
+            write_json(os.path.join(folder, METADATA_NAME), describe_detector(cfg))
             if safetensors:
                 save_safetensors(student.state_dict(), os.path.join(folder, _SAFETENSORS))
             detections = _verify_stock(cfg, student, folder)
@@ -171,7 +175,9 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
     elif isinstance(held, Mapping):
         # What lies beside it may be of another run by now.
         text = held.get("yaml")
-        return load_config_text(text, source=f"{checkpoint}: the config in it"), checkpoint
+        cfg = load_config_text(text, source=f"{checkpoint}: the config in it")
+        refuse_user_code(cfg, checkpoint)
+        return cfg, checkpoint
     elif not PathManager.isfile(path):
         raise FileNotFoundError(
             f"{path}: no such file. Training writes it beside its checkpoints; give the config "
@@ -180,6 +186,10 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
     cfg = get_cfg()
     add_crosskd_ifc_config(cfg)
     merge_from_file(cfg, path, key=key)
+    if config_file:
+        import_user_code(cfg)
+    else:
+        refuse_user_code(cfg, path)
     return cfg, path
 
 

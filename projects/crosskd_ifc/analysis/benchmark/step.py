@@ -4,12 +4,11 @@ Everything is made up: random images, random weights, normalized so that activat
 that they have in a trained network.
 """
 
-import contextlib
 import dataclasses
 import random
 import statistics
 import time
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -20,9 +19,10 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..config import class_count
-from ..distillation.teacher import TeacherPass
-from ..modeling.attach import attach_teacher, load_teacher_config
+from ...config import class_count
+from ...distillation.teacher import TeacherPass
+from ...modeling.attach import attach_teacher, load_teacher_config
+from .instruments import peak_on_cpu, quiet_profiler, timed_modules
 
 #: What is timed: the plain student's training step, the stock float32 teacher's forward on the same
 #: images and RoIs, the cross-head pass alone (the teacher's layers that the gradient crosses,
@@ -44,6 +44,12 @@ class Case:
     width: int = 480
     images: int = 2
     boxes: int = 8
+
+    def __str__(self) -> str:
+        return (
+            f"{self.images} image{'s' * (self.images != 1)} of {self.height} x {self.width} pixels "
+            f"(height x width), {self.boxes} boxes each"
+        )
 
 
 def make_batch(case: Case, num_classes: int, has_masks: bool = False) -> List[Dict[str, Any]]:
@@ -138,7 +144,7 @@ class StepBenchmark:
         found: Dict[str, List[float]] = {}
         for i in range(rounds + 1):
             pieces = dict.fromkeys(modules, 0.0)
-            with _timed_modules(modules, pieces, self._clock):
+            with timed_modules(modules, pieces, self._clock):
                 torch.manual_seed(i)
                 self._step(student, pieces)
             if i:
@@ -151,6 +157,7 @@ class StepBenchmark:
 
     def profile(self, path: str) -> None:
         """Write what one distillation step does, and where a GPU idles, as a Chrome trace."""
+        quiet_profiler()
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -220,20 +227,7 @@ class StepBenchmark:
             torch.cuda.reset_peak_memory_stats(self._device)
             part()
             return torch.cuda.max_memory_allocated(self._device) - before
-        return _peak_on_cpu(part)
-
-
-def _peak_on_cpu(part: Callable[[], None]) -> int:
-    """From torch's own record of every allocation."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        part()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+        return peak_on_cpu(part)
 
 
 @torch.no_grad()
@@ -253,32 +247,6 @@ def _normalize(model: nn.Module, batch: List[Dict[str, Any]]) -> None:
     model.backbone(model.preprocess_image(batch).tensor)
     for handle in handles:
         handle.remove()
-
-
-@contextlib.contextmanager
-def _timed_modules(
-    modules: Mapping[str, nn.Module], pieces: Dict[str, float], clock: Callable[[], float]
-) -> Iterator[None]:
-    """Within this context, the forward passes of ``modules`` are added to ``pieces``."""
-    handles, starts = [], {}
-
-    def before(name: str):
-        return lambda *_: starts.__setitem__(name, clock())
-
-    def after(name: str):
-        def add(*_):
-            pieces[name] += clock() - starts[name]
-
-        return add
-
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(before(name)))
-        handles.append(module.register_forward_hook(after(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _leaves(x: Any) -> Any:

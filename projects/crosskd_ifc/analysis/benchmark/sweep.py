@@ -4,8 +4,8 @@ import dataclasses
 import logging
 from typing import Any, Callable, Dict, List, Sequence
 
-from ..common.plotting import pyplot, save_figure
-from .benchmark import Case, StepBenchmark, summarize_times
+from ...common.plotting import pyplot, save_figure
+from .step import Case, StepBenchmark, summarize_times
 
 logger = logging.getLogger(__name__)
 _FUSION = "MODEL.CROSSKD.FUSION."

@@ -1,0 +1,166 @@
+"""A trained detector from its weights and the config beside them, and its detections."""
+
+import os
+import time
+from typing import List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..common.config_files import find_config, load_config, merge_from_file, merge_from_list
+from ..common.user_code import refuse_user_code
+from ..config import ConfigError, add_crosskd_ifc_config, class_count
+from ..data.class_names import class_names
+from ..modeling.attach import load_teacher_config
+from ..weights.metadata import read_metadata
+from ..weights.reading import MisfitError, StrictReader
+
+# In a folder: of an export, of a run.
+_WEIGHTS = ("model.pth", "model_final.pth")
+
+
+class Detector:
+    """A detector in evaluation mode.
+
+    Attributes:
+        model: detectron2's.
+        cfg: its config.
+        class_names: in the model's order.
+        seconds: that the model has worked so far.
+    """
+
+    def __init__(self, model: nn.Module, cfg: CfgNode, names: Sequence[str]):
+        self.model, self.cfg, self.class_names = model.eval(), cfg, list(names)
+        self.seconds = 0.0
+        sizes = [cfg.INPUT.MIN_SIZE_TEST] * 2
+        self._resize = ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TEST)
+
+    @torch.no_grad()
+    def detect(self, image: np.ndarray) -> Instances:
+        """The detections of one image, on the CPU, in its pixels.
+
+        Args:
+            image: (H, W, 3) uint8 BGR.
+        """
+        height, width = image.shape[:2]
+        if self.cfg.INPUT.FORMAT == "RGB":
+            image = image[:, :, ::-1]
+        resized = self._resize.get_transform(image).apply_image(np.ascontiguousarray(image))
+        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1).copy())
+        start = self._clock()
+        (found,) = self.model([{"image": tensor, "height": height, "width": width}])
+        self.seconds += self._clock() - start
+        return found["instances"].to("cpu")
+
+    def _clock(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
+
+
+def load_detector(weights: str, *, config_file: str = "", opts: Sequence = ()) -> Detector:
+    """Build and load a detector; no teacher is needed.
+
+    Args:
+        weights: a folder that ``tools/export_student.py`` wrote or that a training ran in, or a
+            file of weights.
+        config_file: that the weights belong to; empty for the one beside them: ``config.yaml``, or
+            for ``x.pth`` an ``x.yaml``.
+        opts: KEY, VALUE, ... on top of it.
+
+    Raises:
+        ConfigError: if weights or config can't be found, read or combined.
+    """
+    file, config = _find(weights, config_file)
+    if config_file:
+        cfg = load_config(config_file, opts)
+    else:
+        cfg = get_cfg()
+        add_crosskd_ifc_config(cfg)
+        merge_from_file(cfg, config, key="the config beside the weights,")
+        merge_from_list(cfg, opts, key="--opts")
+        refuse_user_code(cfg, config)
+    return _build(cfg, file, read_metadata(os.path.dirname(file)).get("classes"))
+
+
+def load_configured_teacher(detector: Detector, opts: Sequence = ()) -> Detector:
+    """The teacher that a student's config names.
+
+    Args:
+        detector: the student's.
+        opts: KEY, VALUE, ... on top of the teacher's config.
+
+    Raises:
+        ConfigError: if there is none, or it can't be loaded.
+    """
+    if not detector.cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE:
+        raise ConfigError(
+            "--teacher config: the student's config names no teacher (an exported student's never "
+            "does); give the teacher's weights: --teacher WEIGHTS"
+        )
+    cfg, weights = load_teacher_config(detector.cfg)
+    merge_from_list(cfg, opts, key="--opts")
+    return _build(cfg, weights, None)
+
+
+def _find(weights: str, config_file: str) -> Tuple[str, str]:
+    """The file of the weights, and the config beside it ("" if one is given)."""
+    file = weights
+    if os.path.isdir(weights):
+        files = [os.path.join(weights, name) for name in _WEIGHTS]
+        found = [path for path in files if os.path.isfile(path)]
+        if not found:
+            raise ConfigError(f"{weights}: there is no {' or '.join(_WEIGHTS)} in this folder")
+        file = found[0]
+    elif not PathManager.isfile(weights):
+        raise ConfigError(f"{weights}: no such file or folder of weights")
+    if config_file:
+        find_config(config_file, key="--config-file")
+        return file, ""
+    beside = [os.path.splitext(file)[0] + ".yaml"]
+    beside.append(os.path.join(os.path.dirname(file), "config.yaml"))
+    for path in beside:
+        if PathManager.isfile(path):
+            return file, path
+    raise ConfigError(f"{file}: there is no {' or '.join(beside)}; give --config-file")
+
+
+def _build(cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
+    cfg.MODEL.WEIGHTS = weights
+    cfg.freeze()
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"the device is {cfg.MODEL.DEVICE!r}, but there is no GPU here")
+    try:
+        model = build_model(cfg)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise ConfigError(f"{weights}: its config builds no model: {reason}") from error
+    load_strictly(model, weights)
+    names = names or class_names(cfg, load=True)
+    count = class_count(cfg)[1]
+    return Detector(model, cfg, names or [str(i) for i in range(count)])
+
+
+def load_strictly(model: nn.Module, weights: str) -> None:
+    """Load all of a detector.
+
+    Raises:
+        ConfigError: if the file can't be read or doesn't fit.
+    """
+    try:
+        StrictReader(model).load(weights)
+    except MisfitError as error:
+        raise ConfigError(
+            f"MODEL.WEIGHTS {weights!r} does not fit the model of its config. Weights {error}"
+        ) from None
+    except Exception as error:  # on foreign bytes, readers raise what they like
+        reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0]
+        raise ConfigError(
+            f"MODEL.WEIGHTS {weights!r} can't be read as weights: {reason}"
+        ) from error

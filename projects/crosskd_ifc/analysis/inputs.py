@@ -1,0 +1,139 @@
+"""What a user wants detections of: image files, folders of them, videos, cameras."""
+
+import logging
+import os
+from typing import Dict, Iterator, List, NamedTuple, Sequence
+
+import numpy as np
+
+from ..config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+_CAMERA = "camera:"
+
+
+class Source(NamedTuple):
+    """An image, a video or a camera.
+
+    Attributes:
+        path: the file, or ``camera:N``.
+        name: what is written for it, relative to the output folder, without suffix.
+        is_image: whether it is a single picture.
+    """
+
+    path: str
+    name: str
+    is_image: bool
+
+
+class Frame(NamedTuple):
+    """One picture.
+
+    Attributes:
+        image: (H, W, 3) uint8 BGR.
+        source: where it is from.
+        fps: pictures per second of the source, 0 for an image file.
+    """
+
+    image: np.ndarray
+    source: Source
+    fps: float
+
+
+def find_sources(words: Sequence[str], *, excluded: str = "") -> List[Source]:
+    """What the words of a command line name, folders searched through.
+
+    Args:
+        words: image files, videos, folders, ``camera:0``, ``camera:1``, ...
+        excluded: a folder that is left out: the one that is written to.
+
+    Raises:
+        ConfigError: for what doesn't exist, a file of another kind, a folder without any, and for
+            two inputs that would be written to the same file.
+    """
+    found: List[Source] = []
+    for word in words:
+        if word.startswith(_CAMERA):
+            if not word[len(_CAMERA) :].isdigit():
+                raise ConfigError(f"{word}: a camera is named camera:0, camera:1, ...")
+            found.append(Source(word, word.replace(":", ""), False))
+        elif os.path.isdir(word):
+            inside = sorted(_walk(word, os.path.abspath(excluded) if excluded else ""))
+            if not inside:
+                raise ConfigError(f"{word}: there is no image or video in this folder")
+            found += inside
+        elif not os.path.exists(word):
+            raise ConfigError(f"{word}: no such file or folder")
+        elif not word.lower().endswith(IMAGES + VIDEOS):
+            raise ConfigError(f"{word}: not one of {', '.join(IMAGES + VIDEOS)}")
+        else:
+            found.append(_source(word, os.path.dirname(word)))
+    names: Dict[str, str] = {}
+    for source in found:
+        other = names.setdefault(source.name, source.path)
+        if other != source.path:
+            raise ConfigError(
+                f"{other} and {source.path} would be written to the same file; take one at a time, "
+                "or the folder that holds both"
+            )
+    return list(dict.fromkeys(found))
+
+
+def _walk(folder: str, excluded: str) -> Iterator[Source]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [x for x in folders if os.path.abspath(os.path.join(parent, x)) != excluded]
+        for name in files:
+            if name.lower().endswith(IMAGES + VIDEOS):
+                yield _source(os.path.join(parent, name), folder)
+
+
+def _source(path: str, folder: str) -> Source:
+    name = os.path.relpath(path, folder or ".")
+    return Source(path, name, path.lower().endswith(IMAGES))
+
+
+def read_frames(source: Source, limit: int = 0) -> Iterator[Frame]:
+    """The pictures of a source, one after the other.
+
+    Args:
+        source: what to read.
+        limit: of frames of a video or camera; 0: all of a video, a camera's until Ctrl-C.
+
+    Raises:
+        OSError: if it can't be read.
+    """
+    if source.is_image:
+        yield Frame(_read_image(source.path), source, 0.0)
+        return
+    import cv2
+
+    is_camera = source.path.startswith(_CAMERA)
+    number = int(source.path[len(_CAMERA) :]) if is_camera else None
+    capture = cv2.VideoCapture(source.path if number is None else number)
+    try:
+        if not capture.isOpened():
+            raise OSError(f"{source.path} can't be opened")
+        fps, count = capture.get(cv2.CAP_PROP_FPS) or 25.0, 0
+        while not limit or count < limit:
+            is_good, image = capture.read()
+            if not is_good:
+                break
+            count += 1
+            yield Frame(image, source, fps)
+        if not count:
+            raise OSError(f"{source.path} gives no picture")
+    finally:
+        capture.release()
+
+
+def _read_image(path: str) -> np.ndarray:
+    from detectron2.data.detection_utils import read_image
+
+    try:
+        return read_image(path, "BGR")  # turned as its EXIF data say
+    except Exception as error:  # image readers raise what they like
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
+        raise OSError(f"{path} can't be read: {reason}") from error

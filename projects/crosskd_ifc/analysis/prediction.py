@@ -1,0 +1,261 @@
+"""Detections of images, videos and cameras: drawn, or as COCO results."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+from tqdm import tqdm
+
+from ..common.files import refuse_overwriting, replacing
+from ..config import ConfigError
+from .detector import Detector
+from .drawing import bright_colors, draw_boxes
+from .inputs import Frame, Source, read_frames
+
+logger = logging.getLogger(__name__)
+
+
+class Done(NamedTuple):
+    """What :func:`predict` did.
+
+    Attributes:
+        images: number of pictures, frames counted one by one.
+        detections: of the student in the files written.
+        seconds: in all.
+        files: that were written.
+        unreadable: sources that could not be read to their end.
+    """
+
+    images: int
+    detections: int
+    seconds: float
+    files: List[str]
+    unreadable: List[str]
+
+
+def predict(
+    detectors: Mapping[str, Detector],
+    sources: Sequence[Source],
+    *,
+    folder: str = "",
+    results: str = "",
+    annotations: str = "",
+    threshold: float = 0.5,
+    frames: int = 0,
+    force: bool = False,
+) -> Done:
+    """Detect in all sources, one picture at a time, and write what was found.
+
+    A source that can't be read is told in the log and left out. Ctrl-C ends it well: what was
+    found so far is written.
+
+    Args:
+        detectors: title -> detector, drawn side by side in this order; the last one's detections
+            are the results.
+        sources: from :func:`find_sources`.
+        folder: for pictures, named and nested as the inputs; a video makes an .mp4. "":
+            none.
+        results: JSON file for the detections as COCO results, all that the model gives. "": none.
+        annotations: COCO JSON file whose image ids (by file name) and category ids (by name) the
+            results take. Without it both are counted from 1; each result also names its file.
+        threshold: lowest score that is drawn.
+        frames: the most of each video or camera; 0: all of them.
+        force: replace existing files.
+
+    Raises:
+        ConfigError: before anything is detected, for outputs that exist and for annotations that
+            don't fit the images or classes.
+    """
+    last = list(detectors.values())[-1]
+    outputs = {source: _output(source, folder) for source in sources} if folder else {}
+    _check_outputs([*outputs.values(), *([results] if results else [])], sources, force)
+    ids = CocoIds(last.class_names, annotations, sources if results else ())
+    draw = _Drawing(detectors, threshold)
+    entries: List[dict] = []
+    start, images, drawn, unreadable = time.perf_counter(), 0, 0, []
+    with contextlib.suppress(KeyboardInterrupt):
+        for source in tqdm(sources, unit="input", disable=None):
+            try:
+                with _writer(outputs.get(source)) as write:
+                    for frame in read_frames(source, frames):
+                        found = {name: d.detect(frame.image) for name, d in detectors.items()}
+                        ours = list(found.values())[-1]
+                        images += 1
+                        drawn += int((ours.scores >= threshold).sum())
+                        if results:
+                            entries += ids.entries(ours, frame)
+                        if write is not None:
+                            write(draw(frame.image, found), frame.fps)
+            except OSError as error:
+                logger.warning(str(error))
+                unreadable.append(source.path)
+    if results:
+        with replacing(results) as f:
+            f.write(json.dumps(entries).encode())
+    files = [path for path in (*outputs.values(), results) if path and os.path.exists(path)]
+    seconds = time.perf_counter() - start
+    return Done(images, len(entries) if results else drawn, seconds, files, unreadable)
+
+
+class CocoIds:
+    """The image and category ids of COCO results."""
+
+    def __init__(self, class_names: Sequence[str], annotations: str, sources: Sequence[Source]):
+        """
+        Args:
+            class_names: of the model.
+            annotations: COCO JSON file; "" counts both from 1.
+            sources: that will be asked for.
+
+        Raises:
+            ConfigError: if the annotations can't be read, or lack a class or an image.
+        """
+        self._names, self._images = list(class_names), {}
+        self._categories = {name: i + 1 for i, name in enumerate(self._names)}
+        self._next = 1
+        self._listed = bool(annotations)
+        if not annotations:
+            return
+        try:
+            with PathManager.open(annotations) as f:
+                content = json.load(f)
+            self._categories = {c["name"]: c["id"] for c in content["categories"]}
+            self._images = {image["file_name"]: image["id"] for image in content["images"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__} {error}"
+            raise ConfigError(f"--annotations {annotations}: not COCO's JSON ({reason})") from None
+        for name in self._names:
+            if name not in self._categories:
+                raise ConfigError(
+                    f"--annotations {annotations}: no category is called {name!r}, as the model's "
+                    f"class is; there are {', '.join(self._categories)}"
+                )
+        for source in sources:
+            if self._listed_id(source) is None:
+                raise ConfigError(f"--annotations {annotations}: no image is called {source.name}")
+
+    def entries(self, found: Instances, frame: Frame) -> List[Dict[str, Any]]:
+        """The results of one picture, with "file_name" and "category" besides COCO's fields."""
+        from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+
+        if self._listed:
+            image_id = self._listed_id(frame.source)
+        else:
+            image_id, self._next = self._next, self._next + 1
+        results = instances_to_coco_json(found, image_id)
+        for one in results:
+            name = self._names[one["category_id"]]
+            one.update(category_id=self._categories[name], category=name)
+            one["file_name"] = frame.source.name
+        return results
+
+    def _listed_id(self, source: Source) -> Optional[int]:
+        for name in (source.name, os.path.basename(source.name)):
+            if name in self._images:
+                return self._images[name]
+        return None
+
+
+class _Drawing:
+    """Draws the detections of one or two detectors, side by side under their titles."""
+
+    def __init__(self, detectors: Mapping[str, Detector], threshold: float):
+        names = dict.fromkeys(name for d in detectors.values() for name in d.class_names)
+        self._palette = dict(zip(names, bright_colors(len(names))))
+        self._detectors, self._threshold = detectors, threshold
+
+    def __call__(self, image: np.ndarray, found: Mapping[str, Instances]) -> np.ndarray:
+        """
+        Args:
+            image: (H, W, 3) BGR.
+            found: title -> detections.
+
+        Returns:
+            (H', W', 3) BGR, no smaller than the image.
+        """
+        import cv2
+
+        pictures = []
+        for title, instances in found.items():
+            chosen = instances[instances.scores >= self._threshold]
+            names = [self._detectors[title].class_names[c] for c in chosen.pred_classes.tolist()]
+            scores = chosen.scores.tolist()
+            picture = draw_boxes(
+                np.ascontiguousarray(image[:, :, ::-1]),
+                chosen.pred_boxes.tensor.numpy(),
+                [f"{name} {score:.0%}" for name, score in zip(names, scores)],
+                [self._palette[name] for name in names],
+                masks=chosen.pred_masks.numpy() if chosen.has("pred_masks") else None,
+                height=max(image.shape[0], 320),
+            )
+            if len(found) > 1:
+                strip = np.full((28, picture.shape[1], 3), 255, np.uint8)
+                cv2.putText(strip, title, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1)
+                picture = np.vstack([strip, picture])
+            pictures.append(picture)
+        # Codecs want even sizes.
+        together = np.hstack(pictures)[:, :, ::-1]
+        height, width = (length + length % 2 for length in together.shape[:2])
+        edges = (height - together.shape[0], width - together.shape[1])
+        return np.pad(together, ((0, edges[0]), (0, edges[1]), (0, 0)), mode="edge")
+
+
+def _output(source: Source, folder: str) -> str:
+    stem, extension = os.path.splitext(source.name)
+    if not source.is_image:
+        return os.path.join(folder, f"{stem}.mp4")
+    keeps = extension.lower() in (".jpg", ".jpeg", ".png")
+    return os.path.join(folder, source.name if keeps else f"{source.name}.png")
+
+
+def _check_outputs(files: Sequence[str], sources: Sequence[Source], force: bool) -> None:
+    inputs = [source.path for source in sources]
+    for path in files:
+        try:
+            refuse_overwriting(path, sources=inputs, force=force)
+            PathManager.mkdirs(os.path.dirname(path) or ".")
+        except OSError as error:
+            raise ConfigError(f"--output: {error}") from error
+
+
+@contextlib.contextmanager
+def _writer(path: Optional[str]) -> Iterator[Any]:
+    """Gives ``write(picture, fps)`` for one file, an image or a video; None without a path."""
+    if path is None:
+        yield None
+        return
+    import cv2
+
+    if not path.endswith(".mp4"):
+
+        def write_image(picture: np.ndarray, _: float) -> None:
+            is_good, encoded = cv2.imencode(os.path.splitext(path)[1], picture)
+            if not is_good:
+                raise OSError(f"{path} can't be written")
+            with replacing(path) as f:
+                f.write(encoded.tobytes())
+
+        yield write_image
+        return
+    videos: List[Tuple[Any, Tuple[int, int]]] = []
+
+    def write_frame(picture: np.ndarray, fps: float) -> None:
+        size = picture.shape[1], picture.shape[0]
+        if not videos:
+            video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+            if not video.isOpened():
+                raise OSError(f"{path} can't be written as a video")
+            videos.append((video, size))
+        videos[0][0].write(np.ascontiguousarray(picture))
+
+    try:
+        yield write_frame
+    finally:
+        for video, _ in videos:
+            video.release()

@@ -1,0 +1,48 @@
+"""What is to know of exported weights beyond their config: ``metadata.json`` beside them."""
+
+import json
+import os
+from typing import Any, Dict
+
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+
+from ..config import ConfigError
+from ..data.class_names import class_names
+
+METADATA_NAME = "metadata.json"
+_KEYS = {"classes", "score_threshold", "nms_threshold"}
+
+
+def describe_detector(cfg: CfgNode) -> Dict[str, Any]:
+    """ "classes", their names in the model's order (null where no data set of the config knows
+    them), "score_threshold" and "nms_threshold", which its detections have passed."""
+    kind = cfg.MODEL.META_ARCHITECTURE.replace("CrossKD", "")
+    node = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(kind, "ROI_HEADS")
+    names = class_names(cfg, load=True)
+    return {
+        "classes": None if names is None else list(names),
+        "score_threshold": cfg.MODEL[node].SCORE_THRESH_TEST,
+        "nms_threshold": cfg.MODEL[node].NMS_THRESH_TEST,
+    }
+
+
+def read_metadata(folder: str) -> Dict[str, Any]:
+    """What :func:`describe_detector` gave, from the file in ``folder``; {} if there is none.
+
+    Raises:
+        ConfigError: if the file holds something else.
+    """
+    path = os.path.join(folder, METADATA_NAME)
+    if not PathManager.isfile(path):
+        return {}
+    try:
+        with PathManager.open(path) as f:
+            found = json.load(f)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    names = found.get("classes") if isinstance(found, dict) else ()
+    is_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not isinstance(found, dict) or not _KEYS <= set(found) or not (names is None or is_names):
+        raise ConfigError(f"{path}: expected an object with {', '.join(sorted(_KEYS))}")
+    return found

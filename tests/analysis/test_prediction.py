@@ -1,0 +1,177 @@
+"""tools/predict.py and what it calls."""
+
+import json
+import os
+import runpy
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+from helpers import tiny_cfg, tiny_model
+from PIL import Image
+
+from crosskd_ifc.analysis.detector import load_detector
+from crosskd_ifc.analysis.inputs import find_sources
+from crosskd_ifc.weights.export import export_student
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "predict.py"
+predict = runpy.run_path(str(TOOL))["invoke_main"]
+NAMES = ["cat", "$dog", "bird"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """run/ of a distilled student and its teacher, student/ exported, photos/ and a video."""
+    folder = tmp_path_factory.mktemp("predict")
+    teacher = tiny_cfg(architecture="GeneralizedRCNN")
+    cfg = tiny_cfg("MODEL.CROSSKD.TEACHER.CONFIG_FILE", str(folder / "teacher" / "config.yaml"))
+    cfg.MODEL.CROSSKD.TEACHER.WEIGHTS = str(folder / "teacher" / "model_final.pth")
+    for name, one, seed in (("teacher", teacher, 7), ("run", cfg, 8)):
+        (folder / name).mkdir()
+        (folder / name / "config.yaml").write_text(one.dump())
+        state = tiny_model(one, seed=seed).state_dict()
+        torch.save({"model": state}, folder / name / "model_final.pth")
+    export_student(str(folder / "run" / "model_final.pth"), str(folder / "student"))
+    metadata = json.loads((folder / "student" / "metadata.json").read_text())
+    assert metadata == {"classes": None, "score_threshold": 0.01, "nms_threshold": 0.5}
+    metadata["classes"] = NAMES
+    (folder / "student" / "metadata.json").write_text(json.dumps(metadata))
+    photos, g = folder / "photos", np.random.default_rng(0)
+    (photos / "more").mkdir(parents=True)
+    for name, size in (("a.JPG", (60, 80)), ("b.png", (64, 64)), ("more/a.webp", (50, 40))):
+        Image.fromarray(g.integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / name)
+    video = cv2.VideoWriter(str(folder / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for _ in range(4):
+        video.write(g.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    video.release()
+    return folder
+
+
+def run(*words):
+    predict([str(word) for word in words])
+
+
+def test_an_exported_student_detects_what_stock_detectron2_does(files):
+    cfg = get_cfg()
+    cfg.merge_from_file(str(files / "student" / "config.yaml"))
+    image = cv2.imread(str(files / "photos" / "b.png"))
+    expected = DefaultPredictor(cfg)(image)["instances"]
+    opts = ("MODEL.DEVICE", "cpu")
+    for weights in (files / "student", files / "run", files / "run" / "model_final.pth"):
+        found = load_detector(str(weights), opts=opts).detect(image)
+        assert len(expected) > 0 and torch.equal(found.scores, expected.scores)
+        assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert load_detector(str(files / "student")).class_names == NAMES
+    assert load_detector(str(files / "run")).class_names == ["0", "1", "2"]
+
+
+def test_a_folder_makes_pictures_and_coco_results(files, tmp_path, capsys):
+    out, results = tmp_path / "out", tmp_path / "new" / "r.json"
+    run(files / "student", files / "photos", "--output", out, "--json", results)
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert names == {"a.JPG", "b.png", "more/a.webp.png"}
+    assert Image.open(out / "b.png").size == (320, 320)  # small ones are enlarged
+    found = json.loads(results.read_text())
+    assert {x["image_id"] for x in found} == {1, 2, 3}
+    assert {x["file_name"] for x in found} == {"a.JPG", "b.png", "more/a.webp"}
+    for one in found:
+        assert NAMES[one["category_id"] - 1] == one["category"]
+        assert len(one["bbox"]) == 4 and 0 < one["score"] <= 1
+    printed = capsys.readouterr().out
+    assert f"3 images, {len(found)} detections" in printed and "images/s" in printed
+
+
+def test_results_take_the_ids_of_annotations(files, tmp_path):
+    content = {
+        "images": [{"id": 70 + i, "file_name": n} for i, n in enumerate(("b.png", "a.webp"))],
+        "categories": [{"id": 5 + i, "name": n} for i, n in enumerate(reversed(NAMES))],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    inputs = (files / "photos" / "b.png", files / "photos" / "more")
+    options = ("--no-pictures", "--json", tmp_path / "r.json", "--annotations", tmp_path / "a.json")
+    run(files / "student", *inputs, *options)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert {x["image_id"] for x in found} == {70, 71}
+    assert all(x["category_id"] == 7 - NAMES.index(x["category"]) for x in found)
+    with pytest.raises(SystemExit, match="error: --annotations .*: no image is called a.JPG"):
+        run(files / "student", files / "photos" / "a.JPG", *options, "--force")
+    with pytest.raises(SystemExit, match="error: --annotations .*: no category is called '0'"):
+        run(files / "run", *inputs, *options, "--force")
+
+
+@pytest.mark.parametrize("teacher", ["config", "{files}/teacher"])
+def test_the_teacher_is_drawn_beside_the_student(files, tmp_path, teacher):
+    photo = files / "photos" / "b.png"
+    words = ("--teacher", teacher.format(files=files), "--output", tmp_path, "--threshold", 0.1)
+    run(files / "run", photo, *words)
+    assert Image.open(tmp_path / "b.png").size == (640, 320 + 28)
+
+
+def test_a_video_makes_a_video(files, tmp_path, capsys):
+    run(files / "student", files / "v.avi", "--output", tmp_path, "--frames", 3)
+    capture = cv2.VideoCapture(str(tmp_path / "v.mp4"))
+    frames = 0
+    while capture.read()[0]:
+        frames += 1
+    assert frames == 3 and capture.get(cv2.CAP_PROP_FPS) == 5
+    assert "3 images" in capsys.readouterr().out
+
+
+def test_an_input_that_cannot_be_read_does_not_stop_the_others(files, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.jpg").write_text("no image")
+    (tmp_path / "in" / "1.mp4").write_text("no video")
+    os.symlink(files / "photos" / "b.png", tmp_path / "in" / "2.png")
+    with pytest.raises(SystemExit) as end:
+        run(files / "student", tmp_path / "in", "--output", tmp_path / "in" / "out")
+    assert end.value.code == 1
+    assert os.listdir(tmp_path / "in" / "out") == ["2.png"]
+    assert "0.jpg" in capsys.readouterr().err
+    # The second time, what was written is no input.
+    assert len(find_sources([str(tmp_path / "in")], excluded=str(tmp_path / "in" / "out"))) == 3
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("{files}/gone", "{files}/photos"), "gone: no such file or folder of weights"),
+        (("{files}/photos", "{files}/photos"), "there is no model.pth or model_final.pth"),
+        (("{files}/photos/b.png", "{files}/photos"), "there is no .*config.yaml; give --config-"),
+        (("{files}/student", "gone.jpg"), "gone.jpg: no such file or folder"),
+        (("{files}/student", "{files}/student"), "there is no image or video in this folder"),
+        (("{files}/student", "camera:x"), "a camera is named camera:0"),
+        (("{files}/student", "{files}/student/model.pth"), "model.pth: not one of .jpg"),
+        (
+            ("{files}/student", "{files}/photos/b.png", "{files}/photos/../photos/b.png"),
+            "would be written to the same file",
+        ),
+        (
+            ("{files}/student", "{files}/photos", "--teacher", "config"),
+            "--teacher config: the student's config names no teacher",
+        ),
+        (
+            ("{files}/run", "{files}/photos", "--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "5"),
+            "does not fit the model of its config",
+        ),
+        (("{files}/run", "{files}/photos", "--opts", "SEED"), "--opts: 3 items; expected KEY"),
+    ],
+)
+def test_what_cannot_work_is_one_line(files, tmp_path, words, message):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as error:
+        run(*(word.format(files=files) for word in words), "--output", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_without_force(files, tmp_path):
+    photo, out = files / "photos" / "b.png", ("--output", tmp_path)
+    run(files / "student", photo, *out)
+    with pytest.raises(SystemExit, match="^error: --output: .*b.png exists.* --force"):
+        run(files / "student", photo, *out)
+    run(files / "student", photo, *out, "--force")
+    with pytest.raises(SystemExit, match="this would overwrite the input"):
+        run(files / "student", photo, "--output", photo.parent, "--force")
