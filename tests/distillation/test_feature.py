@@ -15,6 +15,7 @@ L = "MODEL.CROSSKD.LOSS."
 ON = (L + "FEATURE_WEIGHT", 2.0)
 PLAIN = (*ON, L + "FEATURE_COMBINE", False)
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
+WIDE = ("MODEL.FPN.OUT_CHANNELS", 12)
 
 
 def features(model, batch):
@@ -98,9 +99,29 @@ def test_with_both_box_weights_zero_the_teachers_heads_are_not_run():
     assert not calls and result["loss_cls_kd"] == 0 and result["loss_feature_kd"] > 0
 
 
-def test_unlike_channels_are_refused_naming_the_key():
-    with pytest.raises(ConfigError, match=r"FEATURE_WEIGHT.*p2 are \(8, 4\).*\(12, 4\).*OUT_CHANN"):
-        distilling(*ON, teacher_opts=("MODEL.FPN.OUT_CHANNELS", 12))
+def test_unlike_channels_are_bridged_by_a_learned_convolution_on_each_level():
+    student, _ = distilling(*PLAIN, teacher_opts=WIDE)
+    found = train_losses(student, tiny_batch())[0]["loss_feature_kd"]
+    found.backward()
+    adapters = {n: p for n, p in student.named_parameters() if n.startswith("fusion.feature.")}
+    assert adapters.keys() == {
+        f"fusion.feature.{x}.adapter.{y}" for x in LEVELS for y in ("weight", "bias")
+    }
+    assert all(p.grad.abs().sum() > 0 for n, p in adapters.items() if n.endswith("weight"))
+
+
+def test_unlike_strides_are_refused_naming_the_key():
+    stages = (
+        *("MODEL.BACKBONE.NAME", "build_resnet_backbone"),
+        *("MODEL.RESNETS.OUT_FEATURES", ["res5"]),
+        *("MODEL.RPN.IN_FEATURES", ["res5"], "MODEL.ROI_HEADS.IN_FEATURES", ["res5"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16]]),
+    )
+    cfg = tiny_cfg(*PLAIN, *stages)
+    teacher = build_model(tiny_cfg(*stages, "MODEL.RESNETS.RES5_DILATION", 2))
+    message = "FEATURE_WEIGHT.*res5 has the stride 32 in the student and 16 in the teacher"
+    with pytest.raises(ConfigError, match=message):
+        attach_teacher(build_model(cfg), cfg, teacher=teacher)
 
 
 def test_a_teacher_without_a_shared_level_is_refused():

@@ -14,6 +14,7 @@ from .box import BoxDistiller
 from .compatibility.class_map import ClassMap
 from .dense import DenseBoxDistiller
 from .feature import FeatureDistiller
+from .fusion import connected_zero
 from .head_layers import record_towers
 from .mask import MaskDistiller
 from .rpn import RPNMimic
@@ -47,11 +48,25 @@ class Distiller:
         """
         self.teacher, self.box = teacher, box
         self._parts: List[Any] = [box, *others]
+        levels = [part.levels for part in others if isinstance(part, FeatureDistiller)]
+        self._feature = levels[0] if levels else nn.ModuleDict()
 
     @property
     def fusion(self) -> Optional[nn.Module]:
         """The module with the learned parameters of the cross-head; None without one."""
         return self.box.fusion
+
+    @property
+    def learned(self) -> Optional[nn.Module]:
+        """The module with all learned parameters: those of :attr:`fusion` under their own names,
+        those of the feature loss under ``feature``; None without a cross-head and such."""
+        if connected_zero(self._feature) is None:
+            return self.fusion
+        both = nn.Module()
+        for name, child in () if self.fusion is None else self.fusion.named_children():
+            both.add_module(name, child)
+        both.add_module("feature", self._feature)
+        return both
 
     @contextlib.contextmanager
     def recording(
@@ -68,7 +83,8 @@ class Distiller:
             factor: of the schedule.
         """
         log = is_logging_step()
-        step = StepTrace(TeacherPass(self.teacher, batched_inputs, timed=log), factor, log)
+        teacher = TeacherPass(self.teacher, batched_inputs, timed=log)
+        step = StepTrace(teacher, batched_inputs, factor, log)
 
         def keep_features(module, inputs, output: Dict[str, torch.Tensor]):
             step.features = output
@@ -88,6 +104,8 @@ class Distiller:
         """
         if step.factor == 0:
             zero = self.box.zero(step.heads)
+            feature = connected_zero(self._feature)
+            zero = zero if feature is None else zero + feature
             losses = {key: zero for part in self._parts for key in part.keys}
         else:
             losses = {}
