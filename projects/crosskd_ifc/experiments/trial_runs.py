@@ -163,16 +163,19 @@ class TrialRuns:
     def _train(self, trial: optuna.Trial, run: Run, *, prune: bool) -> dict:
         stop, watch = threading.Event(), Watch(run, self.base.validation)
 
-        def every_second(*_):
+        def tell() -> None:
             for step, score in watch.new_scores() if prune else ():
                 trial.report(score, step)
-                if trial.should_prune():
-                    stop.set()
-            if self.stop.is_set():
+
+        def every_second(*_) -> None:
+            tell()
+            if self.stop.is_set() or trial.should_prune():
                 stop.set()
 
         try:
-            return train(run, self.train_net, stop=stop, on_progress=every_second, **self.options)
+            done = train(run, self.train_net, stop=stop, on_progress=every_second, **self.options)
+            tell()  # for the median that later trials are compared with
+            return done
         except RunStopped:
             if self.stop.is_set():
                 raise SearchStopped(f"{run.name} was stopped") from None
