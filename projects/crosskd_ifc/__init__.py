@@ -1,8 +1,8 @@
 """CrossKD-IFC for Detectron2: distil a big detector into a small one through the teacher's own
 head.
 
-Importing this package registers its architectures, proposal generator, ROI heads, fusions and
-built-in data sets.
+Importing this package registers its architectures, proposal generator, ROI heads, fusions, types
+of losses and built-in data sets.
 """
 
 from .common import known_warnings  # noqa: F401  first: the imports below give them
@@ -11,6 +11,13 @@ from .common import known_warnings  # noqa: F401  first: the imports below give 
 from .config import ConfigError, add_crosskd_ifc_config
 from .data.shapes import AT_256, LARGE, register_coarse_shapes, register_shapes
 from .distillation.fusion import FEATURE_FUSION_REGISTRY, standardize_like
+from .distillation.loss_types import (
+    CLS_LOSS_REGISTRY,
+    FEATURE_LOSS_REGISTRY,
+    channel_wise,
+    decoupled_kl,
+    dist,
+)
 from .distillation.losses import (
     confident_giou,
     confident_iou,
@@ -37,8 +44,10 @@ register_shapes("crosskd_shapes_256", **AT_256)
 
 __all__ = [
     "__version__",
+    "CLS_LOSS_REGISTRY",
     "FCOS",
     "FEATURE_FUSION_REGISTRY",
+    "FEATURE_LOSS_REGISTRY",
     "ConfigError",
     "CrossKDFCOS",
     "CrossKDRCNN",
@@ -49,9 +58,12 @@ __all__ = [
     "Teacher",
     "add_crosskd_ifc_config",
     "attach_teacher",
+    "channel_wise",
     "confident_giou",
     "confident_iou",
     "confident_l1",
+    "decoupled_kl",
+    "dist",
     "kl_divergence",
     "pkd",
     "quality_focal",

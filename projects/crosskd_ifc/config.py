@@ -86,8 +86,11 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # of TAP_WEIGHTS[i] * L(tap i alone), in the order of FUSION.IN_FEATURES; (): no such terms.
     _C.LOSS.FUSED_WEIGHT = 1.0
     _C.LOSS.TAP_WEIGHTS = ()
-    # Weight and temperature of the classification loss (KL divergence; quality focal, which has no
-    # temperature, for dense detectors, whose weights CrossKD sets to 1.0 and, for FCOS, 0.4).
+    # Classification loss, weight and temperature: a key of CLS_LOSS_REGISTRY, such as "kl", "dkd",
+    # "dist", and NAME VALUE pairs of its own settings. Dense detectors have quality focal, without
+    # type and temperature (CrossKD sets its weight to 1.0 and, for FCOS, 0.4).
+    _C.LOSS.CLS_TYPE = "kl"
+    _C.LOSS.CLS_OPTS = ()
     _C.LOSS.CLS_WEIGHT = 0.5
     _C.LOSS.TEMPERATURE = 3.0
     # Box loss: "l1" on raw deltas, "giou" or (dense) "iou" on decoded boxes, and its weight. Empty:
@@ -100,9 +103,13 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.LOSS.MASK_WEIGHT = 10.0
     _C.LOSS.MASK_REDUCTION = "mean"
     _C.LOSS.MASK_CHANNELS = "all"
-    # Weight of the feature loss (PKD) on the pyramid's levels; COMBINE compares each teacher level
-    # with the sum of all the student's levels, resized to it, and not with the same level alone.
+    # Weight of the feature loss on the pyramid's levels; its type, a key of FEATURE_LOSS_REGISTRY
+    # such as "pkd", "cwd", "mgd", "fgd", and NAME VALUE pairs of its own settings. COMBINE compares
+    # each teacher level with the sum of all the student's levels, resized to it, and not with the
+    # same level alone.
     _C.LOSS.FEATURE_WEIGHT = 0.0
+    _C.LOSS.FEATURE_TYPE = "pkd"
+    _C.LOSS.FEATURE_OPTS = ()
     _C.LOSS.FEATURE_COMBINE = True
     # Weight of RPN mimicking; needs MODEL.PROPOSAL_GENERATOR.NAME CrossKDRPN.
     _C.LOSS.RPN_WEIGHT = 0.0

@@ -205,7 +205,7 @@ def test_the_adapters_get_a_gradient_in_every_step(factor, boxes):
     student.kd_factor = factor
     sum(train_losses(student, tiny_batch(boxes_per_image=boxes, masks=True))[0].values()).backward()
     learned = {n for n, _ in student.named_parameters() if n.startswith("fusion.")}
-    assert {"fusion.mask.weight", "fusion.pyramid.p2.weight"} <= learned
+    assert {"fusion.mask.weight", "fusion.feature.p2.adapter.weight"} <= learned
     for name, p in student.named_parameters():
         if p.requires_grad:
             assert p.grad is not None and p.grad.isfinite().all(), name

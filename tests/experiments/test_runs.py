@@ -271,6 +271,21 @@ def test_the_digest_changes_with_a_default_but_not_with_a_new_key(tmp_path, monk
     assert digest() != before
 
 
+def test_results_from_before_there_were_types_of_losses_stay_valid(tmp_path, monkeypatch):
+    run = Run("a run", "quick/options/pkd_R_18_shapes.yaml", str(tmp_path))
+    other = Run("a run", "quick/options/cwd_R_18_shapes.yaml", str(tmp_path))
+    before, add = run.digest(), runs.add_crosskd_ifc_config
+    assert other.digest() != before
+
+    def of_then(cfg):
+        add(cfg)
+        for key in ("CLS_TYPE", "CLS_OPTS", "FEATURE_TYPE", "FEATURE_OPTS"):
+            del cfg.MODEL.CROSSKD.LOSS[key]
+
+    monkeypatch.setattr(runs, "add_crosskd_ifc_config", of_then)
+    assert run.digest() == before
+
+
 def test_a_stopped_run_ends_its_process_and_goes_on_later(train, tmp_path):
     run, stop = make_run(tmp_path / "run"), threading.Event()
     (tmp_path / "slow.py").write_text("import time; time.sleep(60)")

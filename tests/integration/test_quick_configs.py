@@ -95,7 +95,9 @@ def test_a_quick_config_trains_resumes_and_evaluates(config, few_pictures, teach
     # What the distillation learns is in the checkpoint, and moves.
     learned = [n for n in last["model"] if n.startswith("fusion.")]
     for name in learned:
-        assert not torch.equal(first["model"][name], last["model"][name]), name
+        # FGD's blocks start with a last layer of zeros, which holds back what is behind it.
+        is_behind = "_context." in name and ".transform.3." not in name
+        assert is_behind or not torch.equal(first["model"][name], last["model"][name]), name
     with open(tmp_path / "run" / "metrics.json") as f:
         lines = [json.loads(line) for line in f]
     assert max(line["iteration"] for line in lines if "total_loss" in line) >= 1

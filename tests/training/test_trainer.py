@@ -311,9 +311,8 @@ def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
         teacher = Teacher(teacher, student_format=cfg.INPUT.FORMAT, cfg=teacher_cfg)
         model.set_teacher(teacher, cfg)
     name = os.path.basename(config)
-    learns = any(
-        name.startswith(x) for x in ("weighted", "attention", "concat", "residual", "unlike")
-    )
+    learning = ("weighted", "attention", "concat", "residual", "unlike", "mgd", "fgd")
+    learns = any(name.startswith(x) for x in learning)
     assert learns == any(n.startswith("fusion.") for n, _ in model.named_parameters())
 
 

@@ -1,4 +1,5 @@
-"""The global random state of Python, numpy and torch: kept, restored, left as it was."""
+"""The global random state of Python, numpy and torch: kept, restored, left as it was; and random
+numbers beside it."""
 
 import contextlib
 import random
@@ -6,6 +7,24 @@ from typing import Any, Dict, Iterator
 
 import numpy as np
 import torch
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+
+class StepGenerators:
+    """Generators that depend on iteration, process and place in the iteration alone: a resumed run
+    draws the same, and the global random state is left as it is."""
+
+    def __init__(self):
+        self._last = (-1, 0)  # iteration, its generator's number
+
+    def next(self, *more: int) -> torch.Generator:
+        """A generator on the CPU, another one for each call and for other numbers ``more``."""
+        iteration = get_event_storage().iter
+        number = self._last[1] + 1 if self._last[0] == iteration else 0
+        self._last = (iteration, number)
+        key = np.random.SeedSequence((iteration, comm.get_rank(), number, *more)).generate_state(1)
+        return torch.Generator().manual_seed(int(key[0]))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 Read it in this order: ``losses`` (formulas), ``head_layers`` (heads as named layers), ``fusion``
 (taps to one feature), ``teacher`` (the frozen detector), ``traces`` (what a step saw and computed),
 then what compares student and teacher: ``box``, ``mask``, ``dense``, ``feature``, ``rpn``;
-``distiller`` puts them together. ``compatibility`` says whether two detectors fit each other.
+``distiller`` puts them together. ``compatibility`` says whether two detectors fit each other;
+``loss_types`` are the losses of other methods, which may stand in for the method's own.
 
 Imports ``common`` and ``config``; never the students, the training or the data.
 """

@@ -19,6 +19,7 @@ from .compatibility.class_map import ClassMap
 from .compatibility.two_stage import build_fusion
 from .fusion import FeatureFusion
 from .head_layers import BoxHeadLayers
+from .loss_types.classification import ClsLoss
 from .teacher import Teacher, TeacherPass
 from .traces import HeadTrace, StepTrace, put_scalars
 
@@ -128,7 +129,7 @@ class BoxDistiller:
         class_map: Optional[ClassMap],
         student_has_softmax: bool,
         cls_weight: float,
-        temperature: float,
+        cls_loss: ClsLoss,
         box_weight: float,
         box_type: str,
     ):
@@ -138,13 +139,13 @@ class BoxDistiller:
             mimic: a :class:`CrossHead` or :class:`StudentHead`.
             class_map: for statistics; None if the teacher has other classes.
             student_has_softmax: its best class can be read from its logits; for statistics.
-            cls_weight, temperature: of the classification loss.
+            cls_weight, cls_loss: of the classification loss.
             box_weight, box_type: of the box loss, "l1" or "giou".
         """
         self.teacher = teacher
         self.mimic = mimic
         self.fusion: Optional[FeatureFusion] = mimic.fusion
-        self.cls_weight, self.temperature = cls_weight, temperature
+        self.cls_weight, self._cls_loss = cls_weight, cls_loss
         self.box_weight = box_weight
         self._box_loss = {"l1": self._box_l1, "giou": self._box_giou}[box_type]
         self._class_map, self._student_has_softmax = class_map, student_has_softmax
@@ -180,7 +181,7 @@ class BoxDistiller:
             "class_map": class_map,
             "student_has_softmax": not student.roi_heads.box_predictor.use_sigmoid_ce,
             "cls_weight": kd.LOSS.CLS_WEIGHT,
-            "temperature": kd.LOSS.TEMPERATURE,
+            "cls_loss": ClsLoss(kd.LOSS),
             "box_weight": kd.LOSS.BOX_WEIGHT,
             "box_type": box_type,
         }
@@ -197,7 +198,10 @@ class BoxDistiller:
             return {key: self.zero(trace) for key in self.keys}
         targets, layers = step.teacher.once("box", lambda: self.predict(step.teacher, trace.boxes))
         terms, wanted = self.mimic.terms(trace, layers), self.mimic.targets(targets)
-        loss_cls = sum(x.weight * self._cls_loss(x, wanted) for x in terms)
+        loss_cls = sum(
+            x.weight * self._cls_loss(x.logits, wanted.logits, lambda: self._truth(trace))
+            for x in terms
+        )
         loss_box = sum(x.weight * self._box_loss(x, wanted, trace.boxes) for x in terms)
         if self.fusion is not None and not self.fusion.reaches_all:
             loss_cls = loss_cls + self.zero(trace)
@@ -235,13 +239,13 @@ class BoxDistiller:
         predictor = self.teacher.box_predictor
         return predictor.inference((found.logits, found.deltas), trace.proposals)[0]
 
-    def _cls_loss(self, found: BoxPredictions, wanted: BoxPredictions) -> torch.Tensor:
-        return L.kl_divergence(
-            found.logits,
-            wanted.logits,
-            temperature=self.temperature,
-            normalizer=max(len(wanted.logits), 1),
-        )
+    def _truth(self, trace: HeadTrace) -> torch.Tensor:
+        """The ground truth of the RoIs (R,), as columns of the logits that are compared."""
+        classes = torch.cat([p.gt_classes for p in trace.proposals])
+        if self.fusion is None:
+            return self._class_map.to_column(classes)
+        # MASKED, -1, becomes background.
+        return self._class_map.to_teacher(classes) % (self._class_map.num_teacher_classes + 1)
 
     def _box_l1(self, found: BoxPredictions, wanted: BoxPredictions, boxes: List[Boxes]):
         return L.confident_l1(found.deltas, wanted.deltas, wanted.logits)

@@ -31,10 +31,6 @@ class Distiller:
     A part has ``keys``, the names of its losses, and ``losses(step)``, which gives them weighted,
     without the schedule's factor. Losses of equal names are added. What a part learns beside the
     box's fusion is its ``adapters``, a module.
-
-    Attributes:
-        fusion: all that the distillation learns: the box's fusion with the adapters of the other
-            parts below it; None if nothing is.
     """
 
     def __init__(
@@ -52,17 +48,33 @@ class Distiller:
         """
         self.teacher, self.box = teacher, box
         self._parts: List[Any] = [box, *others]
-        self.fusion: Optional[nn.Module] = box.fusion
-        for part in others:
-            adapters = getattr(part, "adapters", None)
-            if adapters is not None and any(True for _ in adapters.parameters()):
-                self.fusion = nn.Module() if self.fusion is None else self.fusion
-                self.fusion.add_module(part.adapters_name, adapters)
+        self._learned_parts = {
+            part.adapters_name: part.adapters
+            for part in others
+            if any(True for _ in getattr(part, "adapters", nn.Identity()).parameters())
+        }
 
     @property
     def has_cross_head(self) -> bool:
         """Whether the teacher's head reads the student."""
         return self.box.fusion is not None
+
+    @property
+    def fusion(self) -> Optional[nn.Module]:
+        """The module with the learned parameters of the cross-head; None without one."""
+        return self.box.fusion
+
+    @property
+    def learned(self) -> Optional[nn.Module]:
+        """The module with all learned parameters: those of :attr:`fusion` under their own names,
+        those of other parts under the part's; None without a cross-head and such."""
+        if not self._learned_parts:
+            return self.fusion
+        both = nn.Module()
+        children = () if self.fusion is None else self.fusion.named_children()
+        for name, child in (*children, *self._learned_parts.items()):
+            both.add_module(name, child)
+        return both
 
     @contextlib.contextmanager
     def recording(
@@ -79,7 +91,8 @@ class Distiller:
             factor: of the schedule.
         """
         log = is_logging_step()
-        step = StepTrace(TeacherPass(self.teacher, batched_inputs, timed=log), factor, log)
+        teacher = TeacherPass(self.teacher, batched_inputs, timed=log)
+        step = StepTrace(teacher, batched_inputs, factor, log)
 
         def keep_features(module, inputs, output: Dict[str, torch.Tensor]):
             step.features = output
@@ -99,8 +112,8 @@ class Distiller:
         """
         if step.factor == 0:
             zero = self.box.zero(step.heads)
-            if self.fusion is not None:
-                zero = sum((p.sum() * 0 for p in self.fusion.parameters()), zero)
+            parameters = [p for x in self._learned_parts.values() for p in x.parameters()]
+            zero = sum((p.sum() * 0 for p in parameters), zero)
             losses = {key: zero for part in self._parts for key in part.keys}
         else:
             losses = {}

@@ -9,13 +9,11 @@ import functools
 import operator
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
-from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
-from fvcore.common.registry import Registry
 from torch import nn
 
+from ..common.random_state import StepGenerators
+from ..common.registry import NamedRegistry
 from .losses import at_least_float32, channel_statistics
 
 __all__ = ["FEATURE_FUSION_REGISTRY", "FeatureFusion", "build_adapter", "standardize_like"]
@@ -25,21 +23,7 @@ ROUTES = ("direct", "through")
 ALIGNMENTS = ("none", "standardize", "standardize_taps")
 
 
-class _FusionRegistry(Registry):
-    """A registry under the names that YAML files use, which are not Python class names."""
-
-    def register(self, obj=None, *, name: Optional[str] = None):  # type: ignore[override]
-        def add(obj_):
-            self._do_register(name or obj_.__name__, obj_)
-            return obj_
-
-        return add if obj is None else add(obj)
-
-    def names(self) -> List[str]:
-        return sorted(name for name, _ in self)
-
-
-FEATURE_FUSION_REGISTRY = _FusionRegistry("FEATURE_FUSION")
+FEATURE_FUSION_REGISTRY = NamedRegistry("FEATURE_FUSION")
 """
 ``MODEL.CROSSKD.FUSION.NAME`` -> a module that combines features of equal shape.
 
@@ -145,7 +129,7 @@ class DropoutFusion(nn.Module):
 
     def __init__(self, taps: Sequence[str], shape: Shape):
         super().__init__()
-        self._drawn = (-1, 0)  # iteration, subsets drawn in it
+        self._generators = StepGenerators()
 
     def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
         if not self.training:
@@ -160,12 +144,7 @@ class DropoutFusion(nn.Module):
 
     def _subsets(self, rows: int, taps: int) -> torch.Tensor:
         """(rows, taps) of 0 and 1, each of the 2^taps - 1 subsets as likely as the others."""
-        iteration = get_event_storage().iter
-        number = self._drawn[1] + 1 if self._drawn[0] == iteration else 0
-        self._drawn = (iteration, number)
-        key = np.random.SeedSequence((iteration, comm.get_rank(), number)).generate_state(1)
-        generator = torch.Generator().manual_seed(int(key[0]))
-        subsets = torch.randint(1, 2**taps, (rows, 1), generator=generator)
+        subsets = torch.randint(1, 2**taps, (rows, 1), generator=self._generators.next())
         return (subsets >> torch.arange(taps)) & 1
 
 
@@ -370,7 +349,10 @@ class FeatureFusion(nn.Module):
     def connected_zero(self) -> Optional[torch.Tensor]:
         """0 with a graph to every learned parameter, None if there is none (DDP wants a gradient
         for each)."""
-        parameters: Dict[str, nn.Parameter] = dict(self.named_parameters())
-        if not parameters:
-            return None
-        return functools.reduce(operator.add, (p.sum() * 0 for p in parameters.values()))
+        return connected_zero(self)
+
+
+def connected_zero(module: nn.Module) -> Optional[torch.Tensor]:
+    """0 with a graph to every parameter of ``module``, None if there is none."""
+    zeros = [p.sum() * 0 for p in module.parameters()]
+    return functools.reduce(operator.add, zeros) if zeros else None

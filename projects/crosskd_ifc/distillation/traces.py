@@ -22,6 +22,7 @@ class StepTrace:
 
     Attributes:
         teacher: the teacher on this batch.
+        inputs: the batch.
         factor: of the schedule; 0 must not run the teacher.
         log: whether statistics are wanted.
         features: the student's backbone features by name, each (N, C, Hi, Wi).
@@ -29,6 +30,7 @@ class StepTrace:
     """
 
     teacher: TeacherPass
+    inputs: List[Dict[str, Any]]
     factor: float
     log: bool
     features: Dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)

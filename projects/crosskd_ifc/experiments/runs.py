@@ -32,7 +32,12 @@ from .child_process import RunFailed, RunStopped, StepCounter, claim_folder, sup
 
 # Keys of MODEL.CROSSKD that came after the first records, with the value that stands for what was
 # done before.
-_SINCE = {"MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0, "MODEL.CROSSKD.TEACHER.STAGE": 1}
+_SINCE = {
+    "MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0,
+    "MODEL.CROSSKD.TEACHER.STAGE": 1,
+    "MODEL.CROSSKD.LOSS.CLS_TYPE": "kl",
+    "MODEL.CROSSKD.LOSS.FEATURE_TYPE": "pkd",
+}
 # Settings that don't belong to a run's results.
 _NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
 

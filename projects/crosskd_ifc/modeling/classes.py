@@ -10,6 +10,7 @@ from ..config import ConfigError, class_count
 from ..data.class_names import class_names
 from ..distillation.compatibility import class_map
 from ..distillation.compatibility.class_map import ClassMap
+from ..distillation.loss_types.classification import needs_targets
 from ..distillation.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ def needs_class_map(cfg: CfgNode) -> str:
     has_masks = cfg.MODEL.MASK_ON and kd.LOSS.MASK_WEIGHT > 0
     if has_masks and kd.LOSS.MASK_CHANNELS == "ground_truth":
         return "MODEL.CROSSKD.LOSS.MASK_CHANNELS 'ground_truth'"
+    if needs_targets(kd.LOSS.CLS_TYPE):
+        return f"MODEL.CROSSKD.LOSS.CLS_TYPE {kd.LOSS.CLS_TYPE!r}"
     return ""
 
 

@@ -83,8 +83,8 @@ class Student(nn.Module):
         self.teacher, self.distiller, self._inheritance = teacher, distiller, inheritance
         self._diagnostics = self._build_diagnostics(cfg)
         self._modules.pop("fusion", None)  # of an earlier teacher
-        if distiller is not None and distiller.fusion is not None:
-            self.fusion = distiller.fusion.to(self.device)
+        if distiller is not None and distiller.learned is not None:
+            self.fusion = distiller.learned.to(self.device)
 
     def predictors(self) -> List[nn.Module]:
         """The modules that predict classes and boxes."""

@@ -75,6 +75,14 @@ class ClassMap:
         table = [*self.teacher_classes, self.num_teacher_classes]
         return self._index("to_teacher", table, classes)[classes]
 
+    def to_column(self, classes: torch.Tensor) -> torch.Tensor:
+        """Student class indices (R,), background Ks allowed, as columns of :meth:`student_logits`;
+        masked classes are background."""
+        table = [len(self._student)] * (self.num_classes + 1)
+        for column, ours in enumerate(self._student):
+            table[ours] = column
+        return self._index("to_column", table, classes)[classes]
+
     def to_student(self, classes: torch.Tensor) -> torch.Tensor:
         """Teacher class indices (R,), background Kt allowed, as the student's; unmapped classes are
         background."""

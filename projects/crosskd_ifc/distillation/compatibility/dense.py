@@ -20,6 +20,8 @@ def check_settings(cfg: CfgNode) -> None:
     kd = cfg.MODEL.CROSSKD
     reason = f"{cfg.MODEL.META_ARCHITECTURE} is a dense detector"
     check_unused(cfg, ("LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT", "TEACHER.STAGE"), reason)
+    types = f"{reason}, whose classification loss is always quality focal"
+    check_unused(cfg, ("LOSS.CLS_TYPE", "LOSS.CLS_OPTS"), types)
     if kd.FUSION.ALIGN not in ("", "standardize", "standardize_taps"):
         raise ConfigError(
             f"MODEL.CROSSKD.FUSION.ALIGN is {kd.FUSION.ALIGN!r}, but {reason}, whose features are "

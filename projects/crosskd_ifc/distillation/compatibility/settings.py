@@ -9,6 +9,7 @@ from detectron2.config import CfgNode as CN
 
 from ...config import ConfigError, add_crosskd_ifc_config
 from ..fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
+from ..loss_types import CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY
 from . import class_map
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -51,6 +52,8 @@ def check_crosskd_config(cfg: CN) -> None:
     check_choice("FUSION.ROUTE", kd.FUSION.ROUTE, ROUTES)
     check_choice("FUSION.ALIGN", kd.FUSION.ALIGN, ("", *ALIGNMENTS))
     check_choice("LOSS.BOX_TYPE", kd.LOSS.BOX_TYPE, ("", *BOX_LOSSES))
+    check_choice("LOSS.CLS_TYPE", kd.LOSS.CLS_TYPE, CLS_LOSS_REGISTRY.names())
+    check_choice("LOSS.FEATURE_TYPE", kd.LOSS.FEATURE_TYPE, FEATURE_LOSS_REGISTRY.names())
     check_choice("LOSS.MASK_REDUCTION", kd.LOSS.MASK_REDUCTION, MASK_REDUCTIONS)
     check_choice("LOSS.MASK_CHANNELS", kd.LOSS.MASK_CHANNELS, MASK_CHANNELS)
     check_choice("TEACHER.PRECISION", kd.TEACHER.PRECISION, PRECISIONS)
@@ -81,6 +84,9 @@ def check_crosskd_config(cfg: CN) -> None:
     if kd.MIMIC == "student_head":
         reason = "MIMIC 'student_head' compares predictions, not features"
         check_unused(cfg, ("FUSION", "LOSS.FUSED_WEIGHT", "LOSS.TAP_WEIGHTS"), reason)
+    if kd.LOSS.FEATURE_WEIGHT == 0:
+        reason = "LOSS.FEATURE_WEIGHT is 0: features aren't compared"
+        check_unused(cfg, ("LOSS.FEATURE_TYPE", "LOSS.FEATURE_OPTS"), reason)
     if not cfg.MODEL.MASK_ON:
         keys = ("LOSS.MASK_WEIGHT", "LOSS.MASK_REDUCTION", "LOSS.MASK_CHANNELS")
         check_unused(cfg, keys, "the student has no mask head (MODEL.MASK_ON False)")

@@ -1,0 +1,185 @@
+"""Students that learn by the losses of other methods: LOSS.FEATURE_TYPE and LOSS.CLS_TYPE."""
+
+import pytest
+import torch
+from helpers import distilling, tiny_batch, tiny_cfg, train_losses
+from test_dense import pair
+
+from crosskd_ifc import CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY, ConfigError, decoupled_kl, dist
+from crosskd_ifc.trainer import set_fusion_weight_decay
+
+K = "MODEL.CROSSKD."
+L = K + "LOSS."
+TYPES = ("pkd", "cwd", "mgd", "fgd")
+LEARNED = ("mgd", "fgd")
+FEATURE = (L + "FEATURE_WEIGHT", 0.1, L + "FEATURE_COMBINE", False)
+STUDENT_HEAD = (K + "MIMIC", "student_head")
+WIDE = ("MODEL.FPN.OUT_CHANNELS", 12)
+
+
+def student_of(kind, *opts, teacher_opts=()):
+    found = distilling if kind == "RCNN" else lambda *o, **more: pair(kind, *o, **more)
+    return found(*opts, teacher_opts=teacher_opts)[0]
+
+
+def learned(student):
+    return {n: p for n, p in student.named_parameters() if n.startswith("fusion.")}
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0])
+@pytest.mark.parametrize("more", [(), STUDENT_HEAD], ids=["cross_head", "student_head"])
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("kind", ["RCNN", "RetinaNet", "FCOS"])
+def test_all_that_a_feature_loss_learns_gets_a_gradient_in_every_step(kind, name, more, factor):
+    wide = WIDE if kind == "RCNN" else ()
+    student = student_of(kind, *FEATURE, L + "FEATURE_TYPE", name, *more, teacher_opts=wide)
+    assert bool([n for n in learned(student) if ".loss." in n]) == (name in LEARNED)
+    student.kd_factor = factor
+    found, _ = train_losses(student, tiny_batch())
+    assert torch.isfinite(found["loss_feature_kd"])
+    assert bool(found["loss_feature_kd"] > 0) == (factor > 0)
+    sum(found.values()).backward()
+    for n, p in learned(student).items():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), n
+
+
+def test_what_a_feature_loss_learns_stands_beside_the_fusions_and_shares_their_settings():
+    taps = (K + "FUSION.NAME", "weighted", K + "FUSION.WEIGHT_DECAY", 0.25)
+    student = student_of("RCNN", *FEATURE, *taps, L + "FEATURE_TYPE", "mgd")
+    names = set(learned(student))
+    assert "fusion.combine.scores" in names
+    assert "fusion.feature.p6.loss.generator.0.weight" in names
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    cfg = tiny_cfg(*taps)
+    set_fusion_weight_decay(optimizer, cfg, student)
+    group = next(g for g in optimizer.param_groups if g["weight_decay"] == 0.25)
+    assert len(group["params"]) == len(names)
+
+
+def test_a_feature_loss_without_learned_parameters_adds_none():
+    assert not learned(student_of("RCNN", *FEATURE, L + "FEATURE_TYPE", "cwd"))
+
+
+def test_a_feature_type_of_ones_own_takes_ten_lines():
+    @FEATURE_LOSS_REGISTRY.register(name="boxes_for_test")
+    class Boxes(torch.nn.Module):
+        def __init__(self, channels, *, scale=1.0):
+            super().__init__()
+            self.channels, self.scale = channels, scale
+
+        def forward(self, student, teacher, boxes):
+            assert student.shape == teacher.shape and student.shape[1] == self.channels
+            return student.sum() * 0 + self.scale * torch.cat(boxes).sum()
+
+    opts = (L + "FEATURE_TYPE", "boxes_for_test", L + "FEATURE_OPTS", ("scale", 3.0))
+    found, _ = train_losses(student_of("RCNN", *FEATURE, *opts, teacher_opts=WIDE), tiny_batch())
+    boxes = torch.cat([x["instances"].gt_boxes.tensor for x in tiny_batch()])
+    wanted = sum(0.1 * 3.0 * boxes.sum() / stride for stride in (4, 8, 16, 32, 64))
+    torch.testing.assert_close(found["loss_feature_kd"], wanted)
+
+
+@pytest.fixture
+def seen():
+    """What a classification loss is given."""
+    given = []
+    if "spy_for_test" not in CLS_LOSS_REGISTRY:
+
+        @CLS_LOSS_REGISTRY.register(name="spy_for_test")
+        def spy(cross_logits, teacher_logits, *, targets, temperature, scale=1.0):
+            spy.given.append((cross_logits, teacher_logits, targets, temperature))
+            return cross_logits.sum() * 0 + scale
+
+    CLS_LOSS_REGISTRY.get("spy_for_test").given = given
+    return given
+
+
+SPY = (L + "CLS_TYPE", "spy_for_test")
+
+
+@pytest.mark.parametrize("more", [(), STUDENT_HEAD], ids=["cross_head", "student_head"])
+def test_dkd_and_dist_are_the_losses_of_the_logits_and_the_ground_truth(more, seen):
+    found, _ = train_losses(
+        student_of("RCNN", *SPY, L + "CLS_OPTS", ("scale", 8.0), *more), tiny_batch()
+    )
+    assert found["loss_cls_kd"] == 0.5 * 8  # CLS_WEIGHT, CLS_OPTS
+    cross, teacher, targets, temperature = seen[0]
+    assert temperature == 3.0 and set(targets.tolist()) == {0, 1, 2, 3}
+    dkd = (L + "CLS_TYPE", "dkd", L + "CLS_OPTS", ("beta", 2.0), L + "TEMPERATURE", 2.0)
+    found, _ = train_losses(student_of("RCNN", *dkd, *more), tiny_batch())
+    settings = {"temperature": 2.0, "alpha": 1.0, "beta": 2.0, "normalizer": len(cross)}
+    wanted = 0.5 * decoupled_kl(cross, teacher, targets, **settings)
+    torch.testing.assert_close(found["loss_cls_kd"], wanted)
+    found, _ = train_losses(student_of("RCNN", L + "CLS_TYPE", "dist", *more), tiny_batch())
+    wanted = 0.5 * dist(cross, teacher, temperature=3.0, inter=1.0, intra=1.0)
+    torch.testing.assert_close(found["loss_cls_kd"], wanted)
+
+
+def test_targets_are_columns_of_the_teachers_classes_or_of_those_that_are_compared(seen):
+    # Student class 0 is the teacher's 2, 1 has none, 2 is the teacher's 4.
+    classes = (K + "TEACHER.CLASS_MAP", ((0, 2), (1, ""), (2, 4)))
+    wide = ("MODEL.ROI_HEADS.NUM_CLASSES", 5)
+    plain = student_of("RCNN", *SPY)
+    train_losses(plain, tiny_batch())
+    truth = seen.pop()[2]
+    for more, columns in (((), [2, 5, 4, 5]), (STUDENT_HEAD, [0, 2, 1, 2])):
+        train_losses(student_of("RCNN", *SPY, *classes, *more, teacher_opts=wide), tiny_batch())
+        cross, teacher, targets, _ = seen.pop()
+        assert cross.shape == teacher.shape == (len(truth), max(columns) + 1)
+        assert targets.tolist() == [columns[i] for i in truth.tolist()]
+
+
+def test_with_no_box_in_the_batch_dkd_and_dist_are_finite():
+    batch = tiny_batch(boxes_per_image=(0, 0))
+    for name in ("dkd", "dist"):
+        for more in ((), STUDENT_HEAD):
+            found, _ = train_losses(student_of("RCNN", L + "CLS_TYPE", name, *more), batch)
+            assert torch.isfinite(found["loss_cls_kd"]) and found["loss_cls_kd"] > 0
+    found, _ = train_losses(student_of("RCNN", *FEATURE, L + "FEATURE_TYPE", "fgd"), batch)
+    assert torch.isfinite(found["loss_feature_kd"])
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        ((L + "FEATURE_TYPE", "cvd"), "LOSS.FEATURE_TYPE is 'cvd'; possible values: .*'cwd'"),
+        ((L + "CLS_TYPE", "kld"), "LOSS.CLS_TYPE is 'kld'; possible values: .*'kl'"),
+        ((L + "FEATURE_OPTS", ("tau", 1.0)), r"FEATURE_OPTS \(of .*'pkd'\).* no 'tau'.*: none"),
+        (
+            (L + "FEATURE_TYPE", "cwd", L + "FEATURE_OPTS", ("temperature",)),
+            r"FEATURE_OPTS .* NAME VALUE pairs; possible .*: temperature \[1.0\]",
+        ),
+        (
+            (L + "FEATURE_TYPE", "mgd", L + "FEATURE_OPTS", ("mask_ratio", 1.5)),
+            "FEATURE_OPTS .*mask_ratio must be .* less than 1, not 1.5",
+        ),
+        ((L + "CLS_OPTS", ("alpha", 1.0)), r"CLS_OPTS \(of CLS_TYPE 'kl'\).* no 'alpha'"),
+        (
+            (L + "CLS_TYPE", "dkd", L + "CLS_OPTS", ("alpha", "one")),
+            r"CLS_OPTS .*alpha must be a number; .* alpha \[1.0\], beta \[0.25\]",
+        ),
+        (
+            (L + "CLS_TYPE", "dkd", L + "CLS_OPTS", ("alpha", 1, "alpha", 2)),
+            "CLS_OPTS .* a name stands in it twice",
+        ),
+        (
+            (L + "CLS_TYPE", "dkd", K + "TEACHER.CLASS_MAP", ("teacher",)),
+            r"CLASS_MAP.*nothing in common, but MODEL.CROSSKD.LOSS.CLS_TYPE 'dkd' compares",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(opts, message):
+    with pytest.raises(ConfigError, match=message):
+        student_of("RCNN", *FEATURE, *opts)
+
+
+def test_a_feature_type_without_a_weight_is_refused():
+    message = "LOSS.FEATURE_TYPE is 'mgd', but LOSS.FEATURE_WEIGHT is 0"
+    with pytest.raises(ConfigError, match=message):
+        student_of("RCNN", L + "FEATURE_TYPE", "mgd")
+
+
+@pytest.mark.parametrize("kind", ["RetinaNet", "FCOS"])
+def test_dense_detectors_refuse_losses_of_softmax_scores(kind):
+    message = "LOSS.CLS_TYPE is 'dkd', but CrossKD.* is a dense detector, .*quality focal"
+    with pytest.raises(ConfigError, match=message):
+        student_of(kind, L + "CLS_TYPE", "dkd")
