@@ -67,6 +67,8 @@ def setup(args) -> CfgNode:
     with one_line_errors(cfg):
         check_output_folder(cfg.OUTPUT_DIR)
         (check_evaluation_config if args.eval_only else check_training_config)(cfg)
+        if args.eval_only and not cfg.DATASETS.TEST:
+            raise ConfigError("DATASETS.TEST is empty: there is nothing to evaluate on")
         goes_on = has_checkpoint(cfg.OUTPUT_DIR)
         if goes_on and not (args.resume or args.eval_only):
             raise ConfigError(

@@ -48,10 +48,8 @@ class CrossKDRetinaNet(DenseStudent, RetinaNet):
 
     def _padded_alone(self, size: Tuple[int, int]) -> Tuple[int, int]:
         """Height and width of a batch of one image of this size."""
-        backbone = self.backbone
-        alone = ImageList.from_tensors(
-            [torch.empty(size, device="meta")],
-            backbone.size_divisibility,
-            padding_constraints=backbone.padding_constraints,
-        )
-        return tuple(alone.tensor.shape[-2:])
+        constraints = self.backbone.padding_constraints
+        square = constraints.get("square_size", 0)
+        stride = constraints.get("size_divisibility", self.backbone.size_divisibility)
+        height, width = (-(-(square or x) // max(stride, 1)) * max(stride, 1) for x in size)
+        return height, width

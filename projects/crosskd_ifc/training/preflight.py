@@ -70,8 +70,6 @@ def check_evaluation_config(cfg: CfgNode) -> None:
         ConfigError: naming the key.
     """
     _check_stock_values(cfg)
-    if not cfg.DATASETS.TEST:
-        raise ConfigError("DATASETS.TEST is empty: there is nothing to evaluate on")
     _check_device_and_data(cfg, ("TEST",))
 
 
