@@ -47,7 +47,7 @@ setup(
         "fvcore>=0.1.5",
         "hydra-core>=1.1",
         "iopath>=0.1.7",
-        "matplotlib>=3.5",
+        "matplotlib>=3.6",
         "numpy>=1.23",
         "omegaconf>=2.1",
         "opencv-python>=4.6",
@@ -57,7 +57,7 @@ setup(
         "pydantic>=2.5",
         "PyYAML>=5.4",
         "safetensors>=0.4",
-        "scipy>=1.9",
+        "scipy>=1.10",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
         "tabulate",
         "tensorboard>=2.9",
