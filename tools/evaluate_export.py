@@ -13,21 +13,22 @@ import argparse
 import sys
 from typing import List, Optional
 
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.data.cards import register_cards
 from crosskd_ifc.weights.evaluating import compare, evaluate_checkpoint, evaluate_deployed
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("EXPORTED", help="a folder with model.json")
     parser.add_argument("--dataset", required=True, help="name of a registered data set")
     parser.add_argument("--card", nargs="+", default=[], help="dataset cards to register")
     parser.add_argument("--checkpoint", default="", help="compare with this checkpoint's AP")
     parser.add_argument("--config-file", default="", help="the config it was trained with")
-    parser.add_argument("--tolerance", type=float, default=0.1, metavar="AP", help="[%(default)s]")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.1, metavar="AP", help="the most that may differ"
+    )
     args = parser.parse_args(argv)
     try:
         register_cards(args.card)

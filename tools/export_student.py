@@ -49,7 +49,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("IN", help="a checkpoint written by tools/train_net.py")
     parser.add_argument("OUT", help="a folder to make")
     parser.add_argument("--config-file", default="", help="the config IN was trained with")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="[%(default)s]")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="what to write")
     parser.add_argument("--images", nargs="+", default=[], help="compare on [DATASETS.TEST's]")
     size = dict(nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="fixed input [any]")
     parser.add_argument("--size", **size)

@@ -15,6 +15,7 @@ from typing import List, Optional
 
 import torch
 
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.common.files import refuse_overwriting, staging_folder
 from crosskd_ifc.modeling.timm_backbones import timm_input, timm_weights
 from crosskd_ifc.weights.reading import load_weights
@@ -22,9 +23,7 @@ from crosskd_ifc.weights.reading import load_weights
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("NAME", help="of a timm model")
     parser.add_argument("OUT", help="the .pth file to write")
     parser.add_argument("--file", help="the weights of timm's classifier; else timm downloads them")

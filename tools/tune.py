@@ -21,6 +21,7 @@ import sys
 import torch
 
 from crosskd_ifc import ConfigError
+from crosskd_ifc.common.command_line import HelpFormatter
 from crosskd_ifc.experiments.child_process import RunFailed
 from crosskd_ifc.experiments.protocol import load_protocol
 
@@ -36,9 +37,7 @@ TOOLS = os.path.dirname(os.path.abspath(__file__))
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("protocol", help="YAML file, see tools/README.md")
     parser.add_argument("arm", help="one of its arms")
     several = dict(nargs=3, action="append", default=[], metavar=("KEY", "LOW", "HIGH"))

@@ -122,7 +122,7 @@ def test_a_broken_config_or_override_names_its_key(teacher_files):
 
 def test_a_config_file_cannot_run_code(teacher_files, tmp_path):
     with open(teacher_files[0], "a") as f:
-        f.write(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path}/owned']\n")
+        f.write(f"OWNED: !!python/object/apply:os.mkdir ['{tmp_path}/owned']\n")
     with pytest.raises(ConfigError, match="(?s)TEACHER.CONFIG_FILE.*python/object"):
         attach(student_cfg(teacher_files))
     assert not (tmp_path / "owned").exists()

@@ -33,8 +33,6 @@ def check_training_config(cfg: CfgNode) -> None:
     for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):
         if cfg.SOLVER[key] < 1:
             raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}; it must be at least 1")
-    if not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN is empty: there is nothing to train on")
     if not cfg.INPUT.MIN_SIZE_TRAIN:
         raise ConfigError("INPUT.MIN_SIZE_TRAIN is empty; give the lengths of images' shorter side")
     start = cfg.MODEL.CROSSKD.SCHEDULE.START_ITER
@@ -60,6 +58,8 @@ def check_training_config(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise ConfigError("SOLVER.AMP.ENABLED True needs a GPU, but MODEL.DEVICE is 'cpu'")
     _check_device_and_data(cfg, ("TRAIN", "TEST"))
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty: there is nothing to train on")
 
 
 def check_evaluation_config(cfg: CfgNode) -> None:

@@ -139,6 +139,7 @@ def _lazy_config(cfg: CfgNode, weights: str) -> DictConfig:
         )
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     resnet = {key: yaml.safe_load(cfg.MODEL[key].dump()) for key in ("BACKBONE", "RESNETS")}
+    resnet["BACKBONE"]["NAME"] = build_resnet_backbone.__name__
     detector = L(FCOS)(
         backbone=L(FPN)(
             bottom_up=L(build_resnet_backbone)(
