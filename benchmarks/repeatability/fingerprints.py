@@ -60,13 +60,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--configs", nargs="+", help="only these, and their teachers")
     args = parser.parse_args()
     quick = os.path.join(ROOT, "configs", "quick")
     files = sorted(glob.glob(f"{quick}/*.yaml") + glob.glob(f"{quick}/options/*.yaml"))
     configs = [f for f in files if not os.path.basename(f).startswith("Base-")]
+    if args.configs:
+        configs = [os.path.abspath(f) for f in args.configs]
     teachers = sorted({teacher_of(config) for config in configs} - {""})
     with tempfile.TemporaryDirectory() as folder:
-        folders = {c: os.path.join(folder, str(i)) for i, c in enumerate(configs)}
+        folders = {c: os.path.join(folder, str(i)) for i, c in enumerate({*configs, *teachers})}
         weights = {t: os.path.join(folders[t], "model_final.pth") for t in teachers}
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for group in (teachers, [c for c in configs if c not in teachers]):
