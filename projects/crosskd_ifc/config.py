@@ -166,11 +166,16 @@ def _add_fcos_config(cfg: CN) -> None:
     _C.NMS_THRESH_TEST = 0.6
 
 
+def head_section(cfg: CN) -> str:
+    """The section below MODEL with NUM_CLASSES and test thresholds of a config's detector."""
+    stock = cfg.MODEL.META_ARCHITECTURE.replace("CrossKD", "")
+    return {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(stock, "ROI_HEADS")
+
+
 def class_count(cfg: CN) -> Tuple[str, int]:
     """The config key that holds the number of foreground classes of a config's detector, and it."""
-    stock = cfg.MODEL.META_ARCHITECTURE.replace("CrossKD", "")
-    node = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(stock, "ROI_HEADS")
-    return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES
+    section = head_section(cfg)
+    return f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
 
 
 def distillation_requested(cfg: CN) -> bool:

@@ -1,4 +1,5 @@
-"""Feature pyramids of RetinaNets that were trained with mmdet: no ReLU between P6 and P7."""
+"""Feature pyramids of dense detectors: that of FCOS, and those of RetinaNets trained with mmdet,
+which have no ReLU between P6 and P7."""
 
 from typing import List
 
@@ -7,6 +8,26 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resnet_fpn_backbone
+
+
+@BACKBONE_REGISTRY.register()
+def build_crosskd_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A ResNet with a feature pyramid whose P6 and P7 are made from P5 (Tian et al., 2020,
+    "FCOS: A simple and strong anchor-free object detector", section 2.2).
+
+    Args:
+        cfg: MODEL.RESNETS and MODEL.FPN are read.
+        input_shape: of the image.
+    """
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
 
 
 class LastLevelP6P7WithoutReLU(LastLevelP6P7):
@@ -46,23 +67,3 @@ def _without_relu(backbone: FPN) -> FPN:
         stock.p6.in_channels, stock.p6.out_channels, stock.in_feature
     )
     return backbone
-
-
-@BACKBONE_REGISTRY.register()
-def build_crosskd_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A ResNet with a feature pyramid whose P6 and P7 are made from P5 (Tian et al., 2020,
-    "FCOS: A simple and strong anchor-free object detector", section 2.2).
-
-    Args:
-        cfg: MODEL.RESNETS and MODEL.FPN are read.
-        input_shape: of the image.
-    """
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return FPN(
-        bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )

@@ -8,7 +8,7 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from ..config import ConfigError, add_crosskd_ifc_config, class_count
+from ..config import ConfigError, add_crosskd_ifc_config, head_section
 
 
 def config_of(model: nn.Module, *, input_format: str, datasets: Sequence[str] = ()) -> CfgNode:
@@ -27,8 +27,7 @@ def config_of(model: nn.Module, *, input_format: str, datasets: Sequence[str] = 
     cfg.MODEL.META_ARCHITECTURE = stock[0] if stock else "GeneralizedRCNN"
     classes = getattr(heads or model, "num_classes", None)
     if classes is not None:
-        node = class_count(cfg)[0].split(".")[1]
-        cfg.MODEL[node].NUM_CLASSES = classes
+        cfg.MODEL[head_section(cfg)].NUM_CLASSES = classes
     cfg.MODEL.MASK_ON = bool(getattr(heads, "mask_on", False))
     cfg.MODEL.KEYPOINT_ON = bool(getattr(heads, "keypoint_on", False))
     cfg.INPUT.FORMAT = input_format

@@ -14,7 +14,6 @@ from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -22,6 +21,7 @@ from torch import nn
 
 from ..common.files import write_json
 from ..config import ConfigError, class_count
+from ..data.class_names import class_names
 from .deployed import INFO_NAME, KEYPOINTS, Info
 
 # Format -> name of the file.
@@ -153,9 +153,5 @@ def _write_onnx(graph: Graph, image: torch.Tensor, path: str, *, is_fixed: bool)
 
 
 def _class_names(cfg: CfgNode) -> Tuple[str, ...]:
-    """Of the first data set that is registered; numbers if none is."""
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    classes = (MetadataCatalog.get(name).get("thing_classes") for name in names)
-    count = class_count(cfg)[1]
-    known = next((c for c in classes if c and len(c) == count), map(str, range(count)))
-    return tuple(known)
+    """Numbers where no registered data set knows them."""
+    return tuple(class_names(cfg) or map(str, range(class_count(cfg)[1])))

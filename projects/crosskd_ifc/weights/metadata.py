@@ -7,7 +7,7 @@ from typing import Any, Dict
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from ..config import ConfigError
+from ..config import ConfigError, head_section
 from ..data.class_names import class_names
 
 METADATA_NAME = "metadata.json"
@@ -17,13 +17,12 @@ _KEYS = {"classes", "score_threshold", "nms_threshold"}
 def describe_detector(cfg: CfgNode) -> Dict[str, Any]:
     """ "classes", their names in the model's order (null where no data set of the config knows
     them), "score_threshold" and "nms_threshold", which its detections have passed."""
-    kind = cfg.MODEL.META_ARCHITECTURE.replace("CrossKD", "")
-    node = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(kind, "ROI_HEADS")
+    head = cfg.MODEL[head_section(cfg)]
     names = class_names(cfg, load=True)
     return {
         "classes": None if names is None else list(names),
-        "score_threshold": cfg.MODEL[node].SCORE_THRESH_TEST,
-        "nms_threshold": cfg.MODEL[node].NMS_THRESH_TEST,
+        "score_threshold": head.SCORE_THRESH_TEST,
+        "nms_threshold": head.NMS_THRESH_TEST,
     }
 
 
