@@ -469,8 +469,8 @@ def test_the_headline_is_that_of_the_recorded_runs():
 
 
 COPIES = {
-    "bccd_differences.png": "bccd_faster_rcnn/differences.png",
     "cost_sweep.png": "step_cost/faster_rcnn_R50_R18_cpu_sweep.png",
+    "gains.png": "gains/gains.png",
 }
 
 
