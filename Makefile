@@ -8,12 +8,16 @@
 #
 # PYTHON=...    the interpreter to build .venv with (3.11 or newer)
 # ARGS=...      more arguments for pytest
+# JOBS=...      processes that run the tests (2), one thread each
 
 PYTHON ?=
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 DOCS := .venv-docs
+# a file of tests stays in one process: they share what they train
+PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 LINTED := $(wildcard projects tools tests benchmarks setup.py)
 
 # caches of tools that would otherwise write into the home folder
@@ -30,10 +34,10 @@ demo: setup
 	$(PY) tools/demo.py
 
 test: setup
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: setup
-	$(PY) -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: setup
 	$(PY) -m black --check -l 100 $(LINTED)

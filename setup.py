@@ -71,7 +71,7 @@ setup(
         **EXTRAS,
         # what the tests need: the tools, and the extras that they try
         "dev": [
-            *("black", "flake8", "hypothesis", "import-linter", "isort", "pytest"),
+            *("black", "flake8", "hypothesis", "import-linter", "isort", "pytest", "pytest-xdist"),
             *(
                 package
                 for name in ("cluster", "data", "deploy", "timm", "tune")

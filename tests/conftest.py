@@ -1,6 +1,7 @@
 """Settings for all tests."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import crosskd_ifc  # noqa: F401  its own data sets stay
 
 # The models are tiny: a second thread costs more than it saves.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)
