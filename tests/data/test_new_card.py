@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from crosskd_ifc.data import near_duplicates
 from crosskd_ifc.data.card import load_card
 from crosskd_ifc.data.cards import register_card
 from crosskd_ifc.data.check import check_card
+from crosskd_ifc.data.layouts import read_folder
 
 REPO = Path(__file__).resolve().parents[2]
 BCCD = Path(os.environ.get("CROSSKD_IFC_BCCD") or REPO / "../shared/data/bccd")
@@ -272,6 +274,7 @@ def test_errors_of_init_say_what_to_do(tmp_path, tool, capsys, monkeypatch):
     coco(empty)
     table(empty)
     assert "several layouts, coco, csv; choose with --layout" in said(empty, "--output", card)
+    shutil.rmtree(empty / "img")
     assert "expected a file such as" in said(empty, "--output", tmp_path / "c.json")
     options = (empty, "--layout", "coco", "--output", card)
     assert "--split 0.8/0.3" in said(*options, "--split", "0.8/0.3")
@@ -294,3 +297,93 @@ def test_the_blood_cell_photos_by_their_own_lists(tmp_path, tool, capsys):
     report = check_card(load_card(str(tmp_path / "cells.yaml")))
     assert report.total("error") == 0 and report.classes == ("Platelets", "RBC", "WBC")
     assert [report.counts[s]["images"] for s in ("train", "val", "test")] == [205, 87, 72]
+
+
+def one_box(layout, name):
+    """Annotations of a photo 1.jpg that has one box."""
+    if layout == "voc":
+        corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin"), (9, 9)))
+        corners += "<xmax>20</xmax><ymax>20</ymax>"
+        thing = f"<object><name>{name}</name><bndbox>{corners}</bndbox></object>"
+        return f"<annotation><filename>1.jpg</filename>{thing}</annotation>"
+    if layout == "csv":
+        return f"image,class,x,y,w,h\n1.jpg,{name},9,9,20,20"
+    if layout == "yolo":
+        return f"{CLASSES.index(name)} .5 .5 .2 .2"
+    record = {"id": 1, "image_id": 1, "category_id": CLASSES.index(name), "bbox": [9, 9, 20, 20]}
+    categories = [{"id": i, "name": n} for i, n in enumerate(CLASSES)]
+    images = [{"id": 1, "file_name": "1.jpg"}]
+    return json.dumps({"images": images, "annotations": [record], "categories": categories})
+
+
+# Layout -> the folder of the photos and the annotation file of a split.
+PLACES = {
+    "voc": ("images/{}", "xml/{}/1.xml"),
+    "coco": ("{}2017", "annotations/instances_{}2017.json"),
+    "yolo": ("{}/photos", "{}/boxes/1.txt"),
+    "csv": ("{}", "{}.csv"),
+}
+
+
+def twins(root, layout, names):
+    """Two photos 1.jpg in folders of these names, the first of a hard hat, the other of a cat."""
+    photos, annotations = PLACES[layout]
+    for i, name in enumerate(names):
+        save(root / photos.format(name) / "1.jpg", i)
+        path = root / annotations.format(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(one_box(layout, CLASSES[i]))
+    if layout == "yolo":
+        lists = "".join(f"{k}: {n}/photos\n" for k, n in zip(("train", "val"), names))
+        (root / "data.yaml").write_text(f"{lists}names: {CLASSES}\n")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_photos_of_one_name_in_two_folders_have_their_own_boxes(layout, tmp_path):
+    twins(tmp_path, layout, ("train", "val"))
+    found = read_folder(str(tmp_path))
+    assert not found.problems
+    boxes = {Path(photo.path): [thing.name for thing in photo.things] for photo in found.photos}
+    folder = PLACES[layout][0].format
+    assert boxes == {
+        tmp_path / folder("train") / "1.jpg": ["hard hat"],
+        tmp_path / folder("val") / "1.jpg": ["cat"],
+    }
+
+
+@pytest.mark.parametrize("layout", ["voc", "csv"])
+def test_an_annotation_that_may_mean_two_photos_is_left_out(layout, tmp_path):
+    twins(tmp_path, layout, ("a", "b"))
+    save(tmp_path / "c/1.jpg", 3)
+    path = tmp_path / PLACES[layout][1].format("a")
+    path.rename(path.with_name(f"unsure{path.suffix}"))
+    if layout == "voc":
+        path.with_name("unsure.xml").rename(tmp_path / "unsure.xml")
+    found = read_folder(str(tmp_path))
+    assert [Path(photo.path).parent.name for photo in found.photos] == ["b"]
+    (problem,) = (where for what, where in found.problems.items() if "several" in what)
+    assert "unsure" in problem[0]
+
+
+def test_a_photo_without_a_label_does_not_get_that_of_another_folder(tmp_path):
+    twins(tmp_path, "yolo", ("train", "val"))
+    (tmp_path / "val/boxes/1.txt").unlink()
+    found = {Path(p.path).parts[-3]: p.things for p in read_folder(str(tmp_path)).photos}
+    assert [thing.name for thing in found["train"]] == ["hard hat"] and found["val"] == []
+
+
+def test_a_number_of_yolo_is_a_line_of_the_class_list(tmp_path):
+    save(tmp_path / "1.jpg", 1)
+    (tmp_path / "1.txt").write_text("2 .5 .5 .2 .2")
+    (tmp_path / "classes.txt").write_text("cat\n\ndog\nbird\n\n")
+    found = read_folder(str(tmp_path))
+    assert [thing.name for thing in found.photos[0].things] == ["dog"]
+    assert found.classes == ["cat", "dog", "bird"]
+
+
+def test_a_table_of_fractions_is_read_as_one(tmp_path):
+    save(tmp_path / "1.jpg", 1)
+    rows = "1.jpg,cat,0.25,0.25,0.5,1.0\n1.jpg,cat,0,0,1,1\n"
+    (tmp_path / "boxes.csv").write_text(f"image,class,xmin,ymin,xmax,ymax\n{rows}")
+    (photo,) = read_folder(str(tmp_path)).photos
+    assert [thing.box for thing in photo.things] == [[24, 16, 24, 48], [0, 0, 96, 64]]

@@ -5,7 +5,7 @@ import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from ..mapper import SampleError, check_image
 from ..outlines import is_outline, outline_fault
@@ -70,14 +70,15 @@ class PhotoFolder:
         """Adds a photo, if it can be used.
 
         Args:
-            path: of the image; None if there is none.
+            path: of the image; None if there is none, or more than one.
             things: its objects; their boxes may lie outside, or have no area.
             where: the annotation, for problems.
             said_size: (width, height) by the annotation.
             relative: boxes and outlines are fractions of the size.
         """
         if path is None:
-            return self.tell("annotation without an image, left out", where)
+            what = "annotation without an image, or with several of its name, left out"
+            return self.tell(what, where)
         try:
             size = check_image(path)
         except SampleError as error:
@@ -137,17 +138,27 @@ class Files:
 
     def image(self, name: str, near: str) -> Optional[str]:
         """The image that a name in the annotation file ``near`` means: with its folders, by its
-        file name, or without its suffix; of several, the one closest to the annotation."""
+        file name, or without its suffix; of several the :meth:`closest`."""
         name = name.replace("\\", "/").strip()
         for base in (os.path.dirname(near), self.root):
             exact = os.path.normpath(os.path.join(base, name))
             if exact.startswith(self.root + os.sep) and os.path.isfile(exact):
                 return exact
         last = name.rsplit("/", 1)[-1].lower()
-        found = self._by_name.get(last) or self._by_name.get(os.path.splitext(last)[0])
-        if not found:
-            return None
-        return max(found, key=lambda path: len(os.path.commonprefix([path, near])))
+        found = self._by_name.get(last) or self._by_name.get(os.path.splitext(last)[0], [])
+        return self.closest(found, near)
+
+    def closest(self, paths: Sequence[str], near: str) -> Optional[str]:
+        """The one of several files of a name whose folders have the most words in common with the
+        path ``near``, as train/images and train/labels have; None if that is not one alone."""
+        words = [self._words(os.path.dirname(path)) & self._words(near) for path in paths]
+        most = max(map(len, words), default=0)
+        best = [path for path, common in zip(paths, words) if len(common) == most]
+        return best[0] if len(best) == 1 else None
+
+    def _words(self, path: str) -> Set[str]:
+        words = re.findall(r"[^\W\d_]+|\d+", os.path.relpath(path, self.root).lower())
+        return {SPLITS.get(word, word) for word in words}
 
 
 def split_of(path: str) -> str:

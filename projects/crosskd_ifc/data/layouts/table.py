@@ -1,11 +1,12 @@
 """CSV files with a row for each box."""
 
+import contextlib
 import csv
 import io
 import os
 import re
 from collections import defaultdict
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..files import read_text
 from .photos import SPLITS, Files, PhotoFolder, Thing, split_of
@@ -46,6 +47,13 @@ def _read_table(path: str) -> Optional[Tuple[List[Dict[str, str]], Dict[str, Any
     return [dict(zip(header, (cell.strip() for cell in row))) for row in body], columns
 
 
+def _numbers(rows: List[Dict[str, str]], keys: Sequence[str]) -> Iterator[float]:
+    for row in rows:
+        for key in keys:
+            with contextlib.suppress(ValueError):
+                yield float(row.get(key, ""))
+
+
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"\s*-?[0-9.]+\s*|", text) is not None
 
@@ -58,13 +66,15 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
     annotated = set()
     for path in found:
         rows, columns = _read_table(path) or ([], {})
+        keys = columns.get("corners") or columns.get("sized") or ()
+        # Beyond pixels 0 and 1 nothing would be a box.
+        is_relative = max(_numbers(rows, keys), default=2) < 2
         objects: Dict[str, List[Thing]] = defaultdict(list)
         splits: Dict[str, str] = {}
         for number, row in enumerate(rows, 1):
             name = row.get(columns["image"], "")
             splits[name] = SPLITS.get(row.get("split", "").lower(), split_of(path))
             things = objects[name]  # a row without a box: an image without one
-            keys = columns["corners"] or columns["sized"]
             cells = [row.get(key, "") for key in keys]
             if not any(cells):
                 continue
@@ -80,7 +90,8 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
         for name, things in objects.items():
             image = files.image(name, path)
             annotated.add(image)
-            result.add(image, things, where=f"{path}: {name!r}", split=splits[name])
+            place = f"{path}: {name!r}"
+            result.add(image, things, where=place, split=splits[name], relative=is_relative)
     for image in files.images:
         if image not in annotated:
             result.tell("image without an annotation, left out", image)

@@ -2,7 +2,8 @@
 
 import os
 import re
-from typing import Any, Callable, Dict, Iterable, List
+from collections import defaultdict
+from typing import Any, Callable, Dict, Iterable, List, Set, Tuple
 
 from ..files import read_text, read_yaml
 from .photos import SPLITS, Files, PhotoFolder, Thing
@@ -22,9 +23,10 @@ def find(files: Files) -> List[str]:
 def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
     path = found[0]
     content = {} if path.endswith(".txt") else read_yaml(path)
-    names = content.get("names") or [x for x in read_text(path).splitlines() if x.strip()]
+    names = content.get("names") or read_text(path).splitlines()
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
-    classes = {int(index): str(name).strip() for index, name in pairs}
+    # An empty line has a number, too.
+    classes = {int(index): str(name).strip() for index, name in pairs if str(name).strip()}
     result.classes = [classes[index] for index in sorted(classes)]
     base = os.path.join(os.path.dirname(path), str(content.get("path") or ""))
     base = base if os.path.isdir(base) else os.path.dirname(path)
@@ -34,14 +36,13 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
         if content.get(key)
         for member in _yolo_members(base, content[key])
     }
-    labels = {p[len(result.root) :]: p for p in files.by_suffix[".txt"] if p != path}
-    by_stem = {os.path.splitext(os.path.basename(p))[0]: p for p in labels.values()}
+    labels, unclear = _labels(files, path)
     has_yaml = bool(content)
     for image in files.images:
-        stem = os.path.splitext(image)[0]
-        swapped = re.sub(r"(.*)([/\\])images([/\\])", r"\1\2labels\3", stem)
-        label = next((p for p in (swapped + ".txt", stem + ".txt") if os.path.isfile(p)), None)
-        label = label or by_stem.get(os.path.basename(stem))
+        label = labels.get(image)
+        if image in unclear:
+            result.tell("image with several text files of its name, left out", image)
+            continue
         split = next((s for s, test in members.items() if test(image)), "")
         if label is None and not (has_yaml and split):
             result.tell("image without an annotation, left out", image)
@@ -55,6 +56,35 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
                 where = f"{label} line {number}: {error}"
                 result.tell("line that can't be read, left out", where)
         result.add(image, things, where=label or image, split=split, relative=True)
+
+
+def _labels(files: Files, names: str) -> Tuple[Dict[str, str], Set[str]]:
+    """Image -> its text file: at its place in the folder labels, beside it, or of its name in the
+    closest folder, if no other image has that one. And the images that may have several."""
+    found: Dict[str, str] = {}
+    unclear = set()
+    for image in files.images:
+        stem = os.path.splitext(image)[0]
+        swapped = re.sub(r"(.*)([/\\])images([/\\])", r"\1\2labels\3", stem)
+        exact = [p for p in (swapped + ".txt", stem + ".txt") if os.path.isfile(p)]
+        found.update({image: exact[0]} if exact else {})
+    images, texts = defaultdict(list), defaultdict(list)
+    for path in set(files.images) - set(found):
+        images[_stem(path)].append(path)
+    for path in set(files.by_suffix[".txt"]) - {names, *found.values()}:
+        texts[_stem(path)].append(path)
+    for stem, paths in images.items():
+        for image in paths:
+            label = files.closest(texts[stem], image)
+            if label and files.closest(paths, label) == image:
+                found[image] = label
+        left = set(texts[stem]) - set(found.values())
+        unclear |= set(paths) - set(found) if left else set()
+    return found, unclear
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _yolo_members(base: str, entry: Any) -> Iterable[Callable[[str], bool]]:
