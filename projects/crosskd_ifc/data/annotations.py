@@ -8,13 +8,10 @@ from 1 and the last one is inside the box, so that 1 <= xmin < xmax <= width; in
 import itertools
 import math
 import os
-import re
 from collections import Counter
 from reprlib import repr as short
 from typing import (
     Any,
-    Callable,
-    Container,
     Dict,
     Iterable,
     List,
@@ -26,20 +23,19 @@ from typing import (
 
 from detectron2.utils.file_io import PathManager
 
-from .files import read_coco_json, read_voc_annotation, read_voc_lines, read_voc_split
+from .fields import (
+    ANNOTATION_FIELDS,
+    CATEGORY_FIELDS,
+    IMAGE_FIELDS,
+    text_id_fault,
+    voc_evaluator_fault,
+    voc_list_fault,
+)
+from .files import read_coco_json, read_voc_annotation, read_voc_split
 from .findings import Findings, quoted
-from .outlines import is_outline, outline_fault
+from .outlines import outline_fault
 
-__all__ = [
-    "ListedImage",
-    "check_coco",
-    "check_voc",
-    "coco_category_fault",
-    "coco_evaluator_fault",
-    "text_id_fault",
-    "voc_evaluator_fault",
-    "voc_list_fault",
-]
+__all__ = ["ListedImage", "check_coco", "check_voc"]
 
 _COCO_SLACK = 0.05  # COCO files round x and width on their own
 
@@ -106,131 +102,6 @@ def check_voc(report: Findings, split: str) -> List[ListedImage]:
     return pictures
 
 
-def voc_list_fault(root: str, split: str) -> str:
-    """Returns what keeps detectron2's VOC evaluator from reading a split's list, or ""."""
-    path, lines = read_voc_lines(root, split)
-    # To it, that is an image without a name.
-    return "" if all(line.strip() for line in lines) else f"{path}: an empty line"
-
-
-def voc_evaluator_fault(element) -> str:
-    """Returns the first field that detectron2's VOC evaluator couldn't read, or ""."""
-    corners = [f"bndbox/{corner}" for corner in ("xmin", "ymin", "xmax", "ymax")]
-    for tag in ("pose", "truncated", "difficult", *corners):
-        try:
-            text = element.find(tag).text
-            if tag != "pose":
-                int(text)
-        except (AttributeError, TypeError, ValueError):
-            return f"<{tag.split('/')[-1]}>"
-    return ""
-
-
-def coco_evaluator_fault(record: Dict[str, Any], *, masks: bool) -> str:
-    """Returns the first field of an annotation that the COCO evaluator couldn't read, or "".
-
-    Args:
-        record: as loading accepts it.
-        masks: whether masks are evaluated too.
-    """
-    needed = {
-        "id": _ID,
-        "bbox": (_is_box, "a list of four numbers"),
-        "area": (_is_area, "a number of pixels, 0 or more"),
-        "iscrowd": (_is_flag, "0 or 1"),
-    }
-    if masks:
-        needed["segmentation"] = (_is_mask, "polygons of at least three points, or a run length")
-    return _first_fault(record, needed)
-
-
-def coco_category_fault(record: Dict[str, Any]) -> str:
-    """As `coco_evaluator_fault`, of a category."""
-    return _first_fault(record, {"id": _ID})
-
-
-def text_id_fault(record: Dict[str, Any], images: Container[Any]) -> str:
-    """Returns what is wrong with an annotation whose image_id would be an image's id, if one of the
-    two weren't text, or "".
-
-    Args:
-        images: the ids of all images.
-    """
-    image_id = record.get("image_id")
-    if isinstance(image_id, str) and re.fullmatch(r"-?[0-9]{1,18}", image_id):
-        other, kinds = int(image_id), ("text", "a number")
-    elif isinstance(image_id, int):
-        other, kinds = str(image_id), ("a number", "text")
-    else:
-        return ""
-    if image_id in images or other not in images:
-        return ""
-    return f"its image_id {short(image_id)} is {kinds[0]}, but the id of the image is {kinds[1]}"
-
-
-def _first_fault(record: Dict[str, Any], needed: Dict[str, Tuple[Callable, str]]) -> str:
-    for key, (test, expected) in needed.items():
-        if not test(record.get(key)):
-            found = f"is {short(record[key])}" if key in record else "is missing"
-            return f"{key!r} {found}; the COCO evaluator needs {expected}"
-    return ""
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) < 2**53  # pycocotools keeps them in floats
-
-
-def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and 0 < value < 10**6
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, str) or _is_int(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_number(value: Any) -> bool:
-    # json reads nan and inf, and integers that no float can hold.
-    return isinstance(value, float) or isinstance(value, int) and abs(value) < 1e300
-
-
-def _is_area(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < math.inf
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value in (0, 1)
-
-
-def _is_mask(value: Any) -> bool:
-    # pycocotools goes by the length of the first polygon; up to 4 numbers are a box to it.
-    return bool(value) and (isinstance(value, dict) or len(value[0]) > 4)
-
-
-_ID = (_is_int, "a whole number, less than 2**53")
-
-# The fields of a COCO file that detectron2 or its evaluator read, with what they must be.
-_CATEGORY = {"id": _is_int, "name": _is_text}
-_IMAGE = {"id": _is_id, "file_name": _is_text, "width": _is_length, "height": _is_length}
-_ANNOTATION = {
-    "id": _is_int,
-    "image_id": _is_id,
-    "category_id": _is_int,
-    "bbox": _is_box,
-    "area": _is_area,
-    "iscrowd": _is_flag,
-    "segmentation": is_outline,  # a flat list of numbers is the usual mistake
-    "ignore": lambda value: not value,  # detectron2 asserts that it is off
-}
-
-
 def check_coco(report: Findings, split: str) -> List[ListedImage]:
     """Does for a COCO json file what `check_voc` does for a VOC split."""
     files, counts = report.card.splits[split], report.counts[split]
@@ -258,7 +129,7 @@ def check_coco(report: Findings, split: str) -> List[ListedImage]:
 
     names: Dict[Any, str] = {}
     for record in content["categories"]:
-        if valid("category", record, _CATEGORY) and unique("category", record["id"], names):
+        if valid("category", record, CATEGORY_FIELDS) and unique("category", record["id"], names):
             unique("category name", record["name"], names.values())
             names[record["id"]] = record["name"]
     index = {category: i for i, category in enumerate(sorted(names))}
@@ -275,14 +146,14 @@ def check_coco(report: Findings, split: str) -> List[ListedImage]:
 
     images: Dict[Any, dict] = {}
     for record in content["images"]:
-        if valid("image", record, _IMAGE) and unique("image", record["id"], images):
+        if valid("image", record, IMAGE_FIELDS) and unique("image", record["id"], images):
             images[record["id"]] = record
     if len(set(map(type, images))) > 1:
         broken("image ids are numbers and strings")  # detectron2 sorts them
     boxes: Dict[Any, set] = {image: set() for image in images}
     seen: set = set()
     for record in content.get("annotations", []):
-        if not valid("annotation", record, _ANNOTATION):
+        if not valid("annotation", record, ANNOTATION_FIELDS):
             continue
         unique("annotation", record["id"], seen)
         seen.add(record["id"])

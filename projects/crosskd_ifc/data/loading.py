@@ -15,8 +15,8 @@ from detectron2.data import get_detection_dataset_dicts
 from torch.utils.data import IterableDataset
 
 from ..config import ConfigError
-from .annotations import text_id_fault
 from .card import Card
+from .fields import text_id_fault
 from .files import read_coco_json, read_voc_annotation, read_voc_split
 from .mapper import SampleError
 from .outlines import is_outline, outline_fault

@@ -12,14 +12,14 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError, class_count
-from ..data.annotations import (
+from ..data.card import Card
+from ..data.cards import card_of
+from ..data.fields import (
     coco_category_fault,
     coco_evaluator_fault,
     voc_evaluator_fault,
     voc_list_fault,
 )
-from ..data.card import Card
-from ..data.cards import card_of
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
 from .preflight import check_class_count
 
