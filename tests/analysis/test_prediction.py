@@ -103,6 +103,35 @@ def test_results_take_the_ids_of_annotations(files, tmp_path):
         run(files / "run", *inputs, *options, "--force")
 
 
+def test_two_pictures_are_never_results_of_one_image(files, tmp_path):
+    content = {"images": [{"id": 1, "file_name": "b.png"}], "categories": []}
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(NAMES)]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    for folder in ("x", "y"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        os.symlink(files / "photos" / "b.png", tmp_path / "in" / folder / "b.png")
+    options = ("--no-pictures", "--json", tmp_path / "r.json", "--annotations", tmp_path / "a.json")
+    with pytest.raises(SystemExit, match="error: --annotations .*: x/b.png and y/b.png .* b.png"):
+        run(files / "student", tmp_path / "in", *options)
+
+
+@pytest.mark.parametrize("names", [("v.avi", "v.mov"), ("b.bmp", "b.bmp.png")])
+def test_two_inputs_are_never_written_to_one_file(names, files, tmp_path):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SystemExit, match="error: .* would be written to the same file"):
+        run(files / "student", tmp_path, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_would_be_clipped_is_not_read(files, tmp_path, capsys):
+    Image.fromarray(np.full((40, 40), 700, dtype=np.uint16)).save(tmp_path / "16.png")
+    with pytest.raises(SystemExit):
+        run(files / "student", tmp_path / "16.png", "--output", tmp_path / "out")
+    assert not (tmp_path / "out" / "16.png").exists()
+    assert "16.png" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("teacher", ["config", "{files}/teacher"])
 def test_the_teacher_is_drawn_beside_the_student(files, tmp_path, teacher):
     photo = files / "photos" / "b.png"

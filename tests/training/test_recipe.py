@@ -1,6 +1,7 @@
 """``tools/prepare_data.py configs``: what it writes loads, fits the data, and fits together."""
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -121,6 +122,26 @@ def test_sizes_schedule_and_anchors_follow_the_data(tmp_path):
     assert (dense.SOLVER.IMS_PER_BATCH, dense.SOLVER.BASE_LR) == (8, 0.005)
     cpu = written("cpu", gpus=0)
     assert cpu.INPUT.MIN_SIZE_TEST == 240 and cpu.INPUT.MIN_SIZE_TRAIN == (240,)
+
+
+def test_a_command_can_be_pasted_whatever_the_folder_is_called(tmp_path):
+    out = tmp_path / "my $configs"
+    told = write_configs(make_card(tmp_path), str(out), teacher="R50", student="R18")
+    commands = [shlex.split(x) for x in told.splitlines() if "train_net.py" in x]
+    assert [x[-1] for x in commands] == [
+        str(out / f"{name}.yaml") for name in ("teacher", "student", "distilled")
+    ]
+
+
+def test_an_evaluation_on_the_training_images_is_told(tmp_path):
+    card = tmp_path / "card.yaml"
+    make_card(tmp_path)
+    content = yaml.safe_load(card.read_text())
+    options = dict(teacher="R50", student="R18")
+    assert "recipe_train, too" not in write_configs(str(card), str(tmp_path / "a"), **options)
+    content.update(name="alone", splits={"train": content["splits"]["train"]})
+    card.write_text(yaml.safe_dump(content))
+    assert "on alone_train, too" in write_configs(str(card), str(tmp_path / "b"), **options)
 
 
 def test_masks_in_run_length_codes_are_read_as_bitmaps(tmp_path):

@@ -132,7 +132,10 @@ def read_frames(source: Source, limit: int = 0) -> Iterator[Frame]:
 def _read_image(path: str) -> np.ndarray:
     from detectron2.data.detection_utils import read_image
 
+    from ..data.mapper import check_image
+
     try:
+        check_image(path)  # as in training
         return read_image(path, "BGR")  # turned as its EXIF data say
     except Exception as error:  # image readers raise what they like
         reason = f"{type(error).__name__} {error}".strip().splitlines()[0]

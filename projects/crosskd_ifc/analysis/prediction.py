@@ -70,10 +70,11 @@ def predict(
 
     Raises:
         ConfigError: before anything is detected, for outputs that exist and for annotations that
-            don't fit the images or classes.
+            don't fit the images or classes; for two inputs that would be written to one file.
     """
     last = list(detectors.values())[-1]
     outputs = {source: _output(source, folder) for source in sources} if folder else {}
+    _refuse_same({source.path: path for source, path in outputs.items()})
     _check_outputs([*outputs.values(), *([results] if results else [])], sources, force)
     ids = CocoIds(last.class_names, annotations, sources if results else ())
     draw = _Drawing(detectors, threshold)
@@ -136,9 +137,17 @@ class CocoIds:
                     f"--annotations {annotations}: no category is called {name!r}, as the model's "
                     f"class is; there are {', '.join(self._categories)}"
                 )
+        names: Dict[int, str] = {}
         for source in sources:
-            if self._listed_id(source) is None:
+            number = self._listed_id(source)
+            if number is None:
                 raise ConfigError(f"--annotations {annotations}: no image is called {source.name}")
+            other = names.setdefault(number, source.name)
+            if other != source.name:
+                raise ConfigError(
+                    f"--annotations {annotations}: {other} and {source.name} can't both be its "
+                    f"{os.path.basename(source.name)}"
+                )
 
     def entries(self, found: Instances, frame: Frame) -> List[Dict[str, Any]]:
         """The results of one picture, with "file_name" and "category" besides COCO's fields."""
@@ -212,6 +221,17 @@ def _output(source: Source, folder: str) -> str:
         return os.path.join(folder, f"{stem}.mp4")
     keeps = extension.lower() in (".jpg", ".jpeg", ".png")
     return os.path.join(folder, source.name if keeps else f"{source.name}.png")
+
+
+def _refuse_same(outputs: Mapping[str, str]) -> None:
+    """Refuse two inputs with one output; input -> output."""
+    inputs: Dict[str, str] = {}
+    for path, output in outputs.items():
+        other = inputs.setdefault(output, path)
+        if other != path:
+            raise ConfigError(
+                f"{other} and {path} would be written to the same file; take one at a time"
+            )
 
 
 def _check_outputs(files: Sequence[str], sources: Sequence[Source], force: bool) -> None:

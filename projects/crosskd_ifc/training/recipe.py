@@ -1,6 +1,7 @@
 """Configs of a teacher, a plain and a distilled student for a dataset card, sized to its data."""
 
 import os
+import shlex
 from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -90,6 +91,8 @@ def write_configs(
             raise FileExistsError(f"{file} exists; give another --output, or --force")
     base, notes = _base(records, detector, pretrained=pretrained, gpus=gpus)
     base["DATASETS"] = {"CARDS": [path], "TRAIN": [train], "TEST": [test]}
+    if train == test:
+        notes.append(f"Evaluations: on {test}, too: there is no other split. They say little.")
     if detector == "mask_rcnn":
         base["MODEL"].update(
             MASK_ON=True,
@@ -110,7 +113,8 @@ def write_configs(
     }
     options = f" --num-gpus {gpus}" if gpus > 1 else ""
     commands = {
-        name: f"python tools/train_net.py{options} --config-file {files[name]}" for name in _NAMES
+        name: f"python tools/train_net.py{options} --config-file {shlex.quote(files[name])}"
+        for name in _NAMES
     }
     backbones = {"teacher": teacher, "student": student, "distilled": student}
     needed = sorted({_convert(name) for name in (teacher, student)} - {""}) if pretrained else []
