@@ -23,7 +23,11 @@ QUICK = os.path.join(ROOT, "configs", "quick")
 # One of each kind; the others only repeat them, and their parts have tests of their own.
 QUICK_TO_TEST = (
     *("crosskd_ifc_R_18", "crosskd_ifc_mask_rcnn_R_18", "crosskd_ifc_retinanet_R_18"),
-    *("crosskd_ifc_fcos_R_18", "crosskd_ifc_mobilenetv3_large", "options/faster_rcnn_R_34_conv_head"),
+    *(
+        "crosskd_ifc_fcos_R_18",
+        "crosskd_ifc_mobilenetv3_large",
+        "options/faster_rcnn_R_34_conv_head",
+    ),
     *("options/fgd_R_18", "options/gradients_R_18", "options/other_classes_R_18"),
 )
 SMALL = ("SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 0, "SOLVER.BASE_LR", 0.001)

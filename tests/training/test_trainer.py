@@ -24,8 +24,7 @@ from crosskd_ifc.experiments.runs import Run
 from crosskd_ifc.modeling.attach import load_teacher_config
 from crosskd_ifc.training.preflight import check_training_config
 from crosskd_ifc.training.preflight_data import check_classes
-from crosskd_ifc.training.schedule import DistillationSchedule
-from crosskd_ifc.training.trainer import scale_schedule
+from crosskd_ifc.training.schedule import DistillationSchedule, scale_schedule
 
 CONFIGS = os.path.join(os.path.dirname(__file__), "..", "..", "configs")
 S = "MODEL.CROSSKD.SCHEDULE."

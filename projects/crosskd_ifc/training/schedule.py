@@ -41,6 +41,33 @@ class DistillationSchedule(HookBase):
         unwrap(self.trainer.model).kd_factor = self.factor(self.trainer.iter)
 
 
+def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
+    """Scale the distillation schedule as ``DefaultTrainer.auto_scale_workers`` scales the solver's.
+
+    Args:
+        cfg: SOLVER.REFERENCE_WORLD_SIZE is the number of workers it was written for, 0 for none.
+        world_size: number of workers.
+
+    Returns:
+        A new config, or ``cfg`` itself if nothing is to be scaled.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, world_size):
+        return cfg
+    cfg = cfg.clone()
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    schedule: Dict[str, int] = cfg.MODEL.CROSSKD.SCHEDULE
+    for key, value in schedule.items():
+        if value > 0:
+            schedule[key] = int(round(value * reference / world_size))
+    if schedule["STOP_ITER"] >= 0:  # rounding must not leave nothing
+        schedule["STOP_ITER"] = max(schedule["STOP_ITER"], schedule["START_ITER"] + 1)
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
 class TeacherEvaluation(HookBase):
     """Evaluates the teacher on the student's test sets before the first step, and logs it as
     ``teacher/...``."""

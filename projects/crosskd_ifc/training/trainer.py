@@ -7,12 +7,11 @@ import logging
 import os
 import sys
 import weakref
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
@@ -20,11 +19,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..common.random_state import same_random_state
-from ..config import ConfigError, distillation_requested
-from ..data.cards import drop_degenerate_boxes
-from ..data.loading import load_training_records
+from ..config import distillation_requested
 from ..data.mapper import SampleError, build_mapper
-from ..data.outlines import check_outlines
 from ..modeling.attach import attach_teacher
 from ..modeling.building import explained
 from ..modeling.student import unwrap
@@ -42,8 +38,9 @@ from .preemption import (
 )
 from .preflight import check_training_config, evaluator_type
 from .preflight_data import check_classes, check_same_everywhere, check_test_data
+from .records import usable_records
 from .resume import ResumeState
-from .schedule import DistillationSchedule, TeacherEvaluation
+from .schedule import DistillationSchedule, TeacherEvaluation, scale_schedule
 from .stream import TrainingStream
 
 logger = logging.getLogger(__name__)
@@ -209,15 +206,7 @@ class CrossKDTrainer(DefaultTrainer):
         Raises:
             ConfigError: for data sets that don't fit the model or hold no box to train on.
         """
-        names = cfg.DATASETS.TRAIN
-        dicts, _ = drop_degenerate_boxes(load_training_records(cfg))
-        check_classes(cfg, keys=("TRAIN",))  # some data sets know their classes only now
-        if cfg.MODEL.MASK_ON:
-            check_outlines(dicts, polygons=cfg.INPUT.MASK_FORMAT == "polygon")
-        # Afterwards, since an image may have had no other box.
-        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
-            dicts = _with_boxes(dicts, names)
-        return TrainingStream(cfg, dicts).build_loader()
+        return TrainingStream(cfg, usable_records(cfg)).build_loader()
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -279,22 +268,6 @@ class CrossKDTrainer(DefaultTrainer):
         return ours + hooks
 
 
-def _with_boxes(dicts: list, names: Sequence[str]) -> list:
-    """The images with a box that isn't a crowd's.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    kept = filter_images_with_only_crowd_annotations(dicts)
-    if not kept:
-        raise ConfigError(
-            f"DATASETS.TRAIN: there is no box to train on in {', '.join(names)}: all {len(dicts)} "
-            "images are without one (boxes of crowds, without area or outside their image don't "
-            "count)"
-        )
-    return kept
-
-
 def _insert_before(hooks: list, kinds: tuple, hook: HookBase) -> None:
     """Insert a hook before the first of these kinds, or at the end."""
     places = [i for i, h in enumerate(hooks) if isinstance(h, kinds)]
@@ -324,33 +297,6 @@ def set_fusion_weight_decay(
         decay = cfg.MODEL.CROSSKD.FUSION.WEIGHT_DECAY
         optimizer.add_param_group({"params": parameters, "weight_decay": decay})
     return optimizer
-
-
-def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
-    """Scale the distillation schedule as ``DefaultTrainer.auto_scale_workers`` scales the solver's.
-
-    Args:
-        cfg: SOLVER.REFERENCE_WORLD_SIZE is the number of workers it was written for, 0 for none.
-        world_size: number of workers.
-
-    Returns:
-        A new config, or ``cfg`` itself if nothing is to be scaled.
-    """
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if reference in (0, world_size):
-        return cfg
-    cfg = cfg.clone()
-    frozen = cfg.is_frozen()
-    cfg.defrost()
-    schedule: Dict[str, int] = cfg.MODEL.CROSSKD.SCHEDULE
-    for key, value in schedule.items():
-        if value > 0:
-            schedule[key] = int(round(value * reference / world_size))
-    if schedule["STOP_ITER"] >= 0:  # rounding must not leave nothing
-        schedule["STOP_ITER"] = max(schedule["STOP_ITER"], schedule["START_ITER"] + 1)
-    if frozen:
-        cfg.freeze()
-    return cfg
 
 
 @contextlib.contextmanager
