@@ -242,6 +242,14 @@ class TestClassNames:
         ours = (*CLASS_COUNT, self.TRAIN, (), "DATASETS.TEST", ("crosskd_shapes_test",))
         assert self.names(ours, CLASS_COUNT, False) == (list(CLASSES), list(CLASSES))
 
+    def test_are_those_of_a_teachers_own_card(self, tmp_path):
+        splits = "{train: {json: gone.json, images: .}}"
+        card = f"{{name: theirs, format: coco, root: ., splits: {splits}, classes: [c, b, a]}}"
+        (tmp_path / "card.yaml").write_text(card)
+        ours = (self.TRAIN, ("crosskd_shapes_train",), self.MAP, ("teacher",))
+        theirs = (self.TRAIN, ("theirs_train",), "DATASETS.CARDS", (str(tmp_path / "card.yaml"),))
+        assert self.names(ours, theirs) == (["0", "1", "2"], ["c", "b", "a"])
+
     def test_are_numbers_where_they_are_unknown(self):
         ours = (self.TRAIN, ("unknown",), self.MAP, ("teacher",))
         theirs = ("MODEL.ROI_HEADS.NUM_CLASSES", 2, self.TRAIN, ("crosskd_shapes_train",))

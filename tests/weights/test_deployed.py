@@ -129,6 +129,14 @@ def test_a_file_says_what_goes_in_and_comes_out(tmp_path, images):
     assert info["classes"] == ["0", "1", "2"]  # the data set has eight: not the student's
 
 
+def test_a_file_has_the_class_names_of_a_card_that_nobody_has_registered(tmp_path):
+    splits = "{train: {json: gone.json, images: .}}"
+    card = f"{{name: exported, format: coco, root: ., splits: {splits}, classes: [a, ß, c]}}"
+    (tmp_path / "card.yaml").write_text(card)
+    data = ("DATASETS.CARDS", (str(tmp_path / "card.yaml"),), "DATASETS.TRAIN", ("exported_train",))
+    assert graphs.describe(tiny_cfg(*data), "onnx", None).classes == ("a", "ß", "c")
+
+
 @pytest.mark.parametrize("kind", ["Faster R-CNN", "FCOS"])
 def test_a_fixed_size_pads_what_is_smaller_with_the_mean(kind, tmp_path, images):
     run, student = make(kind, tmp_path / "run")

@@ -116,7 +116,7 @@ def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
         cfg: the student's config.
         teacher: the attached teacher.
     """
-    ours, theirs = classes.class_names(cfg), classes.class_names(teacher.cfg)
+    ours, theirs = (classes.class_names(c, load=True) for c in (cfg, teacher.cfg))
     if theirs is None and not cfg.MODEL.CROSSKD.TEACHER.CLASS_MAP:
         theirs = ours
     ours = ours or [str(i) for i in range(class_count(cfg)[1])]

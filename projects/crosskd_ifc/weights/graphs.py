@@ -154,4 +154,4 @@ def _write_onnx(graph: Graph, image: torch.Tensor, path: str, *, is_fixed: bool)
 
 def _class_names(cfg: CfgNode) -> Tuple[str, ...]:
     """Numbers where no registered data set knows them."""
-    return tuple(class_names(cfg) or map(str, range(class_count(cfg)[1])))
+    return tuple(class_names(cfg, load=True) or map(str, range(class_count(cfg)[1])))
