@@ -590,6 +590,20 @@ def test_a_report_opens_with_the_contrasts_that_were_named_beforehand(tmp_path):
     assert "1 of them have no runs yet" in text
 
 
+def test_what_shared_teachers_can_show_is_told_of_teachers(tmp_path):
+    teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "seeds": [1, 2, 3]}
+    case = Case(tmp_path, seeds=[1, 2, 3, 4, 5, 6], teacher=teacher)
+    case.do(case.todo(arms=["student", "crosskd_ifc"]))
+    with open(case.path) as f:
+        recorded = json.load(f)
+    gains = dict(zip(range(1, 7), (1.0, 1.0, 4.0, 3.0, 3.0, 4.0)))  # teachers: 2, 2, 4
+    for run in recorded["runs"]:
+        run["AP"] = 10 + (gains[run["seed"]] if run["arm"] == "crosskd_ifc" else 0)
+    text = " ".join(report_text(recorded).split())
+    assert "A difference varies from teacher to teacher by 1.2" in text
+    assert "3 teachers show a true one of" in text and "seeds show" not in text
+
+
 def test_a_title_with_dollar_signs_is_no_formula(tmp_path):
     taps = {"$2 and $\\frac": {"fc2": fc2()}}
     case = Case(tmp_path, title="for $5 or $\\broken{", ablations=taps)

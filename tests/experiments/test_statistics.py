@@ -163,3 +163,10 @@ def test_a_pooled_deviation_weighs_each_difference_by_its_degrees_of_freedom():
     ]
     assert pooled_deviation(found) == pytest.approx((20 / 3) ** 0.5)
     assert pooled_deviation(found[2:]) is None
+
+
+def test_a_pooled_deviation_is_that_of_what_the_tests_take_as_units():
+    teachers = {seed: seed // 2 for seed in range(6)}
+    found = summarize({0: 1.0, 1: 3.0, 2: 1.0, 3: 3.0, 4: 5.0, 5: 5.0}, teachers)
+    assert found.units == (2.0, 2.0, 5.0)
+    assert pooled_deviation([found]) == pytest.approx(3**0.5)

@@ -154,18 +154,20 @@ def _differences(table: Table, section: Section) -> str:
 
 
 def _power(table: Table, section: Section) -> List[str]:
-    """What differences these seeds can show at all."""
+    """What differences these seeds, or the teachers that they share, can show at all."""
     found = [difference for _, _, difference in table.differences(section)]
+    shared = [difference for difference in found if len(difference.units) < len(difference.values)]
+    unit, found = ("teacher", shared) if shared else ("seed", found)
     deviation = pooled_deviation(found)
     if deviation is None or deviation < 0.05:  # 0.0 in these tables
         return []
-    n = max(len(difference.values) for difference in found)
+    n = max(len(difference.units) for difference in found)
     shown, needed = detectable_difference(deviation, n), seeds_needed(deviation, 1.0)
     return [
-        f"A difference varies from seed to seed by {deviation:.1f} (standard deviation, all "
-        f"pooled): {n} seeds show",
+        f"A difference varies from {unit} to {unit} by {deviation:.1f} (standard deviation, all "
+        f"pooled): {n} {unit}s show",
         f"a true one of {shown:.1f} AP in 80 % of such comparisons; one of 1 AP takes {needed} "
-        "seeds.",
+        f"{unit}s.",
         "",
     ]
 

@@ -115,9 +115,9 @@ def holm(p_values: Sequence[float]) -> List[float]:
 
 
 def pooled_deviation(differences: Iterable[Difference]) -> Optional[float]:
-    """The standard deviation from seed to seed of several paired differences, each about its own
-    mean; None if none has two seeds."""
-    samples = [list(d.values.values()) for d in differences if len(d.values) > 1]
+    """The standard deviation from unit to unit (:class:`Difference`) of several paired differences,
+    each about its own mean; None if none has two units."""
+    samples = [d.units for d in differences if len(d.units) > 1]
     if not samples:
         return None
     squares = sum(float(np.var(x, ddof=1)) * (len(x) - 1) for x in samples)
