@@ -110,6 +110,23 @@ def test_frozen_stages_neither_learn_nor_change_their_statistics(name, freeze_at
         assert not learns
 
 
+@pytest.mark.parametrize("freeze_at", [1, 2, 3])
+def test_as_much_is_frozen_where_a_dense_detector_takes_no_res2(freeze_at):
+    frozen = []
+    for levels in (LEVELS, LEVELS[1:]):
+        backbone = TimmBackbone(name="resnet18", out_features=levels, freeze_at=freeze_at)
+        frozen.append({n for n, p in backbone.named_parameters() if not p.requires_grad})
+    assert frozen[0] == frozen[1]
+
+
+def test_exactly_what_no_feature_comes_from_does_not_learn():
+    backbone = TimmBackbone(name="hrnet_w18_small", out_features=LEVELS[1:])
+    learns = {n for n, p in backbone.named_parameters() if p.requires_grad}
+    backbone.requires_grad_(True)
+    sum(x.sum() for x in backbone(torch.rand(2, 3, 64, 64)).values()).backward()
+    assert learns == {n for n, p in backbone.named_parameters() if p.grad is not None}
+
+
 def test_frozen_norms_keep_the_activation_that_timm_builds_into_them():
     torch.manual_seed(0)
     name = "mobilenetv3_large_100"

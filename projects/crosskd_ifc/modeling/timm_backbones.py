@@ -98,9 +98,11 @@ class TimmBackbone(Backbone):
             found = [y.permute(0, 3, 1, 2).contiguous() for y in found]
         return dict(zip(self._out_features, found))
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def _try(self, name: str) -> None:
-        """Refuse a network that takes only images of one size, or gives other maps than it says."""
+        """Refuse a network that takes only images of one size, or gives other maps than it says.
+        What none of its features comes from is not to learn: DDP wants a gradient for all that is.
+        """
         training = self.training
         self.eval()
         try:
@@ -118,26 +120,24 @@ class TimmBackbone(Backbone):
                     f"MODEL.TIMM.NAME {name!r} gives {feature} as {tuple(found[feature].shape)}, "
                     f"not {(1, shape.channels, side, side)}"
                 )
+        parameters, total = list(self.parameters()), sum(x.sum() for x in found.values())
+        for p, gradient in zip(
+            parameters, torch.autograd.grad(total, parameters, allow_unused=True)
+        ):
+            p.requires_grad_(gradient is not None)
 
     def _freeze(self, name: str, freeze_at: int) -> None:
-        """Freeze the modules up to a feature: no gradient, and the statistics of their norms.
-
-        What comes after the last feature learns nothing either: DDP wants a gradient for all that
-        is to learn.
-        """
+        """Freeze the modules up to a feature: no gradient, and the statistics of their norms."""
+        if freeze_at <= 0:
+            return
         try:
             modules, ends = _in_order(self.features)
         except StopIteration:
-            if freeze_at <= 0:
-                return
             raise ConfigError(
                 f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but what leads to which feature isn't "
                 f"known of timm's {name!r}; set it to 0"
             ) from None
-        for place in modules[max(ends.values()) :]:  # timm doesn't leave it out of all networks
-            self.features.get_submodule(place).requires_grad_(False)
-        last = ends[min(freeze_at, max(ends))] if freeze_at > 0 else 0
-        for place in modules[:last]:
+        for place in modules[: ends[min(freeze_at, max(ends))]]:
             module = self.features.get_submodule(place)
             for p in module.parameters():
                 p.requires_grad = False
@@ -150,18 +150,19 @@ class TimmBackbone(Backbone):
 def _in_order(features: nn.Module) -> Tuple[List[str], Dict[int, int]]:
     """The names of a feature extractor's modules as they run, and for each FREEZE_AT how many of
     them come up to that feature (1: before the first of stride 4)."""
-    wanted = features.feature_info.module_name()
+    # Also the features that aren't taken, as res2 of a dense detector.
+    known = features.feature_info.info[: max(features.feature_info.out_indices) + 1]
+    wanted = {x["module"]: x["reduction"] for x in known if x["reduction"] >= 4}
     flat = {name.replace(".", "_"): name for name in wanted}
     names: List[str] = []
     for name, child in features.named_children():
         inside = [n for n, _ in child.named_children() if f"{name}.{n}" in wanted]
         names += [f"{name}.{n}" for n, _ in child.named_children()] if inside else [name]
     ends, first = {}, None
-    for module, stride in zip(wanted, features.feature_info.reduction()):
+    for module, stride in wanted.items():
         place = next(i for i, n in enumerate(names) if n == module or flat.get(n) == module)
-        if stride >= 4:
-            ends[int(math.log2(stride))] = place + 1
-            first = place if first is None else first
+        ends[int(math.log2(stride))] = place + 1
+        first = place if first is None else first
     return names, {1: first, **ends}
 
 
