@@ -22,7 +22,9 @@ PATHS = {
         *("confident_giou", "confident_iou", "confident_l1", "kl_divergence", "pkd"),
         "quality_focal",
     ),
-    "crosskd_ifc.fusion": ("FEATURE_FUSION_REGISTRY", "FeatureFusion", "standardize_like"),
+    "crosskd_ifc.fusion": (
+        *("FEATURE_FUSION_REGISTRY", "FeatureFusion", "SumFusion", "standardize_like"),
+    ),
     "crosskd_ifc.trainer": ("CrossKDTrainer", "set_fusion_weight_decay"),
     "crosskd_ifc.stream": ("TrainingStream",),
     "crosskd_ifc.data": ("register_card", "register_cards"),

@@ -12,10 +12,16 @@ from typing import Callable, Dict, List, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
-from .fusion_types import FEATURE_FUSION_REGISTRY, Shape
+from .fusion_types import FEATURE_FUSION_REGISTRY, Shape, SumFusion
 from .losses import at_least_float32, channel_statistics
 
-__all__ = ["FEATURE_FUSION_REGISTRY", "FeatureFusion", "build_adapter", "standardize_like"]
+__all__ = [
+    "FEATURE_FUSION_REGISTRY",
+    "FeatureFusion",
+    "SumFusion",
+    "build_adapter",
+    "standardize_like",
+]
 
 ROUTES = ("direct", "through")
 ALIGNMENTS = ("none", "standardize", "standardize_taps")

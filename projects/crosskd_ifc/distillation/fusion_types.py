@@ -15,7 +15,7 @@ from torch import nn
 from ..common.random_state import StepGenerators
 from ..common.registry import NamedRegistry
 
-__all__ = ["FEATURE_FUSION_REGISTRY"]
+__all__ = ["FEATURE_FUSION_REGISTRY", "SumFusion"]
 
 Shape = Tuple[int, ...]
 
