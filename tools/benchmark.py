@@ -12,7 +12,6 @@ All in one run, in turns, on random images and weights: no data and no weights a
 import argparse
 import dataclasses
 import json
-import logging
 import os
 import shlex
 import sys
@@ -23,11 +22,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
-from crosskd_ifc import ConfigError  # noqa: E402
 from crosskd_ifc.analysis.benchmark.step import Case, StepBenchmark, summarize_times  # noqa: E402
 from crosskd_ifc.analysis.benchmark.sweep import draw_sweep, sweep  # noqa: E402
 from crosskd_ifc.analysis.benchmark.trace import gpu_use  # noqa: E402
-from crosskd_ifc.common.command_line import HelpFormatter  # noqa: E402
+from crosskd_ifc.common.command_line import HelpFormatter, run_tool  # noqa: E402
 from crosskd_ifc.common.config_files import load_config  # noqa: E402
 from crosskd_ifc.common.environment import hardware, versions  # noqa: E402
 
@@ -137,9 +135,4 @@ def measure(bench, rounds):
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # advice to torch's own developers
-    try:
-        main(parse_args())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    run_tool(lambda: main(parse_args()))

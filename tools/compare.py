@@ -10,16 +10,13 @@ curves.png, differences.png) lies beside it.
 """
 
 import argparse
-import logging
 import os
 import shlex
-import signal
 import sys
 
 import torch
 
-from crosskd_ifc import ConfigError
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import HelpFormatter, run_tool
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, select
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import write_report
@@ -99,19 +96,7 @@ def main(args):
     return list(failed.values())
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-    logging.basicConfig(format="%(message)s")
-    try:
-        errors = main(parse_args())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nStopped; run it again to go on.")
+    errors = run_tool(lambda: main(parse_args()), resumes=True)
     if errors:
         sys.exit(f"\n{len(errors)} runs failed:\n" + "\n".join(e.split("\n")[0] for e in errors))

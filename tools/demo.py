@@ -10,9 +10,7 @@ it again.
 """
 
 import argparse
-import logging
 import os
-import signal
 import sys
 import time
 
@@ -25,10 +23,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_tes
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
-from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.curves import plot_curves
 from crosskd_ifc.analysis.detections import compare_on_dataset
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import HelpFormatter, run_tool
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, has_weights
 from crosskd_ifc.experiments.protocol import TEACHER, load_protocol
 from crosskd_ifc.experiments.results import Results
@@ -101,21 +98,7 @@ def main(argv=None, protocol_file=PROTOCOL):
     return []
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("crosskd_ifc").setLevel(logging.INFO)  # the generation of the data set
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # advice to torch's own developers
-    try:
-        errors = main()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nStopped; run it again to go on.")
+    errors = run_tool(main, resumes=True, tells_more=True)
     if errors:
         sys.exit("\nerror: " + "\n".join(errors))

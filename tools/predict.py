@@ -12,17 +12,15 @@ inputs. --json writes COCO results. Exit status 1: an input could not be read, t
 """
 
 import argparse
-import logging
 import sys
 from typing import List, Optional
 
 import torch
 
-from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.detector import load_configured_teacher, load_detector
 from crosskd_ifc.analysis.inputs import find_sources
 from crosskd_ifc.analysis.prediction import predict
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import HelpFormatter, run_tool
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -102,12 +100,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def invoke_main(argv: Optional[List[str]] = None) -> None:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # advice to torch's own developers
-    try:
-        status = main(parse(argv))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    status = run_tool(lambda: main(parse(argv)))
     if status:
         sys.exit(status)
 

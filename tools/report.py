@@ -10,16 +10,13 @@ the one file. A training that is still running can be looked at, too.
 """
 
 import argparse
-import logging
 import os
-import sys
 from typing import List, Optional
 
 import torch
 
-from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.run_report import write_run_report
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import HelpFormatter, run_tool
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -62,12 +59,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def invoke_main(argv: Optional[List[str]] = None) -> None:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # advice to torch's own developers
-    try:
-        main(parse(argv))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    run_tool(lambda: main(parse(argv)))
 
 
 if __name__ == "__main__":

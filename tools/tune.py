@@ -12,7 +12,6 @@ the protocol's own teachers serve. Interrupted searches go on: just run it again
 """
 
 import argparse
-import logging
 import os
 import shlex
 import signal
@@ -20,8 +19,7 @@ import sys
 
 import torch
 
-from crosskd_ifc import ConfigError
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import HelpFormatter, run_tool
 from crosskd_ifc.experiments.child_process import RunFailed
 from crosskd_ifc.experiments.protocol import load_protocol
 
@@ -111,10 +109,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
     try:
-        main(parse_args())
-    except (ConfigError, RunFailed) as error:
+        run_tool(lambda: main(parse_args()), resumes=True)
+    except RunFailed as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nStopped; run it again to go on.")

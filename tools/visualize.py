@@ -10,16 +10,13 @@ than the teacher's. CONFIG is the student's, with its teacher; a plain student's
 """
 
 import argparse
-import logging
 import os
-import sys
 from typing import List, Optional
 
 from detectron2.config import get_cfg
 
-from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.pictures import inspect_pair
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import HelpFormatter, run_tool
 from crosskd_ifc.common.config_files import load_config
 from crosskd_ifc.data.cards import fill_in_class_count
 
@@ -72,13 +69,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def invoke_main(argv: Optional[List[str]] = None) -> None:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("crosskd_ifc").setLevel(logging.INFO)  # the generation of the data set
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # advice to torch's own developers
-    try:
-        main(parse(argv))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    run_tool(lambda: main(parse(argv)), tells_more=True)  # of the data set that it generates
 
 
 if __name__ == "__main__":

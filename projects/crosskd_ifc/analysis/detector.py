@@ -6,16 +6,15 @@ from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..common.config_files import find_config, load_config, merge_from_file, merge_from_list
-from ..common.user_code import refuse_user_code
-from ..config import ConfigError, add_crosskd_ifc_config, class_count
+from ..common.config_files import find_config, load_config, merge_from_list
+from ..config import ConfigError, class_count
 from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
 from ..weights.metadata import read_metadata
@@ -81,11 +80,8 @@ def load_detector(weights: str, *, config_file: str = "", opts: Sequence = ()) -
     if config_file:
         cfg = load_config(config_file, opts)
     else:
-        cfg = get_cfg()
-        add_crosskd_ifc_config(cfg)
-        merge_from_file(cfg, config, key="the config beside the weights,")
-        merge_from_list(cfg, opts, key="--opts")
-        refuse_user_code(cfg, config)
+        key = "the config beside the weights,"
+        cfg = load_config(config, opts, key=key, opts_key="--opts", found=True)
     return _build(cfg, file, read_metadata(os.path.dirname(file)).get("classes"))
 
 

@@ -4,14 +4,13 @@ import math
 import os
 import re
 import statistics
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from ..common.config_files import load_config, merge_from_file
-from ..common.user_code import refuse_user_code
-from ..config import ConfigError, add_crosskd_ifc_config
+from ..common.config_files import default_values, flat, load_config
+from ..config import ConfigError
 from .curves import read_metrics
 
 _WRITING_PERIOD = 20  # iterations, of detectron2's writers
@@ -53,7 +52,9 @@ class RunRecord:
     def series(self, key: str) -> Points:
         """(iteration, value) of what was logged under a key, less what isn't finite."""
         points = ((line["iteration"], line.get(key)) for line in self._lines)
-        return [(i, float(v)) for i, v in points if isinstance(v, (int, float)) and _is_finite(v)]
+        return [
+            (i, float(v)) for i, v in points if isinstance(v, (int, float)) and math.isfinite(v)
+        ]
 
     def last(self, key: str) -> Optional[float]:
         points = self.series(key)
@@ -92,10 +93,8 @@ class RunRecord:
 
     def settings(self) -> List[Tuple[str, Any, Any]]:
         """(key, value, default) of all that isn't at its default, this project's keys first."""
-        defaults = get_cfg()
-        add_crosskd_ifc_config(defaults)
-        before = dict(_flat(defaults))
-        rows = [(k, v, before.get(k)) for k, v in _flat(self.cfg) if v != before.get(k)]
+        before = default_values()
+        rows = [(k, v, before.get(k)) for k, v in flat(self.cfg) if v != before.get(k)]
         return sorted(rows, key=lambda row: ("CROSSKD" not in row[0], row[0]))
 
     def peak_gpu_megabytes(self) -> Optional[int]:
@@ -144,25 +143,8 @@ def _in_order(lines: List[dict]) -> List[Dict[str, Any]]:
 
 def _read_config(folder: str, config_file: str) -> CfgNode:
     if config_file:
-        cfg = load_config(config_file)
-    else:
-        path = os.path.join(folder, "config.yaml")
-        if not PathManager.isfile(path):
-            raise ConfigError(f"{path}: no such file; give the OUTPUT_DIR of a training")
-        cfg = get_cfg()
-        add_crosskd_ifc_config(cfg)
-        merge_from_file(cfg, path, key="the config of the run,")
-        refuse_user_code(cfg, path)
-    return cfg
-
-
-def _flat(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _is_finite(value: float) -> bool:
-    return math.isfinite(value)
+        return load_config(config_file)
+    path = os.path.join(folder, "config.yaml")
+    if not PathManager.isfile(path):
+        raise ConfigError(f"{path}: no such file; give the OUTPUT_DIR of a training")
+    return load_config(path, key="the config of the run,", found=True)

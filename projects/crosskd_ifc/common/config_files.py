@@ -14,7 +14,7 @@ from detectron2.config import get_cfg
 from ..config import ConfigError, add_crosskd_ifc_config
 from .lazy_config import is_lazy
 from .paths import resolve_path
-from .user_code import import_user_code
+from .user_code import import_user_code, refuse_user_code
 
 # What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
 _MERGE_ERRORS = (
@@ -45,24 +45,48 @@ class _CheckedCfg(CN):
         return io.StringIO(text)
 
 
-def load_config(config_file: str, opts: Sequence = ()) -> CN:
+def default_config() -> CN:
+    """detectron2's defaults, and this project's."""
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    return cfg
+
+
+def default_values() -> Dict[str, Any]:
+    """Key -> value of :func:`default_config`."""
+    return dict(flat(default_config()))
+
+
+def load_config(
+    config_file: str,
+    opts: Sequence = (),
+    *,
+    key: str = "--config-file",
+    opts_key: str = "command line",
+    found: bool = False,
+) -> CN:
     """The config that a tool's command line means; what its IMPORTS name is imported.
 
     Args:
-        config_file: of ``--config-file``.
+        config_file: as of :func:`find_config`.
         opts: KEY, VALUE, ... on top.
+        key, opts_key: what gave them, for errors.
+        found: the file was found beside weights, not named by the user: no IMPORTS.
 
     Raises:
         ConfigError: if there is no such config, or it or ``opts`` can't be merged.
     """
     refuse_late_options(opts)
     if not config_file:
-        raise ConfigError("--config-file is missing")
-    cfg = get_cfg()
-    add_crosskd_ifc_config(cfg)
-    merge_from_file(cfg, find_config(config_file, key="--config-file")[0], key="--config-file")
-    merge_from_list(cfg, opts, key="command line")
-    import_user_code(cfg)
+        raise ConfigError(f"{key} is missing")
+    path = config_file if found else find_config(config_file, key=key)[0]
+    cfg = default_config()
+    merge_from_file(cfg, path, key=key)
+    merge_from_list(cfg, opts, key=opts_key)
+    if found:
+        refuse_user_code(cfg, path)
+    else:
+        import_user_code(cfg)
     return cfg
 
 
@@ -169,8 +193,7 @@ def load_config_text(text: str, *, source: str) -> CN:
     Raises:
         ConfigError: if it isn't one.
     """
-    cfg = get_cfg()
-    add_crosskd_ifc_config(cfg)
+    cfg = default_config()
     try:
         check_yaml(text)
         cfg.merge_from_other_cfg(CN(yaml.safe_load(text)))

@@ -19,7 +19,6 @@ from iopath.common.file_io import file_lock
 from ..common.files import replacing
 from ..config import ConfigError
 from .protocol import TEACHER, Protocol
-from .results_file import read_results
 from .runs import Run, is_same_input
 
 Key = Tuple[str, int]  # arm, seed
@@ -182,10 +181,16 @@ class Results:
             self.command = content.get("command", self.command)
 
     def _read_other(self, path: str) -> dict:
-        content = read_results(path)
-        if content["name"] != self.protocol.name:
+        try:
+            with open(path) as f:
+                content = json.load(f)
+            name, _ = content["name"], [_settings(entry) for entry in content["runs"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__} {error}"
+            raise ConfigError(f"{path}: not the results of a comparison: {reason}") from error
+        if name != self.protocol.name:
             raise ConfigError(
-                f"{path}: holds the results of {content['name']!r}, not of "
+                f"{path}: holds the results of {name!r}, not of "
                 f"{self.protocol.name!r} ({self.protocol.path}); give another --output"
             )
         return content

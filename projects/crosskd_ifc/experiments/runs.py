@@ -15,15 +15,14 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
 from ..analysis.curves import read_metrics
-from ..common.config_files import find_config, flat, merge_from_file, merge_from_list
+from ..common.config_files import default_values, find_config, flat, load_config
 from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json, write_json
 from ..common.paths import resolve_path
-from ..common.user_code import import_user_code
-from ..config import add_crosskd_ifc_config, distillation_requested
+from ..config import distillation_requested
 from ..data import shapes
 from ..data.cards import fill_in_class_count
 from ..modeling.attach import load_teacher_config
@@ -75,11 +74,8 @@ class Run:
         return dataclasses.replace(self, needs=tuple(run.read_again() for run in self.needs))
 
     def _build_cfg(self) -> CfgNode:
-        cfg = get_cfg()
-        add_crosskd_ifc_config(cfg)
-        merge_from_file(cfg, find_config(self.config, key=self.name)[0], key=self.name)
-        merge_from_list(cfg, [*self.opts, "OUTPUT_DIR", self.folder], key=self.name)
-        import_user_code(cfg)
+        opts = [*self.opts, "OUTPUT_DIR", self.folder]
+        cfg = load_config(self.config, opts, key=self.name, opts_key=self.name)
         fill_in_class_count(cfg)
         cfg.freeze()
         return cfg
@@ -287,9 +283,7 @@ def _score(value: float) -> float:
 def _settings(cfg: CfgNode) -> Dict[str, Any]:
     """What results depend on: all that isn't at its default; for a student that distils all of
     MODEL.CROSSKD that is set, so that a changed default is another setting."""
-    defaults = get_cfg()
-    add_crosskd_ifc_config(defaults)
-    before, settings = dict(flat(defaults)), {}
+    before, settings = default_values(), {}
     for key, value in flat(cfg):
         if key.startswith("MODEL.CROSSKD."):
             counts = distillation_requested(cfg) and value not in (0, "", (), [], None)

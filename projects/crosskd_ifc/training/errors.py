@@ -9,11 +9,11 @@ import re
 import traceback
 from typing import Callable, Iterator, List
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from ..common.config_files import flat
-from ..config import ConfigError, add_crosskd_ifc_config
+from ..common.config_files import default_values, flat
+from ..config import ConfigError
 from ..data.mapper import SampleError
 from ..weights.reading import WeightsError
 from .checkpointer import CheckpointError
@@ -81,9 +81,7 @@ def _one_line(error: Exception, cfg: CfgNode) -> str:
 def _suspects(error: Exception, cfg: CfgNode) -> List[str]:
     """Keys that this run sets and that the error names: by a value, or in the code that
     failed, as the path of a key or by its last part."""
-    defaults = get_cfg()
-    add_crosskd_ifc_config(defaults)
-    before = dict(flat(defaults))
+    before = default_values()
     ours = {k: v for k, v in flat(cfg) if k not in before or before[k] != v}
     said = str(error)
     named = [

@@ -3,15 +3,14 @@
 from typing import Sequence
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from ..common.config_files import flat
+from ..common.config_files import default_values, flat
 from ..config import (
     META_ARCHITECTURES,
     ConfigError,
-    add_crosskd_ifc_config,
     class_count,
     distillation_requested,
 )
@@ -89,9 +88,7 @@ def _check_stock_values(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    defaults = get_cfg()
-    add_crosskd_ifc_config(defaults)
-    before = dict(flat(defaults))
+    before = default_values()
     for key, value in flat(cfg):
         if value is None and before.get(key) is not None:
             raise ConfigError(f"{key} is null; its default is {before[key]!r}")

@@ -4,12 +4,12 @@ import re
 from typing import Any, Dict, List, Mapping, Tuple
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from ..common.config_files import check_yaml, flat
-from ..config import ConfigError, add_crosskd_ifc_config
+from ..common.config_files import check_yaml, default_config, flat
+from ..config import ConfigError
 
 # Where things lie, how they are evaluated, how often something is written, how data are read: what
 # may change without changing the experiment. The teacher's weights have a digest of their own.
@@ -37,9 +37,7 @@ def changed_settings(kept: Mapping[str, Any], cfg: CfgNode) -> List[Tuple[str, A
     Raises:
         ConfigError: if ``kept`` can't be read.
     """
-    defaults = get_cfg()
-    add_crosskd_ifc_config(defaults)
-    before = _settings({"yaml": defaults.dump(), "processes": None})
+    before = _settings({"yaml": default_config().dump(), "processes": None})
     # A key that an earlier version didn't have was at its default.
     then, now = ({**before, **_settings(x)} for x in (kept, describe_run(cfg)))
     keys = [k for k in sorted({*then, *now}) if not _NO_CHANGE.fullmatch(k)]

@@ -4,16 +4,15 @@ import os
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..common.config_files import load_config_text, merge_from_file
+from ..common.config_files import load_config, load_config_text
 from ..common.files import refuse_overwriting, staging_folder, write_json
 from ..common.paths import resolve_path
-from ..common.user_code import import_user_code, refuse_user_code
-from ..config import add_crosskd_ifc_config
+from ..common.user_code import refuse_user_code
 from .deployed import INFO_NAME, DeployedModel, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
 from .metadata import METADATA_NAME, describe_detector
@@ -183,14 +182,7 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
             f"{path}: no such file. Training writes it beside its checkpoints; give the config "
             f"that {checkpoint} was trained with by --config-file"
         )
-    cfg = get_cfg()
-    add_crosskd_ifc_config(cfg)
-    merge_from_file(cfg, path, key=key)
-    if config_file:
-        import_user_code(cfg)
-    else:
-        refuse_user_code(cfg, path)
-    return cfg, path
+    return load_config(path, key=key, found=not config_file), path
 
 
 def _student_state(
