@@ -271,6 +271,16 @@ def test_the_digest_changes_with_a_default_but_not_with_a_new_key(tmp_path, monk
     assert digest() != before
 
 
+def test_a_weight_of_0_and_one_of_1_on_the_combined_feature_are_two_runs(tmp_path):
+    def digest(weight, config="quick/options/taps_R_18_shapes.yaml"):
+        opts = ["MODEL.CROSSKD.LOSS.FUSED_WEIGHT", str(weight)]
+        return Run("a run", config, str(tmp_path), opts).digest()
+
+    assert len({digest(weight) for weight in (0.0, 0.5, 1.0)}) == 3
+    plain = "quick/crosskd_ifc_R_18_shapes.yaml"
+    assert digest(1.0, plain) == Run("a run", plain, str(tmp_path)).digest()
+
+
 def test_results_from_before_there_were_types_of_losses_stay_valid(tmp_path, monkeypatch):
     run = Run("a run", "quick/options/pkd_R_18_shapes.yaml", str(tmp_path))
     other = Run("a run", "quick/options/cwd_R_18_shapes.yaml", str(tmp_path))

@@ -283,11 +283,13 @@ def _score(value: float) -> float:
 def _settings(cfg: CfgNode) -> Dict[str, Any]:
     """What results depend on: all that isn't at its default; for a student that distils all of
     MODEL.CROSSKD that is set, so that a changed default is another setting."""
-    before, settings = default_values(), {}
+    before, settings, since = default_values(), {}, dict(_SINCE)
+    if cfg.MODEL.CROSSKD.LOSS.TAP_WEIGHTS:  # as their first records have it
+        since["MODEL.CROSSKD.LOSS.FUSED_WEIGHT"] = 0.0
     for key, value in flat(cfg):
         if key.startswith("MODEL.CROSSKD."):
-            counts = distillation_requested(cfg) and value not in (0, "", (), [], None)
-            counts = counts and value != _SINCE.get(key)
+            counts = value != since[key] if key in since else value not in (0, "", (), [], None)
+            counts = counts and distillation_requested(cfg)
         else:
             counts = key not in _NO_RESULT and value != before.get(key)
         if counts:
