@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from crosskd_ifc.common import config_files
 from crosskd_ifc.experiments import runs
 from crosskd_ifc.experiments.child_process import StepCounter, supervise
 from crosskd_ifc.experiments.runs import Run, RunFailed, RunStopped
@@ -253,21 +254,21 @@ def test_the_digest_changes_with_a_default_but_not_with_a_new_key(tmp_path, monk
     def digest():
         return Run("a run", "quick/crosskd_ifc_R_18_shapes.yaml", str(tmp_path)).digest()
 
-    before, add = digest(), runs.add_crosskd_ifc_config
+    before, add = digest(), config_files.add_crosskd_ifc_config
 
     def with_new_key(cfg):
         add(cfg)
         cfg.MODEL.CROSSKD.LOSS.NEW_WEIGHT = 0.0
         cfg.MODEL.NEW = "new"
 
-    monkeypatch.setattr(runs, "add_crosskd_ifc_config", with_new_key)
+    monkeypatch.setattr(config_files, "add_crosskd_ifc_config", with_new_key)
     assert digest() == before
 
     def with_new_default(cfg):
         add(cfg)
         cfg.MODEL.CROSSKD.LOSS.CLS_WEIGHT = 0.25
 
-    monkeypatch.setattr(runs, "add_crosskd_ifc_config", with_new_default)
+    monkeypatch.setattr(config_files, "add_crosskd_ifc_config", with_new_default)
     assert digest() != before
 
 
@@ -284,7 +285,7 @@ def test_a_weight_of_0_and_one_of_1_on_the_combined_feature_are_two_runs(tmp_pat
 def test_results_from_before_there_were_types_of_losses_stay_valid(tmp_path, monkeypatch):
     run = Run("a run", "quick/options/pkd_R_18_shapes.yaml", str(tmp_path))
     other = Run("a run", "quick/options/cwd_R_18_shapes.yaml", str(tmp_path))
-    before, add = run.digest(), runs.add_crosskd_ifc_config
+    before, add = run.digest(), config_files.add_crosskd_ifc_config
     assert other.digest() != before
 
     def of_then(cfg):
@@ -292,7 +293,7 @@ def test_results_from_before_there_were_types_of_losses_stay_valid(tmp_path, mon
         for key in ("CLS_TYPE", "CLS_OPTS", "FEATURE_TYPE", "FEATURE_OPTS"):
             del cfg.MODEL.CROSSKD.LOSS[key]
 
-    monkeypatch.setattr(runs, "add_crosskd_ifc_config", of_then)
+    monkeypatch.setattr(config_files, "add_crosskd_ifc_config", of_then)
     assert run.digest() == before
 
 
