@@ -1,6 +1,7 @@
 # make demo     train the teacher and three students on generated data, compare them
 # make test     the quick tests          make test-slow   all tests
 # make lint     black, isort, flake8, import-linter (rooms of the package)     make format      apply black and isort
+# make wheel    build dist/*.whl, install it elsewhere (with the packages of .venv) and run crosskd-demo --quick there
 # make docs     build the site of docs/ into site/, in an environment of its own, .venv-docs (150 MB)
 # make setup    build .venv (every target does this first when it is missing or out of date)
 # make lock     write requirements.lock and requirements-docs.lock anew from setup.py (UPGRADE=1: with the newest releases)
@@ -25,7 +26,7 @@ export MPLBACKEND := Agg
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
 export BLACK_CACHE_DIR := $(CURDIR)/$(VENV)/cache/black
 
-.PHONY: setup demo test test-slow lint format docs lock clean
+.PHONY: setup demo test test-slow lint format wheel docs lock clean
 
 setup:
 	@PYTHON="$(PYTHON)" sh tools/setup_venv.sh
@@ -48,6 +49,16 @@ lint: setup
 format: setup
 	$(PY) -m isort --quiet $(LINTED)
 	$(PY) -m black --quiet -l 100 $(LINTED)
+
+# The fresh environment sees what .venv holds, less the editable install: only the package itself is from the wheel.
+wheel: setup
+	rm -rf build dist
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --use-pep517 --wheel-dir dist .
+	tried=$$(mktemp -d) && trap 'rm -rf $$tried' EXIT && $(PY) -m venv $$tried/venv && \
+	$$tried/venv/bin/pip install --quiet --no-deps dist/*.whl && \
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' > $$(echo $$tried/venv/lib/python*/site-packages)/others.pth && \
+	cd $$tried && unset PYTHONPATH && venv/bin/crosskd-demo --quick && \
+	venv/bin/crosskd-export output/demo_quick/crosskd_ifc_1/model_final.pth student
 
 # It reads the sources without importing them: no torch, no detectron2.
 docs: $(DOCS)/.stamp
@@ -78,5 +89,5 @@ lock: setup
 	mv $(VENV)/lock/new requirements-docs.lock && rm -rf $(VENV)/lock
 
 clean:
-	rm -rf $(VENV) $(DOCS) site .cache build projects/*.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) site .cache build dist projects/*.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,23 @@ EXTRAS = {
     "timm": ["timm>=1.0"],  # timm backbones, and detectron2's own ViT, MViT and Swin
     "tune": ["optuna>=4.0"],  # search of settings
 }
+# Command -> function of a tool.
+COMMANDS = {
+    "crosskd-benchmark": "benchmark:invoke_main",
+    "crosskd-check-data": "prepare_data:check_data",
+    "crosskd-compare": "compare:invoke_main",
+    "crosskd-convert": "convert_weights:main",
+    "crosskd-demo": "demo:invoke_main",
+    "crosskd-evaluate-export": "evaluate_export:main",
+    "crosskd-export": "export_student:main",
+    "crosskd-predict": "predict:invoke_main",
+    "crosskd-prepare-data": "prepare_data:main",
+    "crosskd-report": "report:invoke_main",
+    "crosskd-timm-weights": "timm_weights:main",
+    "crosskd-train": "train_net:invoke_main",
+    "crosskd-tune": "tune:invoke_main",
+    "crosskd-visualize": "visualize:invoke_main",
+}
 
 
 def read_version():
@@ -40,6 +57,14 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "projects"},
     packages=find_packages("projects", include=["crosskd_ifc", "crosskd_ifc.*"]),
+    # what lies in the package as links to folders of this repository: configs, protocols, tools
+    package_data={
+        "crosskd_ifc": ["configs/*", "configs/*/*", "configs/*/*/*", "protocols/*"],
+        "crosskd_ifc.tools": ["*.manifest"],
+    },
+    entry_points={
+        "console_scripts": [f"{name} = crosskd_ifc.tools.{main}" for name, main in COMMANDS.items()]
+    },
     # detectron2 is not on the package index: tools/install_detectron2.py installs it, without what
     # it requires, so that stands here
     install_requires=[

@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -305,6 +306,66 @@ def test_editable_install_points_at_projects(tmp_path):
     wheel = build(copy_package(tmp_path), "build_editable")
     (pth,) = [name for name in wheel.namelist() if name.endswith(".pth")]
     assert wheel.read(pth).decode().strip() == str(tmp_path / "projects")
+
+
+# What runs outside the repository, with the package from the wheel.
+OUTSIDE = """
+import os, sys
+import crosskd_ifc
+from crosskd_ifc.common.command_line import tool_command
+from crosskd_ifc.common.config_files import load_config
+from crosskd_ifc.experiments.protocol import load_protocol
+from importlib.metadata import entry_points
+
+site = os.path.dirname(os.path.dirname(crosskd_ifc.__file__))
+assert site == sys.argv[1], site
+assert load_config("quick/options/giou_R_18_shapes.yaml").MODEL.CROSSKD.LOSS.BOX_TYPE == "giou"
+for name in ("demo_quick.yaml", "demo.yaml"):
+    assert load_protocol(name).path.startswith(site)
+commands = {x.name: x for x in entry_points(group="console_scripts") if "crosskd" in x.value}
+for command in commands.values():
+    assert callable(command.load()), command
+tools = os.path.dirname(sys.modules["crosskd_ifc.tools"].__file__)
+tools = {name[:-3] for name in os.listdir(tools) if name.endswith(".py")}
+tools -= {"__init__", "install_detectron2"}
+assert {tool_command(name) for name in tools} | {"crosskd-check-data"} == set(commands)
+print(*sorted(commands))
+"""
+
+
+def test_a_wheel_works_outside_the_repository_and_has_configs_and_commands(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    skipped = shutil.ignore_patterns("__pycache__", "*.egg-info", "results.json", "*.png")
+    for name in ("projects", "configs", "tools", "benchmarks/protocols"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=skipped)
+    for name in ("setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    wheel = build(source, "build_wheel")
+    held = {name[len("crosskd_ifc/configs/") :] for name in wheel.namelist() if "/configs/" in name}
+    paths = (path for path in (ROOT / "configs").rglob("*") if "__pycache__" not in path.parts)
+    assert held == {str(x.relative_to(ROOT / "configs")) for x in paths if x.is_file()}
+    assert "crosskd_ifc/tools/detectron2-b7ff946.manifest" in wheel.namelist()
+    wheel.extractall(site)
+    shutil.rmtree(source)
+    done = subprocess.run(
+        [sys.executable, "-c", OUTSIDE, str(site)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    promised = "train demo compare check-data convert export visualize"
+    assert {f"crosskd-{name}" for name in promised.split()} <= set(done.stdout.split())
+
+
+def test_without_detectron2_the_import_says_how_to_install_it():
+    hidden = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]"
+    code = f"{hidden}; sys.path.insert(0, {str(ROOT / 'projects')!r}); import crosskd_ifc"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("ImportError: detectron2 is not installed; this does it")
+    assert os.path.isfile(error.split()[-1]) and error.endswith("tools/install_detectron2.py")
 
 
 def test_the_docs_lock_pins_and_hashes_everything_and_names_no_place():

@@ -25,7 +25,7 @@ from tabulate import tabulate  # noqa: E402
 from crosskd_ifc.analysis.benchmark.step import Case, StepBenchmark, summarize_times  # noqa: E402
 from crosskd_ifc.analysis.benchmark.sweep import draw_sweep, sweep  # noqa: E402
 from crosskd_ifc.analysis.benchmark.trace import gpu_use  # noqa: E402
-from crosskd_ifc.common.command_line import HelpFormatter, run_tool  # noqa: E402
+from crosskd_ifc.common.command_line import run_tool, tool_parser  # noqa: E402
 from crosskd_ifc.common.config_files import load_config  # noqa: E402
 from crosskd_ifc.common.environment import hardware, versions  # noqa: E402
 
@@ -38,7 +38,7 @@ TITLES = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--config-file", default="", help="of a student with a teacher")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="MODEL.DEVICE")
@@ -134,5 +134,9 @@ def measure(bench, rounds):
     return found
 
 
-if __name__ == "__main__":
+def invoke_main():
     run_tool(lambda: main(parse_args()))
+
+
+if __name__ == "__main__":
+    invoke_main()

@@ -9,25 +9,22 @@ curves.png, differences.png) lies beside it.
     python tools/compare.py benchmarks/protocols/shapes_faster_rcnn.yaml --report-only
 """
 
-import argparse
 import os
 import shlex
 import sys
 
 import torch
 
-from crosskd_ifc.common.command_line import HelpFormatter, run_tool
+from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
+from crosskd_ifc.common.paths import CHECKOUT, TOOLS
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, select
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import write_report
 from crosskd_ifc.experiments.results import Results
 
-TOOLS = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(TOOLS)
-
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("protocol", help="YAML file, see tools/README.md")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
     parser.add_argument("--arms", nargs="+", help="only these, and the teachers that they need")
@@ -55,8 +52,8 @@ def parse_args(argv=None):
 
 def reproduction(args):
     """The command that does all runs again in the same way."""
-    file = os.path.relpath(args.protocol, ROOT)
-    words = ["python", "tools/compare.py", args.protocol if file.startswith("..") else file]
+    file = os.path.relpath(args.protocol, CHECKOUT)
+    words = [*tool_command("compare").split(), args.protocol if file.startswith("..") else file]
     for name in ("jobs", "threads", "device", "num_gpus", "runs", "output"):
         value = getattr(args, name)
         if value not in (None, PARSER.get_default(name)):
@@ -68,7 +65,7 @@ def main(args):
     protocol = load_protocol(args.protocol)
     device = args.device or ("cuda" if torch.cuda.is_available() else "")
     folder = args.runs or os.path.join("output", "compare", protocol.name)
-    output = args.output or os.path.join(ROOT, "benchmarks", protocol.name)
+    output = args.output or os.path.join(CHECKOUT, "benchmarks", protocol.name)
     runs = all_runs(protocol, folder, device=device)
     path = os.path.join(output, "results.json")
     results = Results(protocol, path, runs, command=reproduction(args))
@@ -96,7 +93,11 @@ def main(args):
     return list(failed.values())
 
 
-if __name__ == "__main__":
+def invoke_main():
     errors = run_tool(lambda: main(parse_args()), resumes=True)
     if errors:
         sys.exit(f"\n{len(errors)} runs failed:\n" + "\n".join(e.split("\n")[0] for e in errors))
+
+
+if __name__ == "__main__":
+    invoke_main()

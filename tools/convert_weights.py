@@ -12,12 +12,11 @@ Takes seconds. What IN holds is recognised; it may be a URL. Prints what the wei
 config. Nothing is overwritten without --force.
 """
 
-import argparse
 import os
 import sys
 from typing import List, Optional
 
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import tool_parser
 from crosskd_ifc.weights.convert import convert_file
 
 TEACHER = """\
@@ -30,7 +29,7 @@ As a teacher:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("IN", help="a state dict or checkpoint, a file or URL")
     parser.add_argument("OUT", help="the .pth file to write; a detector's config lies beside it")
     parser.add_argument(

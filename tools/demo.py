@@ -5,11 +5,10 @@ Does the runs of benchmarks/protocols/demo.yaml, prints one table, and writes a 
 detections and a plot of the curves. Finished runs are skipped, interrupted ones resumed: just run
 it again.
 
-    make demo
     python tools/demo.py [--output output/demo]
+    python tools/demo.py --quick    # does it run here? A few steps on a few images, in a minute
 """
 
-import argparse
 import os
 import sys
 import time
@@ -25,13 +24,12 @@ from tabulate import tabulate
 
 from crosskd_ifc.analysis.curves import plot_curves
 from crosskd_ifc.analysis.detections import compare_on_dataset
-from crosskd_ifc.common.command_line import HelpFormatter, run_tool
+from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
+from crosskd_ifc.common.paths import TOOLS
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, has_weights
 from crosskd_ifc.experiments.protocol import TEACHER, load_protocol
 from crosskd_ifc.experiments.results import Results
 
-TOOLS = os.path.dirname(os.path.abspath(__file__))
-PROTOCOL = os.path.join(os.path.dirname(TOOLS), "benchmarks", "protocols", "demo.yaml")
 DRAWN = "crosskd_ifc"  # the arm of the picture
 
 
@@ -63,16 +61,19 @@ def table_of(titles, runs):
     return tabulate(rows, headers, tablefmt="github", floatfmt=formats)
 
 
-def main(argv=None, protocol_file=PROTOCOL):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--output", default=os.path.join("output", "demo"), help="folder to write")
+def main(argv=None, protocol_file=""):
+    parser = tool_parser(__file__, __doc__)
+    parser.add_argument("--quick", action="store_true", help="only show that it runs")
+    parser.add_argument("--output", help="folder to write; default: output/demo, or demo_quick")
     args = parser.parse_args(argv)
     start = time.monotonic()
-    protocol = load_protocol(protocol_file)
+    protocol = load_protocol(protocol_file or ("demo_quick.yaml" if args.quick else "demo.yaml"))
+    output = args.output or os.path.join("output", protocol.name)
     on_gpu = torch.cuda.is_available()
-    by_key = all_runs(protocol, args.output, device="cuda" if on_gpu else "cpu")
-    report = os.path.join(args.output, "results.json")
-    results = Results(protocol, report, by_key, command="make demo")
+    by_key = all_runs(protocol, output, device="cuda" if on_gpu else "cpu")
+    report = os.path.join(output, "results.json")
+    command = tool_command("demo") + (" --quick" if args.quick else "")
+    results = Results(protocol, report, by_key, command=command)
     # Two side by side use a CPU's cores better than one after the other.
     jobs = 1 if on_gpu else min(os.cpu_count() or 1, 2)
     comparison = Comparison(
@@ -90,7 +91,7 @@ def main(argv=None, protocol_file=PROTOCOL):
     failed = comparison.train([key for key, run in by_key.items() if not has_weights(run)])
     if failed:
         return list(failed.values())
-    picture, plot = draw(titles, runs, args.output)
+    picture, plot = draw(titles, runs, output)
     seed, device = protocol.seeds[0], runs[TEACHER].cfg().MODEL.DEVICE
     print(f"\n{protocol.test}, seed {seed}, {device}:\n\n{table_of(titles, runs)}\n")
     print(f"Detections: {picture}\nCurves:     {plot}\nNumbers:    {report}")
@@ -98,7 +99,11 @@ def main(argv=None, protocol_file=PROTOCOL):
     return []
 
 
-if __name__ == "__main__":
+def invoke_main():
     errors = run_tool(main, resumes=True, tells_more=True)
     if errors:
         sys.exit("\nerror: " + "\n".join(errors))
+
+
+if __name__ == "__main__":
+    invoke_main()

@@ -9,18 +9,17 @@ EXPORTED is a folder that export_student.py wrote. With --checkpoint detectron2 
 and a difference of more than 0.1 AP is an error (exit status 1).
 """
 
-import argparse
 import sys
 from typing import List, Optional
 
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import tool_parser
 from crosskd_ifc.data.cards import register_cards
 from crosskd_ifc.weights.evaluating import compare, evaluate_checkpoint, evaluate_deployed
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("EXPORTED", help="a folder with model.json")
     parser.add_argument("--dataset", required=True, help="name of a registered data set")
     parser.add_argument("--card", nargs="+", default=[], help="dataset cards to register")

@@ -11,12 +11,11 @@ to rounding, as one file in its own runtime. Nothing is overwritten without --fo
 docs/deploy.md.
 """
 
-import argparse
 import os
 import sys
 from typing import List, Optional
 
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import tool_parser
 from crosskd_ifc.weights.export import FORMATS, export_student
 
 YACS = """\
@@ -45,7 +44,7 @@ FILE = "docs/deploy.md has a program that runs it without detectron2 and torch.\
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("IN", help="a checkpoint written by tools/train_net.py")
     parser.add_argument("OUT", help="a folder to make")
     parser.add_argument("--config-file", default="", help="the config IN was trained with")

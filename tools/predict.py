@@ -20,11 +20,11 @@ import torch
 from crosskd_ifc.analysis.detector import load_configured_teacher, load_detector
 from crosskd_ifc.analysis.inputs import find_sources
 from crosskd_ifc.analysis.prediction import predict
-from crosskd_ifc.common.command_line import HelpFormatter, run_tool
+from crosskd_ifc.common.command_line import run_tool, tool_parser
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("weights", metavar="WEIGHTS", help="folder of an export or a run, or file")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="file, folder or camera:0")
     parser.add_argument("--config-file", default="", help="that belongs to WEIGHTS")

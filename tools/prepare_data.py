@@ -15,7 +15,7 @@ import sys
 from typing import List, Optional
 
 import crosskd_ifc  # noqa: F401  registers the built-in data sets
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import tool_parser
 from crosskd_ifc.data.check import check_dataset
 from crosskd_ifc.data.histograms import draw_histograms
 from crosskd_ifc.data.layouts import LAYOUTS
@@ -24,7 +24,7 @@ from crosskd_ifc.training.recipe import BACKBONES, DETECTORS, write_configs
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -96,6 +96,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     else:
         print(report.text(examples=None) if args.all else report)
     return 1 if report.total("error") else 0
+
+
+def check_data() -> int:
+    """``check`` as a command of its own."""
+    return main(["check", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from typing import List, Optional
 import torch
 
 from crosskd_ifc.analysis.run_report import write_run_report
-from crosskd_ifc.common.command_line import HelpFormatter, run_tool
+from crosskd_ifc.common.command_line import run_tool, tool_parser
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("folder", metavar="OUTPUT_DIR", help="of a training")
     parser.add_argument("--output", help="HTML file; without it, OUTPUT_DIR/report.html")
     parser.add_argument("--config-file", default="", help="instead of OUTPUT_DIR/config.yaml")

@@ -8,14 +8,13 @@ build_timm_fpn_backbone.
 Prints the keys that the config needs, so that the network sees what it was trained on.
 """
 
-import argparse
 import os
 import sys
 from typing import List, Optional
 
 import torch
 
-from crosskd_ifc.common.command_line import HelpFormatter
+from crosskd_ifc.common.command_line import tool_parser
 from crosskd_ifc.common.files import refuse_overwriting, staging_folder
 from crosskd_ifc.modeling.timm_backbones import timm_input, timm_weights
 from crosskd_ifc.weights.reading import load_weights
@@ -23,7 +22,7 @@ from crosskd_ifc.weights.reading import load_weights
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("NAME", help="of a timm model")
     parser.add_argument("OUT", help="the .pth file to write")
     parser.add_argument("--file", help="the weights of timm's classifier; else timm downloads them")

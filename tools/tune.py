@@ -11,7 +11,6 @@ the protocol's own teachers serve. Interrupted searches go on: just run it again
         --choice MODEL.CROSSKD.MIMIC cross_head both
 """
 
-import argparse
 import os
 import shlex
 import signal
@@ -19,7 +18,8 @@ import sys
 
 import torch
 
-from crosskd_ifc.common.command_line import HelpFormatter, run_tool
+from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
+from crosskd_ifc.common.paths import TOOLS
 from crosskd_ifc.experiments.child_process import RunFailed
 from crosskd_ifc.experiments.protocol import load_protocol
 
@@ -31,11 +31,9 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; install it with: pip install 'crosskd-ifc[tune]'")
 
-TOOLS = os.path.dirname(os.path.abspath(__file__))
-
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("protocol", help="YAML file, see tools/README.md")
     parser.add_argument("arm", help="one of its arms")
     several = dict(nargs=3, action="append", default=[], metavar=("KEY", "LOW", "HIGH"))
@@ -88,7 +86,7 @@ def main(args):
         runs=args.runs or os.path.join("output", "compare", protocol.name),
         seeds=seeds,
         device=args.device or ("cuda" if torch.cuda.is_available() else ""),
-        command=shlex.join(["python", "tools/tune.py", *args.command]),
+        command=shlex.join([*tool_command("tune").split(), *args.command]),
         jobs=args.jobs,
         threads=max(threads, 1),
         arguments=("--num-gpus", str(args.num_gpus)) if args.num_gpus > 1 else (),
@@ -108,8 +106,12 @@ def main(args):
     print(f"Best on {protocol.validation}: AP {best.value:.2f}, {name}: {shlex.join(opts)}")
 
 
-if __name__ == "__main__":
+def invoke_main():
     try:
         run_tool(lambda: main(parse_args()), resumes=True)
     except RunFailed as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    invoke_main()

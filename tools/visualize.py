@@ -16,13 +16,13 @@ from typing import List, Optional
 from detectron2.config import get_cfg
 
 from crosskd_ifc.analysis.pictures import inspect_pair
-from crosskd_ifc.common.command_line import HelpFormatter, run_tool
+from crosskd_ifc.common.command_line import run_tool, tool_parser
 from crosskd_ifc.common.config_files import load_config
 from crosskd_ifc.data.cards import fill_in_class_count
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--config-file", default="", help="the student's config")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", nargs="+", default=[], metavar="FILE", help="images to draw")

@@ -5,11 +5,20 @@ Importing this package registers its architectures, proposal generator, ROI head
 of losses and built-in data sets.
 """
 
+import importlib.util
+import os
+
 from .common import known_warnings  # noqa: F401  first: the imports below give them
+
+if importlib.util.find_spec("detectron2") is None:  # no package index has it
+    raise ImportError(
+        "detectron2 is not installed; this does it, every file verified: python "
+        + os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools/install_detectron2.py")
+    )
 
 # isort: split
 from .config import ConfigError, add_crosskd_ifc_config
-from .data.shapes import AT_256, LARGE, register_coarse_shapes, register_shapes
+from .data.shapes import AT_256, FEW, LARGE, register_coarse_shapes, register_shapes
 from .distillation.fusion import FEATURE_FUSION_REGISTRY, standardize_like
 from .distillation.loss_types import (
     CLS_LOSS_REGISTRY,
@@ -41,6 +50,7 @@ register_shapes()
 register_coarse_shapes()
 register_shapes("crosskd_shapes_large", **LARGE)
 register_shapes("crosskd_shapes_256", **AT_256)
+register_shapes("crosskd_shapes_few", **FEW)
 
 __all__ = [
     "__version__",

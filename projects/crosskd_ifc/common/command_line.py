@@ -2,11 +2,21 @@
 
 import argparse
 import logging
+import os
+import re
 import signal
 import sys
 from typing import Any, Callable
 
 from ..config import ConfigError
+from .paths import CHECKOUT
+
+# Tools whose installed command isn't crosskd-NAME.
+_COMMANDS = {
+    "convert_weights": "crosskd-convert",
+    "export_student": "crosskd-export",
+    "train_net": "crosskd-train",
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -17,6 +27,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if nothing or action.default in ("", [], ()):
             return action.help or ""
         return super()._get_help_string(action) or ""
+
+
+def tool_command(name: str) -> str:
+    """How a tool is started: ``python tools/NAME.py`` in a checkout, else the installed command.
+
+    Args:
+        name: of its file in ``tools/``, without ``.py``.
+    """
+    if CHECKOUT:
+        return f"python tools/{name}.py"
+    return _COMMANDS.get(name, f"crosskd-{name.replace('_', '-')}")
+
+
+def tool_parser(file: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a tool, whose description names tools as they are started in a checkout."""
+    name = os.path.splitext(os.path.basename(file))[0]
+    told = re.sub(r"python tools/(\w+)\.py", lambda match: tool_command(match[1]), description)
+    return argparse.ArgumentParser(
+        prog=tool_command(name), description=told, formatter_class=HelpFormatter
+    )
 
 
 def run_tool(main: Callable[[], Any], *, resumes: bool = False, tells_more: bool = False) -> Any:

@@ -6,8 +6,12 @@ from typing import Sequence
 from detectron2.utils.file_io import PathManager
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# This repository's configs/, beside the projects/ that holds the package.
-REPO_CONFIGS = os.path.normpath(os.path.join(_PACKAGE, "..", "..", "configs"))
+# Links to the repository's folders; an installed package holds copies.
+REPO_CONFIGS, PROTOCOLS, TOOLS = (
+    os.path.realpath(os.path.join(_PACKAGE, name)) for name in ("configs", "protocols", "tools")
+)
+# The repository's root; "" where the package is installed without it.
+CHECKOUT = "" if os.path.dirname(REPO_CONFIGS) == _PACKAGE else os.path.dirname(REPO_CONFIGS)
 
 
 def resolve_path(path: str, *, what: str, key: str, extra_tried: Sequence[str] = ()) -> str:

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from torch.utils.data import IterableDataset
 
+from ..common.command_line import tool_command
 from ..config import ConfigError
 from .card import Card
 from .fields import text_id_fault
@@ -87,7 +88,7 @@ def load_split(card: Card, split: str, name: str) -> List[dict]:
     except ValueError as error:
         raise SampleError(
             f"dataset card {card.path}: splits.{split}: {error}\n"
-            f"`tools/prepare_data.py check {card.path}` lists everything that is wrong."
+            f"`{tool_command('prepare_data')} check {card.path}` lists everything that is wrong."
         ) from error
 
 

@@ -7,6 +7,7 @@ from detectron2.data import DatasetMapper
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
+from ..common.command_line import tool_command
 from .files import IMAGE_FORMATS
 
 __all__ = ["CheckedMapper", "SampleError", "build_mapper"]
@@ -65,7 +66,7 @@ def check_image(path: str) -> Tuple[int, int]:
     Raises:
         SampleError: naming the file and what to do.
     """
-    advice = "repair or remove it; tools/prepare_data.py check lists all such files"
+    advice = f"repair or remove it; {tool_command('prepare_data')} check lists all such files"
     if not PathManager.isfile(path):
         raise SampleError(f"{path}: the image is missing; {advice}")
     try:

@@ -26,6 +26,7 @@ __all__ = [
     "AT_256",
     "CLASSES",
     "COARSE_CLASSES",
+    "FEW",
     "LARGE",
     "NUM_IMAGES",
     "VERSION",
@@ -46,7 +47,8 @@ COARSE_CLASSES = {
 NUM_IMAGES = {"train": 1200, "val": 200, "test": 300}
 # For decisions that need more images than that: other pictures, to choose and to test on.
 LARGE = {"num_images": {"val": 1000, "test": 2500}, "seed": 1}
-
+# Too few to learn from, to see whether everything runs.
+FEW = {"num_images": {"train": 48, "test": 16}}
 # A further data set for GPUs: larger pictures, more to learn from.
 AT_256 = {"num_images": {"train": 4000, "test": 2000}, "image_size": 256, "seed": 2}
 

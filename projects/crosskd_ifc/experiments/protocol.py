@@ -33,6 +33,7 @@ from reprlib import repr as short
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from ..common.config_files import find_config
+from ..common.paths import PROTOCOLS
 from ..config import ConfigError, distillation_requested
 from .protocol_file import ArmEntry, ProtocolEntry, read_protocol_file
 from .runs import Run
@@ -133,9 +134,14 @@ class Protocol:
 def load_protocol(path: str) -> Protocol:
     """Read and check a protocol, and the configs of all its arms.
 
+    Args:
+        path: a file, or the name of one in this project's benchmarks/protocols.
+
     Raises:
         ConfigError: naming the file and the key.
     """
+    known = os.path.join(PROTOCOLS, path)
+    path = known if os.path.isfile(known) and not os.path.exists(path) else path
     try:
         return _load(path)
     except ValueError as error:

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..common.command_line import tool_command
 from ..config import ConfigError, class_count
 from ..data.card import Card
 from ..data.cards import card_of
@@ -54,7 +55,7 @@ def check_test_data(cfg: CfgNode) -> None:
             raise ConfigError(
                 f"DATASETS.TEST: {name!r} can't be evaluated: dataset card {card.path}: "
                 f"splits.{split}: {fault}\n"
-                f"`tools/prepare_data.py check {card.path}` lists everything that is wrong."
+                f"`{tool_command('prepare_data')} check {card.path}` lists all that is wrong."
             )
 
 

@@ -9,6 +9,7 @@ import yaml
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 
+from ..common.command_line import tool_command
 from ..common.files import replacing
 from ..common.paths import REPO_CONFIGS, resolve_path
 from ..data.card import load_card
@@ -113,7 +114,7 @@ def write_configs(
     }
     options = f" --num-gpus {gpus}" if gpus > 1 else ""
     commands = {
-        name: f"python tools/train_net.py{options} --config-file {shlex.quote(files[name])}"
+        name: f"{tool_command('train_net')}{options} --config-file {shlex.quote(files[name])}"
         for name in _NAMES
     }
     backbones = {"teacher": teacher, "student": student, "distilled": student}
@@ -278,7 +279,7 @@ def _convert(backbone: str) -> str:
     if backbone not in _TORCHVISION:
         return ""
     out = f"weights/R-{BACKBONES[backbone]}.pth"
-    return f"python tools/convert_weights.py {_TORCHVISION[backbone]} {out}"
+    return f"{tool_command('convert_weights')} {_TORCHVISION[backbone]} {out}"
 
 
 def _distilling(detector: str) -> Dict[str, Any]:
