@@ -5,7 +5,7 @@ from typing import List, Optional, Sequence
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 
 from crosskd_ifc import add_crosskd_ifc_config, attach_teacher
@@ -75,16 +75,23 @@ def tiny_model(cfg: Optional[CfgNode] = None, *, seed: int = 0):
         for i in range(2, 6):
             output = model.backbone.get_submodule(f"fpn_output{i}")
             output.weight /= levels[f"p{i}"].std()
-    predictor = model.roi_heads.box_predictor
-    torch.nn.init.normal_(predictor.cls_score.weight, std=0.5)
-    torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
+    predictors = model.roi_heads.box_predictor
+    for predictor in predictors if isinstance(predictors, torch.nn.ModuleList) else [predictors]:
+        torch.nn.init.normal_(predictor.cls_score.weight, std=0.5)
+        torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
     return model
 
 
 def tiny_batch(
-    *, seed: int = 0, images: int = 2, boxes_per_image: Sequence[int] = (2, 3), masks: bool = False
+    *,
+    seed: int = 0,
+    images: int = 2,
+    boxes_per_image: Sequence[int] = (2, 3),
+    masks: bool = False,
+    keypoints: int = 0,
 ) -> List[dict]:
-    """Raw images (uint8, C x H x W) with random boxes, as detectron2's mapper gives them."""
+    """Raw images (uint8, C x H x W) with random boxes, as detectron2's mapper gives them, and so
+    many visible keypoints on the diagonal of each box."""
     g = torch.Generator().manual_seed(seed)
     batch = []
     for i in range(images):
@@ -96,6 +103,11 @@ def tiny_batch(
         instances.gt_classes = torch.randint(0, 3, (count,), generator=g)
         if masks:
             instances.gt_masks = BitMasks(torch.ones(count, IMAGE_SIZE, IMAGE_SIZE))
+        if keypoints:
+            place = (torch.arange(keypoints).view(1, -1, 1) + 0.5) / keypoints
+            points = corner.unsqueeze(1) + place * size.unsqueeze(1)
+            visible = torch.full((count, keypoints, 1), 2.0)
+            instances.gt_keypoints = Keypoints(torch.cat([points, visible], dim=2))
         image = torch.randint(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), generator=g, dtype=torch.uint8)
         batch.append(
             {"image": image, "instances": instances, "height": IMAGE_SIZE, "width": IMAGE_SIZE}

@@ -11,7 +11,7 @@ import crosskd_ifc
 
 PUBLIC = (
     *("FCOS", "FEATURE_FUSION_REGISTRY", "ConfigError", "CrossKDFCOS", "CrossKDRCNN", "CrossKDRPN"),
-    *("CrossKDROIHeads", "CrossKDRetinaNet", "CrossKDTrainer", "Teacher"),
+    *("CrossKDROIHeads", "CrossKDCascadeROIHeads", "CrossKDRetinaNet", "CrossKDTrainer", "Teacher"),
     *("add_crosskd_ifc_config", "attach_teacher"),
     *("confident_giou", "confident_iou", "confident_l1", "kl_divergence", "pkd", "quality_focal"),
     *("standardize_like", "channel_wise", "dist", "decoupled_kl"),
@@ -35,6 +35,7 @@ REGISTERED = {
     "CrossKDFCOS": META_ARCH_REGISTRY,
     "FCOS": META_ARCH_REGISTRY,
     "CrossKDROIHeads": ROI_HEADS_REGISTRY,
+    "CrossKDCascadeROIHeads": ROI_HEADS_REGISTRY,
     "CrossKDRPN": PROPOSAL_GENERATOR_REGISTRY,
 }
 

@@ -41,7 +41,7 @@ from .modeling.attach import attach_teacher
 from .modeling.fcos import FCOS, CrossKDFCOS
 from .modeling.rcnn import CrossKDRCNN
 from .modeling.retinanet import CrossKDRetinaNet
-from .modeling.roi_heads import CrossKDROIHeads
+from .modeling.roi_heads import CrossKDCascadeROIHeads, CrossKDROIHeads
 from .modeling.rpn import CrossKDRPN
 from .training.trainer import CrossKDTrainer
 from .version import __version__
@@ -59,6 +59,7 @@ __all__ = [
     "FEATURE_FUSION_REGISTRY",
     "FEATURE_LOSS_REGISTRY",
     "ConfigError",
+    "CrossKDCascadeROIHeads",
     "CrossKDFCOS",
     "CrossKDRCNN",
     "CrossKDRPN",

@@ -54,8 +54,9 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # both DATASETS.TRAIN. Pairs such as ("tv", "television") or ("tv", ""), no such class, add to
     # or replace the names.
     _C.TEACHER.CLASS_MAP = ()
-    # Which box head of a Cascade R-CNN teaches, 1 the first; 1 for all others.
-    _C.TEACHER.STAGE = 1
+    # Which box head of a Cascade R-CNN teaches a student that has one: 1 (also None) to 3, or
+    # "mean", the mean of the losses against each. None for all others.
+    _C.TEACHER.STAGE = None
     # Evaluate the teacher on DATASETS.TEST before the first step.
     _C.TEACHER.EVAL_AT_START = False
 
@@ -87,8 +88,9 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.LOSS.FUSED_WEIGHT = 1.0
     _C.LOSS.TAP_WEIGHTS = ()
     # Classification loss, weight and temperature: a key of CLS_LOSS_REGISTRY, such as "kl", "dkd",
-    # "dist", and NAME VALUE pairs of its own settings. Dense detectors have quality focal, without
-    # type and temperature (CrossKD sets its weight to 1.0 and, for FCOS, 0.4).
+    # "dist", and NAME VALUE pairs of its own settings. Dense detectors and teachers with
+    # USE_SIGMOID_CE have quality focal, without type and temperature (for dense ones CrossKD sets
+    # its weight to 1.0 and, for FCOS, 0.4).
     _C.LOSS.CLS_TYPE = "kl"
     _C.LOSS.CLS_OPTS = ()
     _C.LOSS.CLS_WEIGHT = 0.5
@@ -103,6 +105,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.LOSS.MASK_WEIGHT = 10.0
     _C.LOSS.MASK_REDUCTION = "mean"
     _C.LOSS.MASK_CHANNELS = "all"
+    # Weight of the keypoint loss (Keypoint R-CNN).
+    _C.LOSS.KEYPOINT_WEIGHT = 0.0
     # Weight of the feature loss on the pyramid's levels; its type, a key of FEATURE_LOSS_REGISTRY
     # such as "pkd", "cwd", "mgd", "fgd", and NAME VALUE pairs of its own settings. COMBINE compares
     # each teacher level with the sum of all the student's levels, resized to it, and not with the

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 
@@ -44,7 +44,7 @@ def recorded(student, inputs):
     """The step of a training forward, as the distiller has recorded it."""
     torch.manual_seed(0)
     with EventStorage(), student.distiller.recording(student, inputs, 1.0) as step:
-        super(type(student), student).forward(inputs)
+        GeneralizedRCNN.forward(student, inputs)
     return step
 
 

@@ -270,18 +270,10 @@ def test_a_stock_student_cannot_be_attached_to():
         attach_teacher(build_model(cfg), cfg, teacher=tiny_model())
 
 
-@pytest.mark.parametrize(
-    "opts, reason",
-    [
-        (("MODEL.META_ARCHITECTURE", "ProposalNetwork"), "ProposalNetwork.*GeneralizedRCNN"),
-        (("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True), "USE_SIGMOID_CE"),
-    ],
-    ids=["proposals only", "sigmoid"],
-)
-def test_teachers_that_cannot_teach_are_refused_with_the_reason(opts, reason):
+def test_a_teacher_that_only_proposes_is_refused_with_the_reason():
     cfg = tiny_cfg()
-    teacher = build_model(tiny_cfg(*opts))
-    with pytest.raises(ConfigError, match=f"TEACHER.CONFIG_FILE.*{reason}"):
+    teacher = build_model(tiny_cfg("MODEL.META_ARCHITECTURE", "ProposalNetwork"))
+    with pytest.raises(ConfigError, match="TEACHER.CONFIG_FILE.*ProposalNetwork.*GeneralizedRCNN"):
         attach_teacher(build_model(cfg), cfg, teacher=teacher)
 
 

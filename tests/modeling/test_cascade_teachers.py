@@ -4,7 +4,8 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyConfig, instantiate
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 from test_dense import pair
 from test_lazy_teachers import NARROW
@@ -19,18 +20,12 @@ CASCADE = (
     # No stage encodes boxes as the plain head does.
     *("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", tuple((x,) * 4 for x in (11.0, 20.0, 30.0))),
 )
+OWN = ("MODEL.CROSSKD.MIMIC", "student_head")
 stages = pytest.mark.parametrize("stage", [1, 2, 3])
 
 
 def cascade(*opts, seed=2):
-    torch.manual_seed(seed)
-    model = build_model(tiny_cfg(*CASCADE, *opts))
-    plain = tiny_model(seed=seed)
-    model.backbone.load_state_dict(plain.backbone.state_dict())
-    for predictor in model.roi_heads.box_predictor:
-        torch.nn.init.normal_(predictor.cls_score.weight, std=0.5)
-        torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
-    return model.eval()
+    return tiny_model(tiny_cfg(*CASCADE, *opts), seed=seed).eval()
 
 
 @stages
@@ -72,13 +67,69 @@ def test_a_student_with_the_stages_own_head_has_no_loss(stage, taps, entry):
 
 
 @stages
-def test_the_students_own_boxes_are_compared_decoded(stage):
-    agnostic = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
-    own = (T + "STAGE", stage, "MODEL.CROSSKD.MIMIC", "student_head", *agnostic)
-    student, _ = distilling(*own, "MODEL.CROSSKD.LOSS.BOX_TYPE", "giou", teacher=cascade())
-    assert train_losses(student, tiny_batch())[0]["loss_box_reg_kd"] > 0
-    with pytest.raises(ConfigError, match="BBOX_REG_WEIGHTS is .*use 'giou'"):
-        distilling(*own, teacher=cascade())
+@pytest.mark.parametrize("box_type", ["l1", "giou"])
+def test_boxes_are_compared_as_the_students_transform_encodes_them(stage, box_type):
+    teacher = cascade()
+    opts = (T + "STAGE", stage, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
+    cfg = tiny_cfg(*OWN, *opts, "MODEL.CROSSKD.LOSS.BOX_TYPE", box_type)
+    student = tiny_model(cfg, seed=5)
+    student.backbone.load_state_dict(teacher.backbone.state_dict())
+    heads = teacher.roi_heads
+    student.roi_heads.box_head.load_state_dict(heads.box_head[stage - 1].state_dict())
+    predictor = heads.box_predictor[stage - 1]
+    student.roi_heads.box_predictor.load_state_dict(predictor.state_dict())
+    own = student.roi_heads.box_predictor
+    ratio = torch.tensor(own.box2box_transform.weights) / predictor.box2box_transform.weights[0]
+    with torch.no_grad():  # the same boxes in the student's encoding
+        own.bbox_pred.weight *= ratio.view(-1, 1)
+        own.bbox_pred.bias *= ratio
+    attach_teacher(student, cfg, teacher=teacher)
+    assert train_losses(student.train(), tiny_batch())[0]["loss_box_reg_kd"] <= 1e-5
+
+
+@pytest.mark.parametrize("opts", [(), ("MODEL.CROSSKD.MIMIC", "both")])
+def test_the_mean_of_all_stages_is_that_of_their_losses(opts):
+    def losses(stage):
+        student, _ = distilling(T + "STAGE", stage, *opts, teacher=cascade())
+        found = train_losses(student, tiny_batch())[0]
+        return {k: v for k, v in found.items() if k.endswith("_kd")}
+
+    found, single = losses("mean"), [losses(stage) for stage in (1, 2, 3)]
+    assert set(found) == {"loss_cls_kd", "loss_box_reg_kd"}
+    for key, value in found.items():
+        torch.testing.assert_close(value, sum(x[key] for x in single) / 3)
+
+
+def test_the_students_own_scores_learn_the_mean_of_the_stages_scores():
+    student, teacher = distilling(T + "STAGE", "mean", *OWN, teacher=cascade())
+    batch = tiny_batch()
+    loss = train_losses(student, batch)[0]["loss_cls_kd"]
+    predictor = student.roi_heads.box_predictor.cls_score.weight
+    (found,) = torch.autograd.grad(loss, predictor)
+    torch.manual_seed(0)
+    with EventStorage(), student.record() as heads:
+        GeneralizedRCNN.forward(student, batch)
+    (seen,), run = heads.stages, TeacherPass(student.teacher, batch)
+    parts = student.distiller.box.parts
+    answers = [part.predict(run, seen.boxes)[0].logits for part in parts]
+    mean = torch.stack([(x / 3).softmax(dim=1) for x in answers]).mean(dim=0)
+    divergence = (mean * (mean.log() - (seen.logits / 3).log_softmax(dim=1))).sum()
+    (wanted,) = torch.autograd.grad(0.5 * 9 * divergence / len(seen.logits), predictor)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_all_stages_read_one_pooled_map_and_learn_adapters_of_their_own():
+    student, teacher = distilling(
+        *(T + "STAGE", "mean", "MODEL.CROSSKD.FUSION.IN_FEATURES", ("pool", "fc2")),
+        teacher=cascade(),
+    )
+    calls = []
+    teacher.roi_heads.box_pooler.register_forward_hook(lambda *_: calls.append(1))
+    sum(train_losses(student, tiny_batch())[0].values()).backward()
+    assert len(calls) == 1
+    for k in range(3):
+        adapter = student.get_parameter(f"fusion.stage{k}.adapters.pool.1.weight")
+        assert adapter.grad.abs().sum() > 0
 
 
 def test_a_cascade_mask_rcnn_teaches_masks_too():
@@ -91,8 +142,9 @@ def test_a_cascade_mask_rcnn_teaches_masks_too():
 
 
 def test_the_cross_head_detects():
-    student, _ = distilling(T + "STAGE", 3, teacher=cascade())
-    assert len(student.eval().cross_head_inference(tiny_batch())) == 2
+    for stage in (3, "mean"):
+        student, _ = distilling(T + "STAGE", stage, teacher=cascade())
+        assert len(student.eval().cross_head_inference(tiny_batch())) == 2
 
 
 def test_a_cascade_from_lazyconfig_teaches():
@@ -118,10 +170,16 @@ def test_a_stage_that_is_not_there_is_refused_before_the_download(monkeypatch):
         attach_teacher(build_model(cfg), cfg)
 
 
-@pytest.mark.parametrize("stage", [0, -1, 2])
+@pytest.mark.parametrize("stage", [0, -1, 2, "mean", True])
 def test_a_teacher_with_one_head_has_stage_1_only(stage):
-    with pytest.raises(ConfigError, match=f"TEACHER.STAGE is {stage}.*set it to 1"):
+    with pytest.raises(ConfigError, match=f"TEACHER.STAGE is {stage!r}.*one box head: 1"):
         distilling(T + "STAGE", stage)
+
+
+@pytest.mark.parametrize("stage", ["median", 0, 4, 1.0])
+def test_a_stage_is_a_number_or_mean(stage):
+    with pytest.raises(ConfigError, match=f"TEACHER.STAGE is {stage!r}.*1 to 3, and 'mean'"):
+        distilling(T + "STAGE", stage, teacher=cascade())
 
 
 def test_a_dense_student_has_no_stage():

@@ -127,8 +127,15 @@ def test_frozen_layers_have_no_gradient_to_compare():
     assert found == dict.fromkeys(NAMES, 0.0)
 
 
-def test_a_student_with_sigmoid_scores_has_no_best_class_to_agree():
-    student, _ = distilling("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)
-    _, storage = train_losses(student, tiny_batch(), iteration=19)
-    assert "crosskd/agreement_cross_head" in storage.latest()
-    assert "crosskd/agreement_student" not in storage.latest()
+def test_a_student_with_sigmoid_scores_says_background_where_no_class_has_one_half():
+    student, teacher = distilling("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)
+    found = []
+    with torch.no_grad():
+        for model in (student, teacher):
+            model.roi_heads.box_predictor.cls_score.weight.zero_()
+        teacher.roi_heads.box_predictor.cls_score.bias[3] += 1  # background
+        for logit in (-0.1, 0.1):
+            student.roi_heads.box_predictor.cls_score.bias.fill_(logit)
+            _, storage = train_losses(student, tiny_batch(), iteration=19)
+            found.append(storage.latest()["crosskd/agreement_student"][0])
+    assert found == [1, 0]

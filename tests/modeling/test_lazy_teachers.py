@@ -16,6 +16,10 @@ from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.distillation.teacher import TeacherPass
 from crosskd_ifc.modeling.attach import load_teacher_config
 
+CASCADE_STUDENT = (
+    *("MODEL.ROI_HEADS.NAME", "CrossKDCascadeROIHeads"),
+    *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+)
 T = "MODEL.CROSSKD.TEACHER."
 NARROW = (
     *("model.roi_heads.num_classes=3", "model.roi_heads.box_predictor.input_shape.channels=32"),
@@ -146,6 +150,12 @@ def test_its_logits_on_the_students_rois_are_the_stock_models_and_it_teaches(fil
     assert (found.logits - logits).abs().max() <= 1e-6
     assert (found.deltas - deltas).abs().max() <= 1e-6
     assert logits.std(dim=0).max() > 1e-4  # they tell boxes apart
+    # It teaches each stage of a Cascade R-CNN, too.
+    cfg = tiny_cfg(*CASCADE_STUDENT, "INPUT.MAX_SIZE_TRAIN", 128)
+    cascade = build_model(cfg)
+    attach_teacher(cascade, cfg, teacher=student.teacher.model)
+    losses, _ = train_losses(cascade.train(), batch)
+    assert all(losses[f"loss_cls_stage{k}_kd"] > 0 for k in range(3))
 
 
 DENSE_SHRUNK = {

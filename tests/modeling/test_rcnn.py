@@ -93,8 +93,9 @@ def test_direct_with_several_taps_is_not_zero_even_for_equal_models():
 def recorded(student, batch):
     """The student's trace and what the distiller makes of it."""
     torch.manual_seed(0)
-    with EventStorage(), student.roi_heads.record() as trace:
+    with EventStorage(), student.roi_heads.record() as heads:
         GeneralizedRCNN.forward(student, batch)
+    (trace,) = heads.stages
     box = student.distiller.box
     targets, layers = box.predict(TeacherPass(student.teacher, batch), trace.boxes)
     return trace, targets, layers, box.mimic.predict(trace, layers)

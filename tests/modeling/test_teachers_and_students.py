@@ -1,9 +1,11 @@
 """The cells of the table in docs/teachers_and_students.md that say no; the others are trained in
-test_lazy_teachers.py, test_cascade_teachers.py, test_rcnn.py, test_dense.py and test_mask.py."""
+test_lazy_teachers.py, test_cascade_teachers.py, test_cascade_students.py, test_rcnn.py,
+test_dense.py, test_mask.py, test_keypoint.py and test_sigmoid_classifiers.py."""
 
 import pytest
 from detectron2.modeling import build_model
 from helpers import tiny_cfg
+from test_cascade_students import student_cfg
 from test_cascade_teachers import CASCADE
 from test_dense import dense_cfg
 
@@ -16,6 +18,7 @@ C4 = (
 )
 STUDENTS = {
     "RCNN": tiny_cfg,
+    "Cascade R-CNN": student_cfg,
     "RetinaNet": lambda: dense_cfg("RetinaNet"),
     "FCOS": lambda: dense_cfg("FCOS"),
 }
@@ -27,7 +30,7 @@ TEACHERS = {
     "FCOS": lambda: dense_cfg("FCOS", stock=True),
 }
 NO = [
-    *(("RCNN", teacher) for teacher in ("C4", "RetinaNet", "FCOS")),
+    *((x, teacher) for x in ("RCNN", "Cascade R-CNN") for teacher in ("C4", "RetinaNet", "FCOS")),
     *(("RetinaNet", teacher) for teacher in ("RCNN", "Cascade R-CNN", "C4", "FCOS")),
     *(("FCOS", teacher) for teacher in ("RCNN", "Cascade R-CNN", "C4", "RetinaNet")),
 ]

@@ -1,27 +1,28 @@
-"""Distillation of the box branch.
+"""Distillation of a box head; a Cascade R-CNN has several.
 
 Shape shorthand: N images, R RoIs over all images, K the teacher's foreground classes (background is
 column K), D width of a fully connected layer, C channels, (P, P) pooler resolution.
 """
 
 import dataclasses
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 
 from ..config import ConfigError
 from . import losses as L
 from .compatibility.class_map import ClassMap
-from .compatibility.two_stage import build_fusion
+from .compatibility.two_stage import StagePair, build_fusion, check_sigmoid_settings
 from .fusion import FeatureFusion
-from .head_layers import BoxHeadLayers
-from .loss_types.classification import ClsLoss
+from .head_layers import BoxStage, box_stages
+from .loss_types.classification import ClsLoss, SigmoidClsLoss
 from .teacher import Teacher, TeacherPass
-from .traces import HeadTrace, StepTrace, put_scalars
+from .traces import BoxTrace, HeadTrace, StepTrace, put_scalars
 
 
 @dataclasses.dataclass
@@ -55,25 +56,22 @@ class CrossHead:
     the teacher's classes.
     """
 
-    def __init__(self, teacher: Teacher, fusion: FeatureFusion):
-        pooler = teacher.model.roi_heads.box_pooler
+    def __init__(self, teacher: BoxStage, fusion: FeatureFusion):
         self.fusion = fusion
-        self._layers = BoxHeadLayers(teacher.box_head, pooler.output_size)
-        self._predictor = teacher.box_predictor
-        self.transform = teacher.box_predictor.box2box_transform
+        self._layers, self.predictor = teacher.layers, teacher.predictor
 
-    def predict(self, trace: HeadTrace, teacher: Mapping[str, torch.Tensor]) -> BoxPredictions:
+    def predict(self, trace: BoxTrace, teacher: Mapping[str, torch.Tensor]) -> BoxPredictions:
         """From the combined feature.
 
         Args:
-            trace: of the student's heads.
+            trace: of the student's box head.
             teacher: layer name -> output of the teacher's box head on the same RoIs.
         """
         entry = self.fusion.entry
         fused = self.fusion(trace.layers, teacher[entry], self._layers.run)
-        return BoxPredictions(*self._predictor(self._layers.run(fused, after=entry)))
+        return BoxPredictions(*self.predictor(self._layers.run(fused, after=entry)))
 
-    def terms(self, trace: HeadTrace, teacher: Mapping[str, torch.Tensor]) -> List[Term]:
+    def terms(self, trace: BoxTrace, teacher: Mapping[str, torch.Tensor]) -> List[Term]:
         """What is compared with the teacher; arguments as of :meth:`predict`.
 
         All go through the teacher's remaining layers as one batch of rows.
@@ -81,7 +79,7 @@ class CrossHead:
         entry, weights = self.fusion.entry, self.fusion.terms
         features = self.fusion.features(trace.layers, teacher[entry], self._layers.run)
         rows = torch.cat(features) if len(features) > 1 else features[0]
-        predictions = self._predictor(self._layers.run(rows, after=entry))
+        predictions = self.predictor(self._layers.run(rows, after=entry))
         parts = (x.split(len(features[0])) if len(features) > 1 else [x] for x in predictions)
         return [
             Term(logits, deltas, name, weights[name], feature)
@@ -98,59 +96,66 @@ class StudentHead:
 
     fusion = None
 
-    def __init__(self, student: GeneralizedRCNN, class_map: ClassMap):
-        self._class_map = class_map
-        self.transform = student.roi_heads.box_predictor.box2box_transform
+    def __init__(self, student: BoxStage, teacher: BoxStage, class_map: ClassMap):
+        self._class_map, self.predictor = class_map, student.predictor
+        # Deltas are offsets times these weights: the teacher's in the student's encoding.
+        ours, theirs = (x.predictor.box2box_transform.weights for x in (student, teacher))
+        self._scales = [a / b for a, b in zip(ours, theirs)]
 
-    def terms(self, trace: HeadTrace, teacher: Mapping[str, torch.Tensor]) -> List[Term]:
+    def terms(self, trace: BoxTrace, teacher: Mapping[str, torch.Tensor]) -> List[Term]:
         """The student's predictions for the classes that have a teacher class."""
         m = self._class_map
         return [Term(m.student_logits(trace.logits), m.student_deltas(trace.deltas))]
 
     def targets(self, predictions: BoxPredictions) -> BoxPredictions:
-        """The teacher's predictions in these classes."""
-        m = self._class_map
-        return BoxPredictions(
-            m.teacher_logits(predictions.logits), m.teacher_deltas(predictions.deltas)
-        )
+        """The teacher's predictions in these classes, boxes encoded as the student's."""
+        m, deltas = self._class_map, predictions.deltas
+        if set(self._scales) != {1.0}:
+            columns = deltas.unflatten(1, (-1, 4)).unbind(dim=2)
+            scaled = [x * scale for x, scale in zip(columns, self._scales)]
+            deltas = torch.stack(scaled, dim=2).flatten(1)
+        return BoxPredictions(m.teacher_logits(predictions.logits), m.teacher_deltas(deltas))
 
 
 class BoxDistiller:
-    """The losses ``loss_cls_kd`` and ``loss_box_reg_kd``."""
-
-    keys = ("loss_cls_kd", "loss_box_reg_kd")
+    """The losses ``loss_cls_kd`` and ``loss_box_reg_kd`` of one box head; of stage k of a Cascade
+    R-CNN student ``loss_cls_stagek_kd`` and ``loss_box_reg_stagek_kd``."""
 
     @configurable
     def __init__(
         self,
         *,
         teacher: Teacher,
+        stages: StagePair,
+        head: BoxStage,
         mimic,
         class_map: Optional[ClassMap],
-        student_has_softmax: bool,
+        sigmoids: Tuple[bool, bool],
         cls_weight: float,
-        cls_loss: ClsLoss,
+        cls_loss: Callable[..., torch.Tensor],
         box_weight: float,
         box_type: str,
     ):
         """
         Args:
             teacher: a :class:`GeneralizedRCNN` whose box head has known layers.
+            stages: which box head of the student learns from which of the teacher.
+            head: the latter.
             mimic: a :class:`CrossHead` or :class:`StudentHead`.
             class_map: for statistics; None if the teacher has other classes.
-            student_has_softmax: its best class can be read from its logits; for statistics.
-            cls_weight, cls_loss: of the classification loss.
+            sigmoids: whether student and teacher score each class by itself.
+            cls_weight, cls_loss: of the classification loss, a :class:`ClsLoss` or
+                :class:`SigmoidClsLoss`.
             box_weight, box_type: of the box loss, "l1" or "giou".
         """
-        self.teacher = teacher
+        self.teacher, self.stages, self._head = teacher, stages, head
+        self.keys = tuple(f"loss_{x}{stages.suffix}_kd" for x in ("cls", "box_reg"))
         self.mimic = mimic
         self.fusion: Optional[FeatureFusion] = mimic.fusion
         self.cls_weight, self._cls_loss = cls_weight, cls_loss
         self.box_weight = box_weight
         self._box_loss = {"l1": self._box_l1, "giou": self._box_giou}[box_type]
-        self._class_map, self._student_has_softmax = class_map, student_has_softmax
-        pooler = teacher.model.roi_heads.box_pooler
-        self._layers = BoxHeadLayers(teacher.box_head, pooler.output_size)
+        self._class_map, self._sigmoids = class_map, sigmoids
 
     @classmethod
     def from_config(
@@ -160,9 +165,13 @@ class BoxDistiller:
         teacher: Teacher,
         class_map: Optional[ClassMap],
         *,
+        stages: StagePair,
         own_predictions: bool,
     ):
         kd = cfg.MODEL.CROSSKD
+        ours = box_stages(student.roi_heads)[stages.student]
+        theirs = box_stages(teacher.model.roi_heads)[stages.teacher]
+        sigmoids = ours.predictor.use_sigmoid_ce, theirs.predictor.use_sigmoid_ce
         box_type = kd.LOSS.BOX_TYPE or "l1"
         if box_type == "iou":
             raise ConfigError(
@@ -170,21 +179,27 @@ class BoxDistiller:
                 "'l1', 'giou'"
             )
         if own_predictions:
-            if box_type == "l1" and kd.LOSS.BOX_WEIGHT > 0:
-                _check_same_deltas(student, teacher)
-            mimic = StudentHead(student, class_map)
+            mimic = StudentHead(ours, theirs, class_map)
         else:
-            mimic = CrossHead(teacher, build_fusion(kd, student, teacher))
+            mimic = CrossHead(theirs, build_fusion(kd, ours.layers, theirs.layers))
+        if sigmoids[1]:
+            check_sigmoid_settings(cfg)
         return {
             "teacher": teacher,
+            "stages": stages,
+            "head": theirs,
             "mimic": mimic,
             "class_map": class_map,
-            "student_has_softmax": not student.roi_heads.box_predictor.use_sigmoid_ce,
-            "cls_weight": kd.LOSS.CLS_WEIGHT,
-            "cls_loss": ClsLoss(kd.LOSS),
-            "box_weight": kd.LOSS.BOX_WEIGHT,
+            "sigmoids": sigmoids,
+            "cls_weight": kd.LOSS.CLS_WEIGHT * stages.share,
+            "cls_loss": SigmoidClsLoss() if sigmoids[1] else ClsLoss(kd.LOSS),
+            "box_weight": kd.LOSS.BOX_WEIGHT * stages.share,
             "box_type": box_type,
         }
+
+    @property
+    def parts(self) -> Sequence["BoxDistiller"]:
+        return (self,)
 
     @property
     def is_active(self) -> bool:
@@ -193,10 +208,10 @@ class BoxDistiller:
 
     def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted losses of one step, scalars; with both weights 0 nothing is computed."""
-        trace = step.heads
+        trace = step.heads.stages[self.stages.student]
         if not self.is_active:
-            return {key: self.zero(trace) for key in self.keys}
-        targets, layers = step.teacher.once("box", lambda: self.predict(step.teacher, trace.boxes))
+            return {key: self.zero(step.heads) for key in self.keys}
+        targets, layers = self._targets(step.teacher, trace.boxes)
         terms, wanted = self.mimic.terms(trace, layers), self.mimic.targets(targets)
         loss_cls = sum(
             x.weight * self._cls_loss(x.logits, wanted.logits, lambda: self._truth(trace))
@@ -204,18 +219,15 @@ class BoxDistiller:
         )
         loss_box = sum(x.weight * self._box_loss(x, wanted, trace.boxes) for x in terms)
         if self.fusion is not None and not self.fusion.reaches_all:
-            loss_cls = loss_cls + self.zero(trace)
+            loss_cls = loss_cls + self.zero(step.heads)
         if step.log:
             self._log(terms, targets, trace, layers)
-        return {
-            "loss_cls_kd": loss_cls * self.cls_weight,
-            "loss_box_reg_kd": loss_box * self.box_weight,
-        }
+        return dict(zip(self.keys, (loss_cls * self.cls_weight, loss_box * self.box_weight)))
 
     def zero(self, trace: HeadTrace) -> torch.Tensor:
         """0, connected to every learned parameter of the fusion."""
         zero = None if self.fusion is None else self.fusion.connected_zero()
-        return trace.logits.new_zeros(()) if zero is None else zero
+        return trace.stages[0].logits.new_zeros(()) if zero is None else zero
 
     def predict(
         self, teacher: TeacherPass, boxes: List[Boxes]
@@ -226,20 +238,29 @@ class BoxDistiller:
             teacher: on the batch.
             boxes: per image, absolute pixels of the student's input.
         """
+        return self._answer(teacher, self._pool(teacher, boxes))
+
+    def _targets(self, teacher: TeacherPass, boxes: List[Boxes]):
+        """As :meth:`predict`, for the RoIs of a step: what parts have in common, once."""
+        ours, theirs = self.stages.student, self.stages.teacher
+
+        def pooled() -> torch.Tensor:
+            return teacher.once(f"pooled {ours}", lambda: self._pool(teacher, boxes))
+
+        return teacher.once(f"box {ours} {theirs}", lambda: self._answer(teacher, pooled()))
+
+    def _pool(self, teacher: TeacherPass, boxes: List[Boxes]) -> torch.Tensor:
         heads, features = self.teacher.model.roi_heads, teacher.features
         with teacher.running():
-            pooled = heads.box_pooler([features[f] for f in heads.box_in_features], boxes)
-            layers = self._layers.trace(pooled)
-            return BoxPredictions(*self.teacher.box_predictor(layers[self._layers.last])), layers
+            return heads.box_pooler([features[f] for f in heads.box_in_features], boxes)
 
-    def detect(self, teacher: TeacherPass, trace: HeadTrace) -> List[Instances]:
-        """The detections per image of the predictions that learn, in the network's pixels."""
-        _, layers = self.predict(teacher, trace.boxes)
-        found = self.mimic.predict(trace, layers)
-        predictor = self.teacher.box_predictor
-        return predictor.inference((found.logits, found.deltas), trace.proposals)[0]
+    def _answer(self, teacher: TeacherPass, pooled: torch.Tensor):
+        with teacher.running():
+            layers = self._head.layers.trace(pooled)
+            last = layers[self._head.layers.last]
+            return BoxPredictions(*self._head.predictor(last)), layers
 
-    def _truth(self, trace: HeadTrace) -> torch.Tensor:
+    def _truth(self, trace: BoxTrace) -> torch.Tensor:
         """The ground truth of the RoIs (R,), as columns of the logits that are compared."""
         classes = torch.cat([p.gt_classes for p in trace.proposals])
         if self.fusion is None:
@@ -248,15 +269,14 @@ class BoxDistiller:
         return self._class_map.to_teacher(classes) % (self._class_map.num_teacher_classes + 1)
 
     def _box_l1(self, found: BoxPredictions, wanted: BoxPredictions, boxes: List[Boxes]):
-        return L.confident_l1(found.deltas, wanted.deltas, wanted.logits)
+        return L.confident_l1(found.deltas, wanted.deltas, wanted.logits, sigmoid=self._sigmoids[1])
 
     def _box_giou(self, found: BoxPredictions, wanted: BoxPredictions, boxes: List[Boxes]):
-        confidence, classes = L.teacher_confidence(wanted.logits)
-        anchors = Boxes.cat(boxes).tensor
-        theirs = self.teacher.box_predictor.box2box_transform
+        confidence, classes = L.teacher_confidence(wanted.logits, sigmoid=self._sigmoids[1])
+        anchors, transform = Boxes.cat(boxes).tensor, self.mimic.predictor.box2box_transform
         decoded = (
             transform.apply_deltas(L.at_least_float32(L.select_class_boxes(x, classes)), anchors)
-            for x, transform in ((found.deltas, self.mimic.transform), (wanted.deltas, theirs))
+            for x in (found.deltas, wanted.deltas)
         )
         return L.confident_giou(*decoded, confidence, normalizer=confidence.sum() + L.EPS)
 
@@ -265,16 +285,18 @@ class BoxDistiller:
         self,
         terms: List[Term],
         targets: BoxPredictions,
-        trace: HeadTrace,
+        trace: BoxTrace,
         teacher: Mapping[str, torch.Tensor],
     ) -> None:
         """Statistics of this step to the EventStorage."""
         scalars = {"num_rois": float(len(targets.logits))}
+        ours, theirs = self._sigmoids
         if len(targets.logits):
-            answer = targets.logits.argmax(dim=1)
-            scalars["teacher_confidence"] = L.teacher_confidence(targets.logits)[0].mean().item()
+            answer = _best_class(targets.logits, sigmoid=theirs)
+            confidence, _ = L.teacher_confidence(targets.logits, sigmoid=theirs)
+            scalars["teacher_confidence"] = confidence.mean().item()
             for term in terms if self.fusion is not None else ():
-                agreement = _share(term.logits.argmax(dim=1), answer)
+                agreement = _share(_best_class(term.logits, sigmoid=theirs), answer)
                 if term.name == "combined":
                     scalars["agreement_cross_head"] = agreement
                     scalars.update(_compare(term.feature, teacher[self.fusion.entry]))
@@ -282,15 +304,45 @@ class BoxDistiller:
                     scalars[f"agreement_{term.name}"] = agreement
             if self._class_map is not None:
                 answer = self._class_map.to_student(answer)
-                if self._student_has_softmax:
-                    scalars["agreement_student"] = _share(answer, trace.logits.argmax(dim=1))
+                own = _best_class(trace.logits, sigmoid=ours)
+                scalars["agreement_student"] = _share(answer, own)
                 truth = torch.cat([p.gt_classes for p in trace.proposals])
                 scalars["disagreement_truth"] = 1 - _share(answer, truth)
                 positive = truth < self._class_map.num_classes
                 if positive.any():
                     wrong = 1 - _share(answer[positive], truth[positive])
                     scalars["disagreement_truth_foreground"] = wrong
-        put_scalars(scalars)
+        end = f"_{self.stages.name}" if self.stages.name else ""
+        put_scalars({name + end: value for name, value in scalars.items()})
+
+
+def detect(
+    parts: Sequence[BoxDistiller], teacher: TeacherPass, trace: HeadTrace
+) -> List[Instances]:
+    """The detections per image of the cross-head predictions, in the network's pixels.
+
+    Those of several box heads become one as in ``CascadeROIHeads``: the mean of all scores, the
+    boxes of the last.
+    """
+    all_scores = []
+    for part in parts:
+        predictor, seen = part.mimic.predictor, trace.stages[part.stages.student]
+        found = part.mimic.predict(seen, part.predict(teacher, seen.boxes)[1])
+        predictions = (found.logits, found.deltas)
+        all_scores.append(predictor.predict_probs(predictions, seen.proposals))
+    return fast_rcnn_inference(
+        predictor.predict_boxes(predictions, seen.proposals),
+        [sum(scores) * (1.0 / len(parts)) for scores in zip(*all_scores)],
+        [x.image_size for x in seen.proposals],
+        predictor.test_score_thresh,
+        predictor.test_nms_thresh,
+        predictor.test_topk_per_image,
+    )[0]
+
+
+def _best_class(logits: torch.Tensor, *, sigmoid: bool) -> torch.Tensor:
+    """(R, K + 1) -> (R,); of sigmoids background, K, where no class has more than one half."""
+    return (F.pad(logits[:, :-1], (0, 1)) if sigmoid else logits).argmax(dim=1)
 
 
 def _compare(fused: torch.Tensor, teacher: torch.Tensor) -> Dict[str, float]:
@@ -305,15 +357,3 @@ def _compare(fused: torch.Tensor, teacher: torch.Tensor) -> Dict[str, float]:
 def _share(a: torch.Tensor, b: torch.Tensor) -> float:
     """Share of equal elements."""
     return (a == b).float().mean().item()
-
-
-def _check_same_deltas(student: GeneralizedRCNN, teacher: Teacher) -> None:
-    ours, theirs = (
-        tuple(m.box_predictor.box2box_transform.weights) for m in (student.roi_heads, teacher)
-    )
-    if ours != theirs:
-        raise ConfigError(
-            f"MODEL.CROSSKD.LOSS.BOX_TYPE 'l1' compares raw deltas, but MODEL.ROI_BOX_HEAD."
-            f"BBOX_REG_WEIGHTS is {ours} for the student and {theirs} for the teacher "
-            f"({teacher.description}); use 'giou'"
-        )

@@ -1,7 +1,7 @@
 """All parts of a distillation together, beside the student's own training forward."""
 
 import contextlib
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -10,15 +10,16 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Instances
 from torch import nn
 
-from .box import BoxDistiller
+from .box import BoxDistiller, detect
+from .branches import KeypointDistiller, MaskDistiller
 from .compatibility.class_map import ClassMap
+from .compatibility.two_stage import stage_pairs
 from .dense import DenseBoxDistiller
 from .feature import FeatureDistiller
 from .head_layers import record_towers
-from .mask import MaskDistiller
 from .rpn import RPNMimic
 from .teacher import Teacher, TeacherPass
-from .traces import StepTrace, is_logging_step, put_scalars
+from .traces import HeadTrace, StepTrace, is_logging_step, put_scalars
 
 # MODEL.CROSSKD.MIMIC -> for each part that compares predictions whether they are the student's own,
 # not the cross-head's.
@@ -116,11 +117,8 @@ class Distiller:
             zero = sum((p.sum() * 0 for p in parameters), zero)
             losses = {key: zero for part in self._parts for key in part.keys}
         else:
-            losses = {}
-            for part in self._parts:
-                for key, value in part.losses(step).items():
-                    value = value * step.factor
-                    losses[key] = losses[key] + value if key in losses else value
+            found = (part.losses(step) for part in self._parts)
+            losses = _add({k: v * step.factor for k, v in x.items()} for x in found)
         if step.log:
             put_scalars({"factor": step.factor})
             if step.factor > 0:
@@ -128,8 +126,36 @@ class Distiller:
         return losses
 
 
+class BoxStages:
+    """Box distillers side by side: of the stages of a Cascade R-CNN student, or of one box head
+    that learns from all stages of a Cascade R-CNN. Each has a fusion of its own."""
+
+    def __init__(self, parts: Sequence[BoxDistiller]):
+        self.parts = parts
+        self.keys = tuple(dict.fromkeys(key for part in parts for key in part.keys))
+        fusions = {part.stages.name: part.fusion for part in parts if part.fusion is not None}
+        self.fusion = nn.ModuleDict(fusions) if fusions else None
+
+    def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
+        """The weighted losses of one step, scalars; those of equal names added."""
+        return _add(part.losses(step) for part in self.parts)
+
+    def zero(self, trace: HeadTrace) -> torch.Tensor:
+        """0, connected to every learned parameter of the fusions."""
+        return sum(part.zero(trace) for part in self.parts)
+
+
+def _add(found: Iterable[Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
+    losses: Dict[str, torch.Tensor] = {}
+    for more in found:
+        for key, value in more.items():
+            losses[key] = losses[key] + value if key in losses else value
+    return losses
+
+
 class RCNNDistiller(Distiller):
-    """The distillation of a :class:`GeneralizedRCNN` with :class:`CrossKDROIHeads`.
+    """The distillation of a :class:`GeneralizedRCNN` with :class:`CrossKDROIHeads` or
+    :class:`CrossKDCascadeROIHeads`.
 
     Its losses are without the RPN's, which the student's RPN adds itself.
     """
@@ -154,9 +180,16 @@ class RCNNDistiller(Distiller):
     ):
         kd, pair = cfg.MODEL.CROSSKD, (cfg, student, teacher)
         own = OWN_PREDICTIONS[kd.MIMIC]
-        box, *others = [BoxDistiller(*pair, class_map, own_predictions=x) for x in own]
+        stages = stage_pairs(kd, student, teacher)
+        boxes = (
+            [BoxDistiller(*pair, class_map, stages=s, own_predictions=x) for s in stages]
+            for x in own
+        )
+        box, *others = [BoxStages(x) if len(x) > 1 else x[0] for x in boxes]
         if student.roi_heads.mask_on and kd.LOSS.MASK_WEIGHT > 0:
             others += [MaskDistiller(*pair, class_map, own_predictions=x) for x in own]
+        if student.roi_heads.keypoint_on and kd.LOSS.KEYPOINT_WEIGHT > 0:
+            others += [KeypointDistiller(*pair, class_map, own_predictions=x) for x in own]
         if kd.LOSS.FEATURE_WEIGHT > 0:
             others.append(FeatureDistiller(*pair))
         return {
@@ -185,7 +218,7 @@ class RCNNDistiller(Distiller):
         """What the cross-head detects, per image, in the network's pixels; in evaluation mode."""
         with student.record() as trace:
             student.inference(batched_inputs, do_postprocess=False)
-        return self.box.detect(TeacherPass(self.teacher, batched_inputs), trace)
+        return detect(self.box.parts, TeacherPass(self.teacher, batched_inputs), trace)
 
 
 class DenseDistiller(Distiller):

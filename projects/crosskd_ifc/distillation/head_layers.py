@@ -6,11 +6,15 @@ images, (Hi, Wi) size of level i of a pyramid.
 
 import contextlib
 import re
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.modeling.roi_heads import FastRCNNConvFCHead
+from detectron2.modeling.roi_heads import (
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    StandardROIHeads,
+)
 from torch import nn
 
 Shape = Tuple[int, ...]
@@ -119,6 +123,25 @@ class BoxHeadLayers(NamedLayers):
             else:  # flatten
                 prefix = [module]
         super().__init__("pool", layers, shapes)
+
+
+class BoxStage(NamedTuple):
+    """A box head, its layers and its predictor."""
+
+    head: nn.Module
+    layers: BoxHeadLayers
+    predictor: FastRCNNOutputLayers
+
+
+def box_stages(heads: StandardROIHeads) -> List[BoxStage]:
+    """The box heads in the order in which they run: one, or those of a ``CascadeROIHeads``.
+
+    Raises:
+        TypeError: if one has no known layers.
+    """
+    found, size = (heads.box_head, heads.box_predictor), heads.box_pooler.output_size
+    pairs = zip(*found) if isinstance(heads.box_head, nn.ModuleList) else [found]
+    return [BoxStage(head, BoxHeadLayers(head, size), predictor) for head, predictor in pairs]
 
 
 class TowerLayers(NamedLayers):

@@ -55,17 +55,22 @@ def kl_divergence(
     return divergence * (temperature**2) / normalizer
 
 
-def teacher_confidence(teacher_logits: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def teacher_confidence(
+    teacher_logits: torch.Tensor, *, sigmoid: bool = False
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """The teacher's best foreground class of each row and its probability.
 
     Args:
         teacher_logits: (R, K + 1) logits, background last.
+        sigmoid: each class has a probability of its own, and background none
+            (``USE_SIGMOID_CE``).
 
     Returns:
-        (R,) probabilities (softmax over all K + 1 columns, temperature 1) and (R,) class indices in
-        [0, K).
+        (R,) probabilities (softmax over all K + 1 columns, temperature 1, or sigmoid) and (R,)
+        class indices in [0, K).
     """
-    probabilities = F.softmax(at_least_float32(teacher_logits.detach()), dim=1)
+    logits = at_least_float32(teacher_logits.detach())
+    probabilities = logits.sigmoid() if sigmoid else F.softmax(logits, dim=1)
     return probabilities[:, :-1].max(dim=1)
 
 
@@ -86,7 +91,11 @@ def select_class_boxes(boxes: torch.Tensor, classes: torch.Tensor) -> torch.Tens
 
 
 def confident_l1(
-    cross_deltas: torch.Tensor, teacher_deltas: torch.Tensor, teacher_logits: torch.Tensor
+    cross_deltas: torch.Tensor,
+    teacher_deltas: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    sigmoid: bool = False,
 ) -> torch.Tensor:
     """``sum_r p_r * |cross_r - teacher_r|_1 / (4 * sum_r p_r + eps)`` on raw box deltas.
 
@@ -97,11 +106,12 @@ def confident_l1(
         cross_deltas: (R, 4K) or, class-agnostic, (R, 4) deltas that learn.
         teacher_deltas: the same shape, targets.
         teacher_logits: (R, K + 1).
+        sigmoid: as of :func:`teacher_confidence`.
 
     Returns:
         Scalar loss.
     """
-    confidence, classes = teacher_confidence(teacher_logits)
+    confidence, classes = teacher_confidence(teacher_logits, sigmoid=sigmoid)
     cross = select_class_boxes(at_least_float32(cross_deltas), classes)
     teacher = select_class_boxes(at_least_float32(teacher_deltas.detach()), classes)
     distance = (cross - teacher).abs().sum(dim=1)  # R

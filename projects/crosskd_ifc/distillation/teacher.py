@@ -31,7 +31,6 @@ class Teacher:
         cfg: the config it was built from, or what that would say of one without; None if it was
             given as a model.
         input_format: channel order of its images, such as "BGR".
-        stage: the box head that teaches, 1 unless it has several (Cascade R-CNN).
         description: where it came from, for messages.
     """
 
@@ -43,7 +42,6 @@ class Teacher:
         precision: str = "float32",
         cfg: Optional[CfgNode] = None,
         input_format: Optional[str] = None,
-        stage: int = 1,
         description: str = "the given detector",
     ):
         """
@@ -54,7 +52,6 @@ class Teacher:
             cfg: the teacher's config.
             input_format: channel order of the teacher's images; by default what the model says, the
                 student's where it says nothing.
-            stage: the box head that teaches, of those of a Cascade R-CNN.
             description: where the weights are from.
 
         Raises:
@@ -62,7 +59,7 @@ class Teacher:
         """
         self.model = model.eval().requires_grad_(False)
         self.cfg = cfg
-        self.description, self.stage = description, stage
+        self.description = description
         self.dtype: torch.dtype = getattr(torch, precision)
         self.input_format = input_format or getattr(model, "input_format", None) or student_format
         formats = (student_format, self.input_format)
@@ -76,19 +73,6 @@ class Teacher:
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-    @property
-    def box_head(self) -> nn.Module:
-        """The box head that teaches."""
-        return self._of_stage(self.model.roi_heads.box_head)
-
-    @property
-    def box_predictor(self) -> nn.Module:
-        """The box predictor that teaches."""
-        return self._of_stage(self.model.roi_heads.box_predictor)
-
-    def _of_stage(self, module: nn.Module) -> nn.Module:
-        return module[self.stage - 1] if isinstance(module, nn.ModuleList) else module
 
     def to(self, device: torch.device) -> "Teacher":
         """Move to a device; the precision stays."""

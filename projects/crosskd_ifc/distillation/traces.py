@@ -48,13 +48,14 @@ def is_logging_step() -> bool:
 
 
 @dataclasses.dataclass
-class MaskTrace:
-    """What one training pass of the mask branch saw and computed; tensors carry their graph.
+class BranchTrace:
+    """What one training pass of the mask or keypoint branch saw and computed; tensors carry their
+    graph.
 
     Attributes:
         instances: per image its positive RoIs, P in all: ``proposal_boxes`` and ``gt_classes``.
-        pooled: (P, C, H, W) output of the mask pooler.
-        logits: (P, K or 1, 2H, 2W) of the head's predictor; None for a head without one.
+        pooled: (P, C, H, W) output of the branch's pooler.
+        logits: (P, K, H', W') of the branch's head, K classes (1 if class-agnostic) or keypoints.
     """
 
     instances: List[Instances] = dataclasses.field(default_factory=list)
@@ -68,8 +69,8 @@ class MaskTrace:
 
 
 @dataclasses.dataclass
-class HeadTrace:
-    """What one pass of the ROI heads saw and computed; tensors carry their graph.
+class BoxTrace:
+    """What one pass of a box head saw and computed; tensors carry their graph.
 
     Attributes:
         proposals: per image, the boxes (``proposal_boxes``, absolute pixels) from before any
@@ -78,19 +79,31 @@ class HeadTrace:
             P), ``fck`` (R, D).
         logits: (R, K + 1) class logits of the box predictor.
         deltas: (R, 4K) or (R, 4) box deltas of the box predictor.
-        mask: of the mask branch, where there is one.
     """
 
     proposals: List[Instances] = dataclasses.field(default_factory=list)
     layers: Dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     logits: Optional[torch.Tensor] = None
     deltas: Optional[torch.Tensor] = None
-    mask: MaskTrace = dataclasses.field(default_factory=MaskTrace)
 
     @property
     def boxes(self) -> List[Boxes]:
         """The boxes of the proposals, per image."""
         return [p.proposal_boxes for p in self.proposals]
+
+
+@dataclasses.dataclass
+class HeadTrace:
+    """What one pass of the ROI heads saw and computed.
+
+    Attributes:
+        stages: of each box head: one, or those of a Cascade R-CNN.
+        mask, keypoint: of these branches, where there are such.
+    """
+
+    stages: List[BoxTrace]
+    mask: BranchTrace = dataclasses.field(default_factory=BranchTrace)
+    keypoint: BranchTrace = dataclasses.field(default_factory=BranchTrace)
 
 
 @dataclasses.dataclass

@@ -33,7 +33,6 @@ from .child_process import RunFailed, RunStopped, StepCounter, claim_folder, sup
 # done before.
 _SINCE = {
     "MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0,
-    "MODEL.CROSSKD.TEACHER.STAGE": 1,
     "MODEL.CROSSKD.LOSS.CLS_TYPE": "kl",
     "MODEL.CROSSKD.LOSS.FEATURE_TYPE": "pkd",
 }

@@ -69,7 +69,6 @@ def attach_teacher(
         options = {
             "student_format": cfg.INPUT.FORMAT,
             "precision": kd.TEACHER.PRECISION,
-            "stage": kd.TEACHER.STAGE,
         }
         if teacher is None:
             built, weights = _build_teacher(cfg, model.device, options)

@@ -4,6 +4,7 @@ The inheriting start of ICD (Kang et al., 2021), FGD (Yang et al., 2022) and PKD
 """
 
 import logging
+import re
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -129,16 +130,14 @@ class WeightInheritance:
             return differing_key(*generators) if all(isinstance(g, RPN) for g in generators) else ""
         if module == "head.bbox_pred":
             return _differing_encoding(ours.box2box_transform, theirs.box2box_transform)
-        if not hasattr(ours, "roi_heads"):
+        if not module.startswith("roi_heads.box_predictor."):
             return ""
-        predictors = ours.roi_heads.box_predictor, theirs.roi_heads.box_predictor
-        if module == "roi_heads.box_predictor.bbox_pred":
+        predictors = [m.get_submodule(module.rpartition(".")[0]) for m in (ours, theirs)]
+        if module.endswith(".bbox_pred"):
             weights = {tuple(p.box2box_transform.weights) for p in predictors}
             return "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS" if len(weights) > 1 else ""
-        if module == "roi_heads.box_predictor.cls_score":
-            kinds = {p.use_sigmoid_ce for p in predictors}
-            return "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE" if len(kinds) > 1 else ""
-        return ""
+        kinds = {p.use_sigmoid_ce for p in predictors}
+        return "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE" if len(kinds) > 1 else ""
 
     def _check(self, prefix: str, ours: Dict[str, torch.Tensor]) -> None:
         if any(_is_below(n, prefix) for n in self.inherited):
@@ -185,7 +184,8 @@ def _is_teachers_own(cfg: CfgNode) -> bool:
 
 
 def _class_rows(name: str):
-    return _PER_CLASS.get(name.rpartition(".")[0])
+    # Those of the stages of a Cascade R-CNN are counted in their names.
+    return _PER_CLASS.get(re.sub(r"(box_predictor)\.\d+", r"\1", name.rpartition(".")[0]))
 
 
 def _differing_encoding(ours, theirs) -> str:

@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN that distil from an attached teacher.
+"""Faster, Mask, Keypoint and Cascade R-CNN that distil from an attached teacher.
 
 Shape shorthand: N images.
 """
@@ -10,8 +10,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from torch import nn
 
-from ..distillation.compatibility.two_stage import check_student, check_teacher
+from ..distillation.compatibility.two_stage import check_pair
 from ..distillation.distiller import RCNNDistiller
+from ..distillation.head_layers import box_stages
 from ..distillation.teacher import Teacher
 from ..distillation.traces import HeadTrace
 from .classes import build_class_map, needs_class_map
@@ -29,13 +30,12 @@ class CrossKDRCNN(Student, GeneralizedRCNN):
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> RCNNDistiller:
         own_predictions = cfg.MODEL.CROSSKD.MIMIC != "cross_head"
-        check_student(self, own_predictions=own_predictions)
-        check_teacher(teacher)
+        check_pair(self, teacher, own_predictions=own_predictions)
         class_map = build_class_map(cfg, self, teacher, needs_class_map(cfg))
         return RCNNDistiller(cfg, self, teacher, class_map)
 
     def predictors(self) -> List[nn.Module]:
-        return [self.roi_heads.box_predictor]
+        return [stage.predictor for stage in box_stages(self.roi_heads)]
 
     def record(self) -> ContextManager[HeadTrace]:
         return self.roi_heads.record()

@@ -1,7 +1,7 @@
-"""ROI heads that hand out what their box head computed in a training step.
+"""ROI heads that hand out what their box heads and branches computed in a training step.
 
-Shape shorthand: R RoIs over all images, C channels, (P, P) pooler resolution, D width of a fully
-connected layer, K classes.
+Shape shorthand: R RoIs over all images, P of them positive, C channels, (P, P) pooler resolution, D
+width of a fully connected layer, K classes.
 """
 
 import contextlib
@@ -9,27 +9,23 @@ from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.modeling import ROI_HEADS_REGISTRY
-from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead, StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Instances
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..distillation.head_layers import BoxHeadLayers
-from ..distillation.traces import HeadTrace, MaskTrace
+from ..distillation.head_layers import BoxStage, box_stages
+from ..distillation.traces import BoxTrace, BranchTrace, HeadTrace
 
 
-@ROI_HEADS_REGISTRY.register()
-class CrossKDROIHeads(StandardROIHeads):
-    """``StandardROIHeads`` that can be recorded; unrecorded, it is its parent bit for bit."""
+class RecordedROIHeads:
+    """Mixin for ``StandardROIHeads``: they can be recorded; unrecorded, they are their parent bit
+    for bit.
+
+    The parent calls :meth:`_see` for each box head with what enters it.
+    """
 
     _trace: Optional[HeadTrace] = None
-
-    def box_head_layers(self) -> BoxHeadLayers:
-        """The named layers of the box head.
-
-        Raises:
-            TypeError: if the box head has no known layers.
-        """
-        return BoxHeadLayers(self.box_head, self.box_pooler.output_size)
 
     @contextlib.contextmanager
     def record(self) -> Iterator[HeadTrace]:
@@ -37,51 +33,93 @@ class CrossKDROIHeads(StandardROIHeads):
 
         The parent's own forward runs, once, and forward hooks read its layers, so that nothing is
         computed twice.
+
+        Raises:
+            TypeError: if a box head has no known layers.
         """
-        trace = HeadTrace()
-        layers = self.box_head_layers()
+        stages = box_stages(self)
+        trace = HeadTrace([BoxTrace() for _ in stages])
+        with contextlib.ExitStack() as stack:
+            for handle in sum(map(_record_box, stages, trace.stages), []):
+                stack.callback(handle.remove)
+            for branch in ("mask", "keypoint"):
+                head = getattr(self, f"{branch}_head", None)
+                if hasattr(head, "layers"):
+                    stack.enter_context(_recording_branch(head, getattr(trace, branch)))
+            self._trace = trace
+            try:
+                yield trace
+            finally:
+                self._trace = None
 
-        def keep(name: str):
-            def hook(module, inputs, output):
-                trace.layers[name] = output
-
-            return hook
-
-        def keep_predictions(module, inputs, output: Tuple[torch.Tensor, torch.Tensor]):
-            trace.logits, trace.deltas = output
-
-        handles = [self.box_pooler.register_forward_hook(keep("pool"))]
-        for name in layers.names[1:]:
-            handles.append(layers.output_module(name).register_forward_hook(keep(name)))
-        handles.append(self.box_predictor.register_forward_hook(keep_predictions))
-        if self.mask_on:
-            handles += self._record_mask(trace.mask)
-        self._trace = trace
-        try:
-            yield trace
-        finally:
-            self._trace = None
-            for handle in handles:
-                handle.remove()
-
-    def _record_mask(self, trace: MaskTrace) -> List[RemovableHandle]:
-        def keep_inputs(module, inputs: Tuple[torch.Tensor, List[Instances]]):
-            trace.pooled, trace.instances = inputs
-
-        def keep_logits(module, inputs, output: torch.Tensor):
-            trace.logits = output
-
-        handles = [self.mask_head.register_forward_pre_hook(keep_inputs)]
-        if isinstance(self.mask_head, MaskRCNNConvUpsampleHead):
-            handles.append(self.mask_head.predictor.register_forward_hook(keep_logits))
-        return handles
-
-    def _forward_box(self, features: Dict[str, torch.Tensor], proposals: List[Instances]):
+    def _see(self, stage: int, proposals: List[Instances]) -> None:
         if self._trace is not None:
             # TRAIN_ON_PRED_BOXES puts new Boxes into the proposals; these references keep the old
             # ones.
-            self._trace.proposals = [_keep(p, "proposal_boxes", "gt_classes") for p in proposals]
+            kept = [_keep(p, "proposal_boxes", "gt_classes") for p in proposals]
+            self._trace.stages[stage].proposals = kept
+
+
+@ROI_HEADS_REGISTRY.register()
+class CrossKDROIHeads(RecordedROIHeads, StandardROIHeads):
+    """``StandardROIHeads`` that can be recorded."""
+
+    def _forward_box(self, features: Dict[str, torch.Tensor], proposals: List[Instances]):
+        self._see(0, proposals)
         return super()._forward_box(features, proposals)
+
+
+@ROI_HEADS_REGISTRY.register()
+class CrossKDCascadeROIHeads(RecordedROIHeads, CascadeROIHeads):
+    """``CascadeROIHeads`` that can be recorded."""
+
+    def _run_stage(self, features: List[torch.Tensor], proposals: List[Instances], stage: int):
+        self._see(stage, proposals)
+        return super()._run_stage(features, proposals, stage)
+
+
+def _record_box(stage: BoxStage, trace: BoxTrace) -> List[RemovableHandle]:
+    def keep(name: str):
+        def hook(module, inputs, output):
+            trace.layers[name] = output
+
+        return hook
+
+    def keep_pooled(module, inputs: Tuple[torch.Tensor]):
+        # As the head sees it: a Cascade R-CNN scales the gradient behind the pooler.
+        (trace.layers["pool"],) = inputs
+
+    def keep_predictions(module, inputs, output: Tuple[torch.Tensor, torch.Tensor]):
+        trace.logits, trace.deltas = output
+
+    layers = stage.layers
+    return [
+        stage.head.register_forward_pre_hook(keep_pooled),
+        *(layers.output_module(n).register_forward_hook(keep(n)) for n in layers.names[1:]),
+        stage.predictor.register_forward_hook(keep_predictions),
+    ]
+
+
+@contextlib.contextmanager
+def _recording_branch(head: nn.Module, trace: BranchTrace) -> Iterator[None]:
+    """For a BaseMaskRCNNHead or BaseKeypointRCNNHead, whose ``layers`` are a method, no module with
+    a hook."""
+    layers = head.layers
+
+    def keep_instances(module, inputs: Tuple[torch.Tensor, List[Instances]]):
+        trace.instances = inputs[1]
+
+    def keep_layers(x: torch.Tensor) -> torch.Tensor:
+        trace.pooled, trace.logits = x, layers(x)
+        return trace.logits
+
+    handle = head.register_forward_pre_hook(keep_instances)
+    head.layers = keep_layers
+    try:
+        yield
+    finally:
+        del head.layers
+        handle.remove()
 
 
 def _keep(instances: Instances, *fields: str) -> Instances:

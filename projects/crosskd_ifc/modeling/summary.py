@@ -11,7 +11,7 @@ from torch import nn
 from ..common.random_state import same_random_state
 from ..data.class_names import class_names
 from ..distillation.fusion import FeatureFusion, Shape
-from ..distillation.head_layers import BoxHeadLayers, NamedLayers, towers_of
+from ..distillation.head_layers import NamedLayers, box_stages, towers_of
 from .classes import num_classes
 from .student import Student
 
@@ -91,8 +91,12 @@ def _describe_heads(student: Student, mimic: str) -> List[tuple]:
     if not student.has_cross_head:
         return lines
     if hasattr(student, "roi_heads"):
-        layers = (_box_layers(m) for m in _networks(student))
-        return lines + _describe_fusion("cross-head", student.distiller.fusion, *layers)
+        ours, theirs = (box_stages(m.roi_heads) for m in _networks(student))
+        for part in student.distiller.box.parts:
+            pair = part.stages
+            layers = ours[pair.student].layers, theirs[pair.teacher].layers
+            lines += _describe_fusion(f"cross-head {pair.name}".rstrip(), part.fusion, *layers)
+        return lines
     ours, theirs = (towers_of(m.head) for m in _networks(student))
     for tower, fusion in student.distiller.fusion.items():
         lines += _describe_fusion(f"{tower} tower", fusion, ours[tower], theirs[tower])
@@ -101,10 +105,6 @@ def _describe_heads(student: Student, mimic: str) -> List[tuple]:
 
 def _networks(student: Student) -> tuple:
     return student, student.teacher.model
-
-
-def _box_layers(model: nn.Module) -> NamedLayers:
-    return BoxHeadLayers(model.roi_heads.box_head, model.roi_heads.box_pooler.output_size)
 
 
 def _describe_fusion(
@@ -139,8 +139,11 @@ def _describe_losses(student: Student, cfg: CfgNode) -> str:
     loss = cfg.MODEL.CROSSKD.LOSS
     is_two_stage = hasattr(student, "roi_heads")
     box_type = loss.BOX_TYPE or ("l1" if is_two_stage else student.kd_box_type)
+    has_softmax = is_two_stage and not any(
+        stage.predictor.use_sigmoid_ce for stage in box_stages(student.teacher.model.roi_heads)
+    )
     notes: Dict[str, str] = {
-        "CLS_WEIGHT": f"temperature {loss.TEMPERATURE:g}" if is_two_stage else "quality focal",
+        "CLS_WEIGHT": f"temperature {loss.TEMPERATURE:g}" if has_softmax else "quality focal",
         "BOX_WEIGHT": box_type,
     }
     found = []

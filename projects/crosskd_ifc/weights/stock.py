@@ -22,7 +22,10 @@ from .reading import load_weights
 STOCK_NAMES = {
     "META_ARCHITECTURE": {"CrossKDRCNN": "GeneralizedRCNN", "CrossKDRetinaNet": "RetinaNet"},
     "PROPOSAL_GENERATOR.NAME": {"CrossKDRPN": "RPN"},
-    "ROI_HEADS.NAME": {"CrossKDROIHeads": "StandardROIHeads"},
+    "ROI_HEADS.NAME": {
+        "CrossKDROIHeads": "StandardROIHeads",
+        "CrossKDCascadeROIHeads": "CascadeROIHeads",
+    },
 }
 # Arguments of stock FCOS that it keeps under the same names.
 _FCOS_SETTINGS = (

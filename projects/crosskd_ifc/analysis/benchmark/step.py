@@ -20,6 +20,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ...config import class_count
+from ...distillation.head_layers import box_stages
 from ...distillation.teacher import TeacherPass
 from ...modeling.attach import attach_teacher, load_teacher_config
 from .instruments import peak_on_cpu, quiet_profiler, timed_modules
@@ -190,25 +191,34 @@ class StepBenchmark:
                 return
             heads = model.roi_heads
             levels = [features[name] for name in heads.box_in_features]
-            heads.box_predictor(heads.box_head(heads.box_pooler(levels, trace.boxes)))
+            for part, boxes in self._parts_of(trace):
+                head, _, predictor = box_stages(heads)[part.stages.teacher]
+                predictor(head(heads.box_pooler(levels, boxes.boxes)))
             if heads.mask_on and len(trace.mask.instances):
                 levels = [features[name] for name in heads.mask_in_features]
                 heads.mask_head.layers(heads.mask_pooler(levels, trace.mask.boxes))
 
     def _run_cross_head(self) -> None:
-        taps = _leaves(self._trace.layers)
-        trace = dataclasses.replace(self._trace, layers=taps)
-        terms = self.student.distiller.box.mimic.terms(trace, self._layers)
-        _sum([[x.logits, x.deltas] for x in terms]).backward()
+        for (part, trace), layers in zip(self._parts_of(self._trace), self._layers):
+            trace = dataclasses.replace(trace, layers=_leaves(trace.layers))
+            terms = part.mimic.terms(trace, layers)
+            _sum([[x.logits, x.deltas] for x in terms]).backward()
 
-    def _record(self) -> Tuple[Any, Any]:
-        """The trace of a step, and the teacher's layers on it; without graph."""
+    def _parts_of(self, trace: Any) -> List[Tuple[Any, Any]]:
+        """Each box head's part of the distillation, and what it sees."""
+        box = self.student.distiller.box
+        if not isinstance(self.student, GeneralizedRCNN):
+            return [(box, trace)]
+        return [(part, trace.stages[part.stages.student]) for part in box.parts]
+
+    def _record(self) -> Tuple[Any, List[Any]]:
+        """The trace of a step, and the teacher's layers on it for each part; without graph."""
         with EventStorage(), torch.no_grad(), self.plain.record() as trace:
             self.plain(self.batch)
-        box, run = self.student.distiller.box, TeacherPass(self.student.teacher, self.batch)
+        run, parts = TeacherPass(self.student.teacher, self.batch), self._parts_of(trace)
         if isinstance(self.student, GeneralizedRCNN):
-            return trace, box.predict(run, trace.boxes)[1]
-        return trace, box.run_teacher(run)[0]
+            return trace, [part.predict(run, x.boxes)[1] for part, x in parts]
+        return trace, [part.run_teacher(run)[0] for part, _ in parts]
 
     def _clock(self) -> float:
         if self._device.type == "cuda":

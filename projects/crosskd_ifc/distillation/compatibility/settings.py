@@ -90,6 +90,9 @@ def check_crosskd_config(cfg: CN) -> None:
     if not cfg.MODEL.MASK_ON:
         keys = ("LOSS.MASK_WEIGHT", "LOSS.MASK_REDUCTION", "LOSS.MASK_CHANNELS")
         check_unused(cfg, keys, "the student has no mask head (MODEL.MASK_ON False)")
+    if not cfg.MODEL.KEYPOINT_ON:
+        reason = "the student has no keypoint head (MODEL.KEYPOINT_ON False)"
+        check_unused(cfg, ("LOSS.KEYPOINT_WEIGHT",), reason)
 
 
 def _check_terms(kd: CN) -> None:
@@ -166,7 +169,7 @@ def _check_types(cfg: CN) -> None:
     for name, theirs, ours in nodes:
         if isinstance(theirs, CN) and isinstance(ours, CN):
             nodes += [(f"{name}.{key}", theirs[key], ours.get(key)) for key in theirs]
-        elif not isinstance(ours, type(theirs)):
+        elif theirs is not None and not isinstance(ours, type(theirs)):
             same = ((tuple, list), (float, int), (list, tuple))
             if isinstance(ours, bool) or (type(theirs), type(ours)) not in same:
                 raise ConfigError(

@@ -1,23 +1,19 @@
 """Whether a two-stage student and teacher fit each other, and how their classes correspond."""
 
 import logging
-from typing import Tuple
+from typing import List, NamedTuple, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.roi_heads import (
-    CascadeROIHeads,
-    FastRCNNOutputLayers,
-    Res5ROIHeads,
-    StandardROIHeads,
-)
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
 from torch import nn
 
 from ...config import ConfigError
 from ..fusion import FeatureFusion
-from ..head_layers import BoxHeadLayers, NamedLayers
+from ..head_layers import BoxHeadLayers, NamedLayers, box_stages
 from ..teacher import Teacher
+from .settings import check_unused
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +26,64 @@ _NO_ONE_HEAD = {
 }
 
 
-def check_student(student: nn.Module, *, own_predictions: bool) -> None:
-    """Refuse a student whose head can't be recorded.
+class StagePair(NamedTuple):
+    """A box head of the student and the one of the teacher that it learns from.
+
+    Attributes:
+        student, teacher: their places, 0 for the first or only one.
+        share: of the losses' weights.
+        name: such as "stage0"; "" for the only pair.
+        suffix: of the losses' names, as detectron2 names the student's own.
+    """
+
+    student: int
+    teacher: int
+    share: float = 1.0
+    name: str = ""
+    suffix: str = ""
+
+
+def stage_pairs(crosskd: CfgNode, student: nn.Module, teacher: Teacher) -> List[StagePair]:
+    """Which box heads learn from which: those of a Cascade R-CNN from the teacher's of the same
+    stage, or from its only one; the only one of another student from the one that ``TEACHER.STAGE``
+    names, or from all.
+
+    Args:
+        crosskd: the node MODEL.CROSSKD.
+
+    Raises:
+        ConfigError: for a stage that isn't there, or an unlike number of stages.
+    """
+    stage, key = crosskd.TEACHER.STAGE, "MODEL.CROSSKD.TEACHER.STAGE"
+    ours, theirs = (len(box_stages(m.roi_heads)) for m in (student, teacher.model))
+    if ours > 1:
+        if stage is not None:
+            raise ConfigError(
+                f"{key} is {stage!r}, but the student is a Cascade R-CNN, each of whose stages "
+                "learns from the teacher's of the same number; set it to its default, null"
+            )
+        if theirs not in (1, ours):
+            raise ConfigError(
+                f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS: the student has {ours} stages and the teacher "
+                f"({teacher.description}) {theirs}; make them equal, or take a teacher with one"
+            )
+        names = [f"stage{k}" for k in range(ours)]
+        return [
+            StagePair(k, k if theirs > 1 else 0, name=name, suffix=f"_{name}")
+            for k, name in enumerate(names)
+        ]
+    if stage == "mean" and theirs > 1:
+        return [StagePair(0, k, share=1 / theirs, name=f"stage{k}") for k in range(theirs)]
+    stage = 1 if stage is None else stage
+    if type(stage) is not int or not 1 <= stage <= theirs:
+        has = f"the stages 1 to {theirs}, and 'mean' for all" if theirs > 1 else "one box head: 1"
+        raise ConfigError(f"{key} is {stage!r}; the teacher ({teacher.description}) has {has}")
+    return [StagePair(0, stage - 1)]
+
+
+def check_pair(student: nn.Module, teacher: Teacher, *, own_predictions: bool) -> None:
+    """Refuse a student whose box heads can't be recorded, and a teacher without such that can be
+    entered.
 
     Args:
         student: a :class:`GeneralizedRCNN`.
@@ -41,27 +93,31 @@ def check_student(student: nn.Module, *, own_predictions: bool) -> None:
         ConfigError: with the reason.
     """
     heads = student.roi_heads
-    if not hasattr(heads, "box_head_layers"):
+    if not hasattr(heads, "record"):
         raise ConfigError(
             f"MODEL.ROI_HEADS.NAME: the student's ROI heads are {type(heads).__name__}, which "
-            "don't hand out their layers; use CrossKDROIHeads"
+            "don't hand out their layers; use CrossKDROIHeads or CrossKDCascadeROIHeads"
         )
     try:
-        heads.box_head_layers()
+        ours = box_stages(heads)
     except TypeError as error:
         raise ConfigError(f"MODEL.ROI_BOX_HEAD.NAME: the student's {error}") from None
-    is_known = isinstance(heads.box_predictor, FastRCNNOutputLayers)
-    problem = _predictor_problem(heads.box_predictor)
-    if problem and (own_predictions or not is_known):
-        raise ConfigError(f"MODEL.ROI_BOX_HEAD: the student {problem}")
+    for stage in ours:
+        problem = _predictor_problem(stage.predictor)
+        if problem and (own_predictions or not isinstance(stage.predictor, FastRCNNOutputLayers)):
+            raise ConfigError(f"MODEL.ROI_BOX_HEAD: the student {problem}")
+    _check_teacher(teacher)
+    predictors = ours[0].predictor, box_stages(teacher.model.roi_heads)[0].predictor
+    sigmoids = [p.use_sigmoid_ce for p in predictors]
+    if own_predictions and sigmoids[0] != sigmoids[1]:
+        raise ConfigError(
+            f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is {sigmoids[0]} for the student and {sigmoids[1]} "
+            f"for the teacher ({teacher.description}): probabilities of their own and such that "
+            "add up to 1 can't be compared; make them equal, or MODEL.CROSSKD.MIMIC 'cross_head'"
+        )
 
 
-def check_teacher(teacher: Teacher) -> None:
-    """Refuse a teacher without one box head that gives softmax scores and box deltas.
-
-    Raises:
-        ConfigError: with the reason.
-    """
+def _check_teacher(teacher: Teacher) -> None:
     model = teacher.model
     if not isinstance(model, GeneralizedRCNN):
         refuse_teacher(
@@ -75,19 +131,22 @@ def check_teacher(teacher: Teacher) -> None:
         refuse_teacher(
             teacher, f"has {type(heads).__name__}; its ROI heads must be StandardROIHeads"
         )
-    stages = len(heads.box_head) if isinstance(heads, CascadeROIHeads) else 1
-    if not 1 <= teacher.stage <= stages:
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.STAGE is {teacher.stage}; the teacher ({teacher.description}) "
-            f"has {f'the stages 1 to {stages}' if stages > 1 else 'one box head: set it to 1'}"
-        )
-    problem = _predictor_problem(teacher.box_predictor)
-    if problem:
-        refuse_teacher(teacher, problem)
     try:
-        BoxHeadLayers(teacher.box_head, heads.box_pooler.output_size)
+        problems = [_predictor_problem(stage.predictor) for stage in box_stages(heads)]
     except TypeError as error:
         refuse_teacher(teacher, f"can't be entered: {error}")
+    for problem in filter(None, problems):
+        refuse_teacher(teacher, problem)
+
+
+def check_sigmoid_settings(cfg: CfgNode) -> None:
+    """Refuse settings of softmax classifiers.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    reason = "the teacher classifies with sigmoids (USE_SIGMOID_CE): the loss is quality focal"
+    check_unused(cfg, ("LOSS.CLS_TYPE", "LOSS.CLS_OPTS", "LOSS.TEMPERATURE"), reason)
 
 
 def refuse_teacher(teacher: Teacher, reason: str) -> None:
@@ -100,26 +159,23 @@ def refuse_teacher(teacher: Teacher, reason: str) -> None:
 def _predictor_problem(predictor: nn.Module) -> str:
     if not isinstance(predictor, FastRCNNOutputLayers):
         return f"has a {type(predictor).__name__}; its box predictor must be FastRCNNOutputLayers"
-    if predictor.use_sigmoid_ce:
-        return "classifies with sigmoids (USE_SIGMOID_CE); the losses compare softmax probabilities"
     if type(predictor.box2box_transform) is not Box2BoxTransform:
         kind = type(predictor.box2box_transform).__name__
         return f"encodes boxes by {kind}; Box2BoxTransform (axis-aligned deltas) is needed"
     return ""
 
 
-def build_fusion(crosskd: CfgNode, student: nn.Module, teacher: Teacher) -> FeatureFusion:
+def build_fusion(crosskd: CfgNode, ours: BoxHeadLayers, theirs: BoxHeadLayers) -> FeatureFusion:
     """Check taps, entry and route against both box heads and build the fusion.
 
     Args:
         crosskd: the node MODEL.CROSSKD.
+        ours, theirs: the layers of student and teacher.
 
     Raises:
         ConfigError: naming the key.
     """
-    kd, heads = crosskd.FUSION, teacher.model.roi_heads
-    ours = student.roi_heads.box_head_layers()
-    theirs = BoxHeadLayers(teacher.box_head, heads.box_pooler.output_size)
+    kd = crosskd.FUSION
     taps = tuple(kd.IN_FEATURES) or ("fc1", "fc2")
     entry = kd.ENTRY or theirs.last
     _check_layers("IN_FEATURES", taps, ours, "student")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 
 from ...common.registry import NamedRegistry, read_options
-from ..losses import Normalizer, at_least_float32, kl_divergence
+from ..losses import Normalizer, at_least_float32, kl_divergence, quality_focal
 
 CLS_LOSS_REGISTRY = NamedRegistry("CLS_LOSS")
 """
@@ -54,6 +54,25 @@ class ClsLoss:
         """The loss, a scalar; ``targets()`` is only called if it asks for them."""
         more = {"targets": targets()} if self._needs_targets else {}
         return self._function(cross_logits, teacher_logits, **more)
+
+
+class SigmoidClsLoss:
+    """``sum |p - q| * BCE(p, q) / R`` over the foreground classes, p and q the sigmoids of the
+    logits: of classifiers that score each class by itself (``USE_SIGMOID_CE``).
+
+    They never train the column of background, which is left out. The divisor is that of
+    detectron2's own loss of such a classifier.
+    """
+
+    def __call__(
+        self,
+        cross_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        targets: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """As :class:`ClsLoss`."""
+        pair = (x[:, :-1] for x in (cross_logits, teacher_logits))
+        return quality_focal(*pair, beta=1.0, normalizer=max(len(teacher_logits), 1))
 
 
 def needs_targets(name: str) -> bool:
