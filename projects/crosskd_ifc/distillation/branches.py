@@ -70,8 +70,10 @@ class BranchDistiller:
         own_predictions: bool,
     ):
         check_heads(cls.branch, student, teacher)
-        same_pooler, adapters = False, nn.Identity()
-        if not own_predictions:
+        if own_predictions:
+            cls.check_own(cfg.MODEL.CROSSKD.LOSS, student, teacher)
+            same_pooler, adapters = False, nn.Identity()
+        else:
             same_pooler, adapters = check_pyramids(cls.branch, student, teacher)
         return {
             "teacher": teacher,
@@ -80,6 +82,18 @@ class BranchDistiller:
             "adapters": adapters,
             "weight": cfg.MODEL.CROSSKD.LOSS[f"{cls.branch.upper()}_WEIGHT"],
         }
+
+    @staticmethod
+    def check_own(loss: CfgNode, student: GeneralizedRCNN, teacher: Teacher) -> None:
+        """Refuse own predictions that can't be compared.
+
+        Args:
+            loss: the node MODEL.CROSSKD.LOSS.
+
+        Raises:
+            ConfigError: with the reason.
+        """
+        raise NotImplementedError
 
     @property
     def keys(self) -> Tuple[str]:
@@ -144,10 +158,12 @@ class MaskDistiller(BranchDistiller):
     def from_config(cls, cfg, student, teacher, class_map, *, own_predictions: bool):
         kd, own = cfg.MODEL.CROSSKD.LOSS, own_predictions
         settings = super().from_config(cfg, student, teacher, class_map, own_predictions=own)
-        if own:
-            check_same_masks(student, teacher, kd.MASK_CHANNELS)
         more = {"reduction": kd.MASK_REDUCTION, "channels": kd.MASK_CHANNELS}
         return {**settings, **more, "class_map": class_map}
+
+    @staticmethod
+    def check_own(loss: CfgNode, student: GeneralizedRCNN, teacher: Teacher) -> None:
+        check_same_masks(student, teacher, loss.MASK_CHANNELS)
 
     def compare(self, step: StepTrace, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         weights = None
@@ -190,22 +206,9 @@ class KeypointDistiller(BranchDistiller):
 
     branch = "keypoint"
 
-    @configurable
-    def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: of :class:`BranchDistiller`.
-        """
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_config(cls, cfg, student, teacher, class_map, *, own_predictions: bool):
-        settings = super().from_config(
-            cfg, student, teacher, class_map, own_predictions=own_predictions
-        )
-        if own_predictions:
-            check_same_points(student, teacher)
-        return settings
+    @staticmethod
+    def check_own(loss: CfgNode, student: GeneralizedRCNN, teacher: Teacher) -> None:
+        check_same_points(student, teacher)
 
     def compare(self, step: StepTrace, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         found, wanted = (x.flatten(2).flatten(0, 1) for x in (found, wanted))  # (P K)x(H W)
