@@ -342,7 +342,7 @@ def test_the_baselines_are_plain_configs_and_most_options_have_a_config():
     assert len(pairs) > 20
     for config, baseline in pairs.items():
         name = os.path.basename(baseline)
-        kinds = "((faster|mask)_rcnn|retinanet|fcos)_(R|mobilenet|efficientnet|convnext)"
+        kinds = "((faster|mask|cascade)_rcnn|retinanet|fcos)_(R|mobilenet|efficientnet|convnext)"
         assert re.match(kinds, name), (config, baseline)
 
 
