@@ -5,7 +5,10 @@ import yaml
 from detectron2.config import get_cfg
 
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config
-from crosskd_ifc.common.config_files import load_config_text, merge_from_file
+from crosskd_ifc.common.config_files import find_config, load_config_text, merge_from_file
+from crosskd_ifc.common.paths import REPO_CONFIGS
+from crosskd_ifc.data.cards import register_cards
+from crosskd_ifc.modeling.attach import check_teacher_weights
 
 
 def merged(path):
@@ -53,3 +56,55 @@ def test_what_detectron2_dumps_is_read_with_its_aliases(tmp_path):
 def test_a_text_that_is_no_config_is_one_error_that_says_where_it_is_from(text):
     with pytest.raises(ConfigError, match="^the checkpoint's config: "):
         load_config_text(text, source="the checkpoint's config")
+
+
+def test_a_config_names_files_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher.yaml", "t.pth", "card.yaml", "own.py", "sub/card.yaml"):
+        for folder in (tmp_path / "here", tmp_path):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("")
+    (tmp_path / "only_there.yaml").write_text("")
+    (tmp_path / "here" / "sub" / "base.yaml").write_text(
+        "DATASETS: {CARDS: [card.yaml, only_there.yaml, gone.yaml]}\n"
+        "MODEL: {CROSSKD: {TEACHER: {CONFIG_FILE: teacher.yaml}}}\n"
+    )
+    (tmp_path / "here" / "config.yaml").write_text(
+        "_BASE_: sub/base.yaml\n"
+        "MODEL: {CROSSKD: {TEACHER: {WEIGHTS: 't.pth?x=1'}, IMPORTS: [own.py, torch]}}\n"
+    )
+    cfg, here = merged("here/config.yaml"), str(tmp_path / "here")
+    kd = cfg.MODEL.CROSSKD
+    assert kd.TEACHER.WEIGHTS == f"{here}/t.pth?x=1" and kd.IMPORTS == (f"{here}/own.py", "torch")
+    # Of two files that name something, each has its own folder.
+    assert cfg.DATASETS.CARDS == (f"{here}/sub/card.yaml", "only_there.yaml", "gone.yaml")
+    assert kd.TEACHER.CONFIG_FILE == "teacher.yaml"
+    assert find_config(kd.TEACHER.CONFIG_FILE, key="x")[0] == str(tmp_path / "teacher.yaml")
+    with pytest.raises(ConfigError) as error:
+        register_cards(["gone.yaml"])
+    places = [f"{here}/sub/gone.yaml", str(tmp_path / "gone.yaml"), f"{REPO_CONFIGS}/gone.yaml"]
+    assert str(error.value).split("\n  - ")[1:] == places
+
+
+def test_teacher_weights_that_are_nowhere_are_told_with_what_was_tried(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "config.yaml").write_text(
+        "MODEL: {CROSSKD: {TEACHER: {WEIGHTS: lost.pth}}}\n"
+    )
+    weights = merged("here/config.yaml").MODEL.CROSSKD.TEACHER.WEIGHTS
+    tried = f"Tried: {tmp_path}/here/lost.pth, {tmp_path}/lost.pth"
+    with pytest.raises(ConfigError, match=f"there is no file 'lost.pth'.* {tried}$"):
+        check_teacher_weights(weights)
+
+
+@pytest.mark.parametrize("name", ["lazy.py", "lazy.yaml"])
+def test_a_lazyconfig_is_named_as_such(tmp_path, name):
+    (tmp_path / "lazy.py").write_text("model = {}\n")
+    (tmp_path / "lazy.yaml").write_text("model: {_target_: some.Model}\n")
+    (tmp_path / "over.yaml").write_text(f"_BASE_: {name}\n")
+    for path in (name, "over.yaml"):
+        with pytest.raises(ConfigError, match=rf"--config-file .*{name}: this is a LazyConfig"):
+            merged(tmp_path / path)

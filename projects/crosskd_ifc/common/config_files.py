@@ -12,8 +12,8 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from ..config import ConfigError, add_crosskd_ifc_config
-from .lazy_config import is_lazy
-from .paths import resolve_path
+from .lazy_config import is_lazy, is_saved_lazy
+from .paths import beside, resolve_path
 from .user_code import import_user_code, refuse_user_code
 
 # What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
@@ -32,17 +32,39 @@ _MERGE_ERRORS = (
 )
 # A config has some 300; aliases of aliases can stand for billions.
 _MOST_VALUES = 100_000
+# Keys of files, or lists of files, that are looked up beside the config that names them.
+_FILES = (
+    "MODEL.CROSSKD.TEACHER.CONFIG_FILE",
+    "MODEL.CROSSKD.TEACHER.WEIGHTS",
+    "MODEL.CROSSKD.IMPORTS",
+    "DATASETS.CARDS",
+)
+_LAZY = "this is a LazyConfig, and a YAML config is needed here"
 
 
 class _CheckedCfg(CN):
-    """Reads files, and what their _BASE_ leads to, as YAML that means what it says."""
+    """Reads files, and what their _BASE_ leads to, as YAML that means what it says. Files that one
+    names are those beside it, if they are there."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
+        if is_lazy(filename):
+            raise ConfigError(f"{filename}: {_LAZY}")
         with super()._open_cfg(filename) as f:
             text = f.read()
         check_yaml(text)
-        return io.StringIO(text)
+        content = yaml.safe_load(text)
+        if isinstance(content, dict) and is_saved_lazy(content):
+            raise ConfigError(f"{filename}: {_LAZY}")
+        for key in _FILES:
+            *sections, leaf = key.split(".")
+            node = _section(content, sections)
+            value = node.get(leaf)
+            if isinstance(value, str):
+                node[leaf] = beside(value, filename)
+            elif isinstance(value, list):
+                node[leaf] = [beside(x, filename) if isinstance(x, str) else x for x in value]
+        return io.StringIO(yaml.safe_dump(content))
 
 
 def default_config() -> CN:
@@ -145,13 +167,16 @@ def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
         ConfigError: if the file is no config of known keys and fitting types.
     """
     if is_lazy(path):
-        raise ConfigError(
-            f"{key} {path}: this is a LazyConfig file (Python), and a YAML config is needed here"
-        )
+        raise ConfigError(f"{key} {path}: {_LAZY}")
+    of_the_zoo = _is_of_the_zoo(path)
     try:
-        if not _is_of_the_zoo(path):
-            _CheckedCfg.load_yaml_with_base(path)
-        cfg.merge_from_file(path, allow_unsafe=_is_of_the_zoo(path))
+        content = {} if of_the_zoo else _CheckedCfg.load_yaml_with_base(path)
+        cfg.merge_from_file(path, allow_unsafe=of_the_zoo)
+        for name in _FILES:
+            *sections, leaf = name.split(".")
+            value = _section(content, sections).get(leaf)
+            if value:
+                cfg.merge_from_list([name, value])
     except RecursionError:
         raise ConfigError(
             f"{key} {path}: it is nested too deeply, or its _BASE_ leads back to itself"
@@ -238,6 +263,13 @@ def _count_values(node: Any, known: Dict[Any, float]) -> float:
         children = [node for pair in children for node in pair]
     known[node] = 1 + sum(_count_values(child, known) for child in children)
     return known[node]
+
+
+def _section(content: Any, names: Sequence[str]) -> Dict[str, Any]:
+    """A section of a config file; {} if it isn't there."""
+    for name in names:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def _is_of_the_zoo(path: str) -> bool:

@@ -4,7 +4,7 @@ Reading one runs it, so only files are read that the user has named and those of
 """
 
 import builtins
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,12 @@ from ..config import ConfigError
 def is_lazy(path: str) -> bool:
     """Whether a config is a LazyConfig file."""
     return path.endswith(".py")
+
+
+def is_saved_lazy(content: Mapping) -> bool:
+    """Whether this is what detectron2 has written of one (``LazyConfig.save``)."""
+    model = content.get("model")
+    return isinstance(model, Mapping) and "_target_" in model
 
 
 def load_lazy_config(path: str, overrides: Sequence[str] = (), *, key: str) -> DictConfig:

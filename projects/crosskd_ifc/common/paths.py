@@ -1,7 +1,7 @@
 """Where files that a user named are looked for."""
 
 import os
-from typing import Sequence
+from typing import Dict, List, Sequence
 
 from detectron2.utils.file_io import PathManager
 
@@ -13,9 +13,37 @@ REPO_CONFIGS, PROTOCOLS, TOOLS = (
 # The repository's root; "" where the package is installed without it.
 CHECKOUT = "" if os.path.dirname(REPO_CONFIGS) == _PACKAGE else os.path.dirname(REPO_CONFIGS)
 
+# What config files name and doesn't lie beside them -> where it was looked for, for later errors.
+_not_beside: Dict[str, List[str]] = {}
+
+
+def beside(path: str, config_file: str) -> str:
+    """The path of a file beside the config that names it; if there is none, ``path`` as it is.
+
+    Args:
+        path: as it stands in the config; absolute ones and URLs stay so.
+        config_file: a local file.
+    """
+    if not path or "://" in path or "://" in config_file or path.startswith(("/", "~")):
+        return path
+    folder = os.path.dirname(os.path.abspath(config_file))
+    found = os.path.normpath(os.path.join(folder, path))
+    if PathManager.isfile(found.split("?")[0]):  # detectron2's ?query for weights
+        return found
+    places = _not_beside.setdefault(path, [])
+    places += [found] if found not in places else []
+    return path
+
+
+def tried(path: str) -> List[str]:
+    """Where a file that a user named is looked for, before ``configs/`` of this repository."""
+    return [*_not_beside.get(path, []), os.path.abspath(os.path.expanduser(path))]
+
 
 def resolve_path(path: str, *, what: str, key: str, extra_tried: Sequence[str] = ()) -> str:
     """Finds a file that a user named: from the current folder, then in this repository's configs/.
+
+    What a config file names has been looked up beside that file before (:func:`beside`).
 
     Args:
         path: as given; ``~`` is expanded. A URL is returned as it is.
@@ -32,11 +60,12 @@ def resolve_path(path: str, *, what: str, key: str, extra_tried: Sequence[str] =
     if "://" in path:
         return path
     local = os.path.expanduser(path)
-    tried = [os.path.abspath(local)]
+    candidates = [os.path.abspath(local)]
     if not os.path.isabs(local):
-        tried.append(os.path.normpath(os.path.join(REPO_CONFIGS, local)))
-    for candidate in tried:
+        candidates.append(os.path.normpath(os.path.join(REPO_CONFIGS, local)))
+    for candidate in candidates:
         if path and PathManager.isfile(candidate):
             return candidate
-    places = "".join(f"\n  - {place}" for place in [*tried, *extra_tried])
+    places = [*tried(path), *candidates[1:], *extra_tried]
+    places = "".join(f"\n  - {place}" for place in dict.fromkeys(places))
     raise FileNotFoundError(f"{key}: the {what} {path!r} was not found. Tried:{places}")

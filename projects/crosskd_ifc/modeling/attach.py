@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..common.config_files import find_config, merge_from_file, merge_from_list
 from ..common.lazy_config import instantiate_model, is_lazy, load_lazy_config
+from ..common.paths import tried
 from ..common.random_state import same_random_state
 from ..config import ConfigError, add_crosskd_ifc_config
 from ..data.cards import fill_in_class_count
@@ -176,7 +177,7 @@ def check_teacher_weights(weights: str) -> None:
     if is_missing(weights):
         raise ConfigError(
             f"MODEL.CROSSKD.TEACHER.WEIGHTS: there is no file {weights!r}; train the teacher "
-            "first, or give the file of its trained weights"
+            "first, or give the file of its trained weights. Tried: " + ", ".join(tried(weights))
         )
 
 
