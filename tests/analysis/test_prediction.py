@@ -9,11 +9,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
 from helpers import tiny_cfg, tiny_model
 from PIL import Image
+from test_fcos import TINY as TINY_FCOS
+from test_fcos import fcos_cfg
 
+from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.detector import load_detector
 from crosskd_ifc.analysis.inputs import find_sources
 from crosskd_ifc.weights.export import export_student
@@ -67,6 +72,32 @@ def test_an_exported_student_detects_what_stock_detectron2_does(files):
         assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert load_detector(str(files / "student")).class_names == NAMES
     assert load_detector(str(files / "run")).class_names == ["0", "1", "2"]
+
+
+def test_an_exported_fcos_detects_what_its_lazyconfig_does(tmp_path):
+    cfg = fcos_cfg(*TINY_FCOS, "INPUT.MIN_SIZE_TEST", 64, "MODEL.FCOS.NORM", "")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(cfg.dump())
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "run" / "model_final.pth")
+    export_student(str(tmp_path / "run" / "model_final.pth"), str(tmp_path / "student"))
+    config = tmp_path / "student" / "config.yaml"
+    lazy = LazyConfig.load(str(config))
+    model = instantiate(lazy.model).eval()
+    DetectionCheckpointer(model).load(lazy.train.init_checkpoint)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = model([{"image": torch.as_tensor(image.transpose(2, 0, 1).copy())}])
+    expected = expected[0]["instances"]
+    found = load_detector(str(tmp_path / "student"), opts=("MODEL.DEVICE", "cpu")).detect(image)
+    assert len(expected) > 0 and torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    opts = ("MODEL.DEVICE", "cpu", "MODEL.FCOS.SCORE_THRESH_TEST", float(found.scores[3]))
+    assert len(load_detector(str(tmp_path / "student"), opts=opts).detect(image)) == 3
+    # What names other code is read as no FCOS; nothing of it runs.
+    config.write_text(config.read_text().replace("detectron2.modeling.FPN", "os.system"))
+    with pytest.raises(ConfigError, match="config.yaml is a LazyConfig, but not that of an FCOS"):
+        load_detector(str(tmp_path / "student"))
 
 
 def test_a_folder_makes_pictures_and_coco_results(files, tmp_path, capsys):

@@ -19,6 +19,7 @@ from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
 from ..weights.metadata import read_metadata
 from ..weights.reading import MisfitError, StrictReader
+from ..weights.stock import read_exported_fcos
 
 # In a folder: of an export, of a run.
 _WEIGHTS = ("model.pth", "model_final.pth")
@@ -80,8 +81,12 @@ def load_detector(weights: str, *, config_file: str = "", opts: Sequence = ()) -
     if config_file:
         cfg = load_config(config_file, opts)
     else:
-        key = "the config beside the weights,"
-        cfg = load_config(config, opts, key=key, opts_key="--opts", found=True)
+        cfg = read_exported_fcos(config)
+        if cfg is not None:
+            merge_from_list(cfg, opts, key="--opts")
+        else:
+            key = "the config beside the weights,"
+            cfg = load_config(config, opts, key=key, opts_key="--opts", found=True)
     return _build(cfg, file, read_metadata(os.path.dirname(file)).get("classes"))
 
 
