@@ -10,12 +10,11 @@ import os
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from test_train_net import TRAIN_NET, load_script
 
-from crosskd_ifc.data.shapes import generate, register_coarse_shapes, register_shapes
+from crosskd_ifc.data.shapes import generate, register_coarse_shapes
 from crosskd_ifc.experiments.runs import Run
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
@@ -52,18 +51,10 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def few_pictures(pictures):
+def few_pictures(pictures, built_in_at):
     """The built-in data sets, with only these pictures."""
-    names = [n for n in DatasetCatalog if n.startswith("crosskd_shapes")]
-    kept = {n: (DatasetCatalog.pop(n), MetadataCatalog.pop(n)) for n in names}
-    register_shapes(root=pictures[0], num_images=pictures[1])
+    built_in_at(*pictures)
     register_coarse_shapes()
-    yield
-    for name, (load, metadata) in kept.items():
-        DatasetCatalog.pop(name, None)
-        MetadataCatalog.pop(name, None)
-        DatasetCatalog.register(name, load)
-        MetadataCatalog[name] = metadata
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,10 @@ def test_a_command_can_be_pasted_whatever_the_folder_is_called(tmp_path):
     assert [x[-1] for x in commands] == [
         str(out / f"{name}.yaml") for name in ("teacher", "student", "distilled")
     ]
+    # Then what to do with the student.
+    export, use = (shlex.split(x) for x in told.splitlines()[-2:])
+    assert export[1:3] == ["tools/export_student.py", str(out / "output/distilled/model_final.pth")]
+    assert use[1:3] == ["tools/predict.py", export[3]]
 
 
 def test_an_evaluation_on_the_training_images_is_told(tmp_path):

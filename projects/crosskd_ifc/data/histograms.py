@@ -44,6 +44,7 @@ def draw_histograms(report: Findings, path: str) -> None:
         shown_sizes = [sizes[s] for s in splits]
         right.hist(shown_sizes, bins=bins, stacked=True, label=splits)
         right.set_xscale("log", base=2)
+        right.xaxis.set_major_formatter("{x:g}")
         right.legend()
     right.set_xlabel("root of a box's area, pixels")
     right.set_title("box sizes")

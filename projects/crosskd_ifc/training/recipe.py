@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
+from torchvision.models import ResNet18_Weights, ResNet34_Weights
 
 from ..common.command_line import tool_command
 from ..common.files import replacing
@@ -130,8 +131,14 @@ def write_configs(
         text = "\n".join([*(line for line in lines if line.strip()), f"  {commands[name]}"])
         _write(files[name], text, {"_BASE_": over, **deltas[name]})
     told = [*notes, "", *(f"Wrote {file}" for file in files.values()), "", "Next, in this order:"]
-    told += [f"  {line}" for line in needed]
-    return "\n".join([*told, *(f"  {commands[name]}" for name in _NAMES)])
+    student = os.path.join(folder, "student_alone")
+    weights = os.path.join(outputs["distilled"], "model_final.pth")
+    needed += [commands[name] for name in _NAMES]
+    needed += [
+        shlex.join(["python", "tools/export_student.py", weights, student]),
+        shlex.join(["python", "tools/predict.py", student]) + " YOUR_OTHER_PHOTOS",
+    ]
+    return "\n".join([*told, *(f"  {line}" for line in needed)])
 
 
 def _base(
@@ -271,7 +278,10 @@ def _backbone(name: str, pretrained: bool) -> Dict[str, Any]:
     return {"MODEL": model, "INPUT": {"FORMAT": "RGB"}}
 
 
-_TORCHVISION = {"R18": "resnet18-f37072fd.pth", "R34": "resnet34-b627a593.pth"}
+_TORCHVISION = {
+    "R18": ResNet18_Weights.IMAGENET1K_V1.url,
+    "R34": ResNet34_Weights.IMAGENET1K_V1.url,
+}
 
 
 def _convert(backbone: str) -> str:
