@@ -81,5 +81,9 @@ def test_photos_of_ones_own(clean_folder, run_tool):
     tiny = [*TINY, "MODEL.CROSSKD.TEACHER.OPTS", repr(tuple(TINY))]
     seen = follow(train, run_tool, training=tiny)
     assert seen == [
-        *["train_net.py"] * 3, "export_student.py", "predict.py", "train_net.py", "report.py"
+        *["train_net.py"] * 3,
+        "export_student.py",
+        "predict.py",
+        "train_net.py",
+        "report.py",
     ]

@@ -17,9 +17,9 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..common.config_files import check_yaml, merge_from_list
+from ..common.config_files import check_yaml, default_config, merge_from_list
 from ..common.lazy_config import is_saved_lazy
-from ..config import ConfigError, add_crosskd_ifc_config, remove_crosskd_ifc_config
+from ..config import ConfigError, remove_crosskd_ifc_config
 from .reading import load_weights
 
 # Config key -> this project's classes and the stock ones that they are in evaluation.
@@ -155,8 +155,7 @@ def _yacs_config(content: Mapping[str, Any]) -> CfgNode:
     model, image = content["model"], content["input"]
     backbone, head = model["backbone"], model["head"]
     resnet = backbone["bottom_up"]["cfg"]["MODEL"]
-    cfg = get_cfg()
-    add_crosskd_ifc_config(cfg)
+    cfg = default_config()
     settings = {
         "META_ARCHITECTURE": "FCOS",
         "BACKBONE.NAME": "build_crosskd_fcos_resnet_fpn_backbone",
