@@ -12,6 +12,7 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from test_deployed import make
 
+from crosskd_ifc import ConfigError
 from crosskd_ifc.weights.evaluating import compare, evaluate_checkpoint, evaluate_deployed
 from crosskd_ifc.weights.export import export_student
 
@@ -56,6 +57,18 @@ def test_a_file_has_the_ap_of_its_checkpoint(kind, tasks, format, labelled, tmp_
     wanted = evaluate_checkpoint(run, "labelled")
     assert set(found) == set(wanted) == tasks and wanted["bbox"]["AP"] > 5
     assert compare(found, wanted, 0.1) == []
+
+
+def test_a_data_set_with_the_classes_in_another_order_is_refused(labelled, tmp_path):
+    run, student = make("Faster R-CNN", tmp_path / "run", "DATASETS.TEST", ("labelled",))
+    labelled(student)
+    export_student(run, str(tmp_path / "out"), format="torchscript")
+    info = tmp_path / "out" / "model.json"
+    content = json.loads(info.read_text())
+    assert content["classes"] == ["class1", "class2", "class3"]
+    info.write_text(json.dumps({**content, "classes": ["class2", "class1", "class3"]}))
+    with pytest.raises(ConfigError, match="--dataset 'labelled' .*class1.*class2.*class2.*class1"):
+        evaluate_deployed(str(tmp_path / "out"), "labelled")
 
 
 def test_another_ap_is_an_error_and_so_is_an_unknown_data_set(labelled, tmp_path, capsys):

@@ -31,13 +31,18 @@ def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Seque
         except ConfigError as error:
             logger.warning(str(error))
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        names = _names_of(name, load) if name in DatasetCatalog else None
+        names = dataset_class_names(name, load=load) if name in DatasetCatalog else None
         if names and len(names) == class_count(cfg)[1]:
             return names
     return None
 
 
-def _names_of(dataset: str, load: bool) -> Optional[Sequence[str]]:
+def dataset_class_names(dataset: str, *, load: bool = False) -> Optional[Sequence[str]]:
+    """The names of a registered data set's classes, None where they aren't known.
+
+    Args:
+        load: load it, if its names are known only then.
+    """
     metadata = MetadataCatalog.get(dataset)
     if load and not metadata.get("thing_classes", None) and metadata.get("json_file", None):
         try:

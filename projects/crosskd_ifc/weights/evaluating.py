@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 
 from ..config import ConfigError
+from ..data.class_names import dataset_class_names
 from ..data.mapper import CheckedMapper
 from .deployed import DeployedModel
 from .export import load_student
@@ -27,10 +28,18 @@ def evaluate_deployed(folder: str, dataset: str) -> Results:
         Such as ``{"bbox": {"AP": 41.2, ...}}``, with "segm" and "keypoints" where there are any.
 
     Raises:
-        ConfigError: if the data set isn't registered.
+        ConfigError: if the data set isn't registered, or its classes are known to be others.
         FileNotFoundError: if there is no such export.
     """
     model = DeployedModel(folder)
+    ours = list(model.info.classes)
+    theirs = dataset_class_names(dataset, load=True) if dataset in DatasetCatalog else None
+    is_known = theirs and ours != [str(i) for i in range(len(ours))]
+    if is_known and list(theirs) != ours:
+        raise ConfigError(
+            f"--dataset {dataset!r} has the classes {', '.join(theirs)}, but {folder} "
+            f"{', '.join(ours)}"
+        )
     return _evaluate(model, dataset, model.info.mapper())
 
 
