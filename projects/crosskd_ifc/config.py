@@ -3,7 +3,8 @@
 Imports nothing of the package.
 """
 
-from typing import Tuple
+import contextlib
+from typing import Iterator, List, Mapping, Tuple
 
 from detectron2.config import CfgNode as CN
 
@@ -59,6 +60,12 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.TEACHER.STAGE = None
     # Evaluate the teacher on DATASETS.TEST before the first step.
     _C.TEACHER.EVAL_AT_START = False
+
+    # Several teachers: for each a {KEY: VALUE, ...} of TEACHER's keys, over those of TEACHER. One
+    # with a CONFIG_FILE takes neither WEIGHTS nor OPTS over. (): the one teacher of TEACHER.
+    _C.TEACHERS = ()
+    # "mean": of their losses; "one": that of a teacher drawn in each step, at the cost of one.
+    _C.TEACHERS_LOSS = "mean"
 
     _C.FUSION = CN()
     # How the tapped features are combined: a key of FEATURE_FUSION_REGISTRY, such as "none",
@@ -182,6 +189,40 @@ def class_count(cfg: CN) -> Tuple[str, int]:
     return f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
 
 
+def teacher_configs(cfg: CN) -> List[Tuple[str, CN]]:
+    """For each teacher its name for errors, see :func:`saying`, and the config of a student that
+    has it alone: its settings in ``MODEL.CROSSKD.TEACHER``, ``TEACHERS`` ().
+
+    Raises:
+        ConfigError: if an item of TEACHERS isn't a section of TEACHER's keys.
+    """
+    found = []
+    for i, entry in enumerate(cfg.MODEL.CROSSKD.TEACHERS):
+        name, one = f"MODEL.CROSSKD.TEACHERS[{i}]: ", cfg.clone()
+        one.defrost()
+        kd = one.MODEL.CROSSKD
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"{name}{entry!r} is not a section such as {{'WEIGHTS': 'a.pth'}}")
+        if "CONFIG_FILE" in entry:
+            kd.TEACHER.WEIGHTS, kd.TEACHER.OPTS = "", ()
+        try:
+            kd.TEACHER.merge_from_list([x for pair in entry.items() for x in pair])
+        except (AssertionError, AttributeError, KeyError, ValueError) as error:
+            raise ConfigError(f"{name}{error}") from error
+        kd.TEACHERS, kd.TEACHERS_LOSS = (), "mean"
+        found.append((name, one))
+    return found or [("", cfg)]
+
+
+@contextlib.contextmanager
+def saying(name: str) -> Iterator[None]:
+    """Within this context an error begins with ``name``, which says whose it is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{name}{error}") from error
+
+
 def distillation_requested(cfg: CN) -> bool:
     """Whether training this config needs a teacher.
 
@@ -192,12 +233,14 @@ def distillation_requested(cfg: CN) -> bool:
     kd = cfg.MODEL.CROSSKD
     if not kd.ENABLED:
         return False
-    architecture, has_teacher = cfg.MODEL.META_ARCHITECTURE, bool(kd.TEACHER.CONFIG_FILE)
-    if architecture in META_ARCHITECTURES and not has_teacher:
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    missing = [x for x, one in teacher_configs(cfg) if not one.MODEL.CROSSKD.TEACHER.CONFIG_FILE]
+    has_teacher = not missing
+    if architecture in META_ARCHITECTURES and missing:
         raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.CONFIG_FILE is empty, but {architecture} needs a teacher to "
-            "train; set it (with TEACHER.WEIGHTS), or MODEL.CROSSKD.ENABLED False to train the "
-            "student alone"
+            f"{missing[0]}MODEL.CROSSKD.TEACHER.CONFIG_FILE is empty, but {architecture} needs a "
+            "teacher to train; set it (with TEACHER.WEIGHTS), or MODEL.CROSSKD.ENABLED False to "
+            "train the student alone"
         )
     if architecture not in META_ARCHITECTURES and has_teacher:
         raise ConfigError(

@@ -143,6 +143,26 @@ def test_a_run_resumed_from_a_checkpoint_ends_as_one_never_interrupted(
     assert (normalizer is None) == (kind == "RCNN")
 
 
+def test_so_does_a_run_with_a_teacher_drawn_in_each_step(folder, tmp_path):
+    other = torch.load(folder / "RCNN_teacher.pth", weights_only=True)
+    for tensor in other["model"].values():
+        if tensor.is_floating_point():
+            tensor *= 1.1
+    torch.save(other, tmp_path / "other.pth")
+    teachers = f"[{{}}, {{'WEIGHTS': '{tmp_path}/other.pth', 'EVAL_AT_START': True}}]"
+    opts = ("MODEL.CROSSKD.TEACHERS", teachers, "MODEL.CROSSKD.TEACHERS_LOSS", "one")
+    config, out = folder / "RCNN.yaml", tmp_path / "run"
+    train(config, out, *opts)
+    whole = load(out)
+    (out / "model_final.pth").unlink()
+    (out / "last_checkpoint").write_text("model_0000002.pth")
+    train(config, out, *opts)
+    assert_same_run(load(out), whole)
+    assert any(k.startswith("fusion.teacher_2.") for k in load(out)["model"])
+    lines = (out / "metrics.json").read_text()
+    assert '"teacher_2/bbox/AP"' in lines and '"teacher/bbox/AP"' not in lines
+
+
 def test_so_does_a_run_with_data_loader_workers(folder, whole, tmp_path):
     opts = ("OUTPUT_DIR", tmp_path, "DATALOADER.NUM_WORKERS", 2)
     run(folder / "RCNN.yaml", *opts)

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..common.config_files import find_config, load_config, merge_from_list
-from ..config import ConfigError, class_count
+from ..config import ConfigError, class_count, teacher_configs
 from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
 from ..weights.metadata import read_metadata
@@ -100,7 +100,7 @@ def load_configured_teacher(detector: Detector, opts: Sequence = ()) -> Detector
     Raises:
         ConfigError: if there is none, or it can't be loaded.
     """
-    if not detector.cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE:
+    if not teacher_configs(detector.cfg)[0][1].MODEL.CROSSKD.TEACHER.CONFIG_FILE:
         raise ConfigError(
             "--teacher config: the student's config names no teacher (an exported student's never "
             "does); give the teacher's weights: --teacher WEIGHTS"

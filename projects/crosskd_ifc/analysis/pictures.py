@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from ..common.files import refuse_overwriting
-from ..config import ConfigError, class_count, distillation_requested
+from ..config import ConfigError, class_count, distillation_requested, teacher_configs
 from ..distillation.teacher import Teacher
 from ..modeling import classes
 from ..modeling.attach import attach_teacher
@@ -117,7 +117,8 @@ def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
         teacher: the attached teacher.
     """
     ours, theirs = (classes.class_names(c, load=True) for c in (cfg, teacher.cfg))
-    if theirs is None and not cfg.MODEL.CROSSKD.TEACHER.CLASS_MAP:
+    kind = teacher_configs(cfg)[0][1].MODEL.CROSSKD.TEACHER.CLASS_MAP
+    if theirs is None and not kind:
         theirs = ours
     ours = ours or [str(i) for i in range(class_count(cfg)[1])]
     theirs = theirs or [str(i) for i in range(classes.num_classes(teacher.model))]

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 
 from ..common.environment import hardware, versions
 from ..common.files import refuse_overwriting, replacing
-from ..config import ConfigError, class_count, distillation_requested
+from ..config import ConfigError, class_count, distillation_requested, teacher_configs
 from ..data.class_names import class_names
 from ..modeling.attach import attach_teacher
 from ..modeling.summary import count_parameters, describe_distillation
@@ -133,7 +133,8 @@ def _subtitle(record: RunRecord) -> str:
     cfg = record.cfg
     what = cfg.MODEL.META_ARCHITECTURE
     if distillation_requested(cfg):
-        what += f", distilled from {cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE}"
+        teachers = [one.MODEL.CROSSKD.TEACHER.CONFIG_FILE for _, one in teacher_configs(cfg)]
+        what += f", distilled from {', '.join(teachers)}"
     data = f"trained on {', '.join(cfg.DATASETS.TRAIN)}"
     if cfg.DATASETS.TEST:
         data += f", tested on {', '.join(cfg.DATASETS.TEST)}"

@@ -1,7 +1,7 @@
 """All parts of a distillation together, beside the student's own training forward."""
 
 import contextlib
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -24,6 +24,24 @@ from .traces import HeadTrace, StepTrace, is_logging_step, put_scalars
 # MODEL.CROSSKD.MIMIC -> for each part that compares predictions whether they are the student's own,
 # not the cross-head's.
 OWN_PREDICTIONS = {"cross_head": (False,), "student_head": (True,), "both": (False, True)}
+
+
+@contextlib.contextmanager
+def recorded(student: nn.Module, steps: List[StepTrace]) -> Iterator[List[StepTrace]]:
+    """Within this context, the student's next training forward fills all these steps."""
+
+    def keep_features(module, inputs, output: Dict[str, torch.Tensor]):
+        for step in steps:
+            step.features = output
+
+    handle = student.backbone.register_forward_hook(keep_features)
+    try:
+        with student.record() as heads:
+            for step in steps:
+                step.heads = heads
+            yield steps
+    finally:
+        handle.remove()
 
 
 class Distiller:
@@ -91,19 +109,19 @@ class Distiller:
             batched_inputs: its raw images.
             factor: of the schedule.
         """
+        with recorded(student, [self.start(batched_inputs, factor)]) as (step,):
+            with self.joining(student, step):
+                yield step
+
+    def start(self, batched_inputs: List[Dict[str, torch.Tensor]], factor: float) -> StepTrace:
+        """A step whose student hasn't run yet; arguments as of :meth:`recording`."""
         log = is_logging_step()
         teacher = TeacherPass(self.teacher, batched_inputs, timed=log)
-        step = StepTrace(teacher, batched_inputs, factor, log)
+        return StepTrace(teacher, batched_inputs, factor, log)
 
-        def keep_features(module, inputs, output: Dict[str, torch.Tensor]):
-            step.features = output
-
-        handle = student.backbone.register_forward_hook(keep_features)
-        try:
-            with student.record() as step.heads:
-                yield step
-        finally:
-            handle.remove()
+    def joining(self, student: nn.Module, step: StepTrace) -> ContextManager[None]:
+        """Within this context, the student's forward adds the losses that are its own to add."""
+        return contextlib.nullcontext()
 
     def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted distillation losses of a step, scalars.
@@ -199,18 +217,10 @@ class RCNNDistiller(Distiller):
             "rpn": RPNMimic(cfg, student, teacher) if kd.LOSS.RPN_WEIGHT > 0 else None,
         }
 
-    @contextlib.contextmanager
-    def recording(
-        self,
-        student: GeneralizedRCNN,
-        batched_inputs: List[Dict[str, torch.Tensor]],
-        factor: float,
-    ) -> Iterator[StepTrace]:
-        with contextlib.ExitStack() as stack:
-            step = stack.enter_context(super().recording(student, batched_inputs, factor))
-            if self._rpn is not None:
-                stack.enter_context(student.proposal_generator.mimicking(self._rpn, step))
-            yield step
+    def joining(self, student: GeneralizedRCNN, step: StepTrace) -> ContextManager[None]:
+        if self._rpn is None:
+            return super().joining(student, step)
+        return student.proposal_generator.mimicking(self._rpn, step)
 
     def detect(
         self, student: GeneralizedRCNN, batched_inputs: List[Dict[str, torch.Tensor]]

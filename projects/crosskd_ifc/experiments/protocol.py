@@ -21,10 +21,10 @@ A protocol is a YAML file::
 ``teacher`` is trained once for each seed; arms whose config names its config as their teacher start
 from it. With fewer ``seeds`` of its own, which may be others, they are taken in turn by the
 protocol's: ``seeds: [1, 2, 3, 4]`` and ``teacher: {seeds: [11, 12]}`` give the seeds 1 and 3 the
-teacher of seed 11. Arms with a model-zoo teacher, or with MODEL.CROSSKD.TEACHER.WEIGHTS among their
-``opts``, don't need it. ``versus`` names the arms that paired differences are taken to.
-``contrasts`` are the differences that the protocol is run for; name them before the first run.
-They are tested as one family, and for equivalence within ``margin``.
+teacher of seed 11. Arms with a model-zoo teacher, with MODEL.CROSSKD.TEACHER.WEIGHTS among their
+``opts`` or with several TEACHERS don't need it. ``versus`` names the arms that paired differences
+are taken to. ``contrasts`` are the differences that the protocol is run for; name them before the
+first run. They are tested as one family, and for equivalence within ``margin``.
 """
 
 import dataclasses
@@ -228,6 +228,8 @@ def _needs_teacher(protocol: Protocol, name: str) -> bool:
     cfg = protocol.run(name, arm.seeds[0], "").cfg()
     try:
         if not distillation_requested(cfg) or _WEIGHTS in arm.opts[::2]:
+            return False
+        if cfg.MODEL.CROSSKD.TEACHERS:
             return False
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error

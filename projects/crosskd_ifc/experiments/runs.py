@@ -22,7 +22,7 @@ from ..common.config_files import default_values, find_config, flat, load_config
 from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json, write_json
 from ..common.paths import resolve_path
-from ..config import distillation_requested
+from ..config import distillation_requested, teacher_configs
 from ..data import shapes
 from ..data.cards import fill_in_class_count
 from ..modeling.attach import load_teacher_config
@@ -33,6 +33,7 @@ from .child_process import RunFailed, RunStopped, StepCounter, claim_folder, sup
 # done before.
 _SINCE = {
     "MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0,
+    "MODEL.CROSSKD.TEACHERS_LOSS": "mean",
     "MODEL.CROSSKD.LOSS.CLS_TYPE": "kl",
     "MODEL.CROSSKD.LOSS.FEATURE_TYPE": "pkd",
 }
@@ -99,10 +100,10 @@ class Run:
         """
         cfg, found = self.cfg(), {}
         start = cfg.MODEL.WEIGHTS
-        teacher, weights = None, ""
+        teachers = []
         if not self.needs and distillation_requested(cfg):
-            teacher, weights = load_teacher_config(cfg)
-        if any(file and is_missing(file) for file in (start, weights)):
+            teachers = [(one, *load_teacher_config(one)) for _, one in teacher_configs(cfg)]
+        if any(file and is_missing(file) for file in (start, *(x[2] for x in teachers))):
             return None
         for card in cfg.DATASETS.CARDS:
             path = resolve_path(card, what="dataset card", key="DATASETS.CARDS")
@@ -116,16 +117,12 @@ class Run:
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
         if shapes.VERSION > 1 and any(name.startswith("crosskd_shapes") for name in names):
             found["shapes"] = shapes.VERSION
-        if teacher is not None:
+        for i, (one, teacher, weights) in enumerate(teachers):
             lazy = not isinstance(teacher, CfgNode)
-            settings = self._teacher_file() if lazy else _settings(teacher)
-            found["teacher"] = [settings, weights, file_sha256(weights)]
+            settings = _teacher_file(one) if lazy else _settings(teacher)
+            key = f"teacher_{i + 1}" if i else "teacher"
+            found[key] = [settings, weights, file_sha256(weights)]
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-
-    def _teacher_file(self) -> str:
-        """The digest of a teacher's LazyConfig file, whose contents are code."""
-        name = self.cfg().MODEL.CROSSKD.TEACHER.CONFIG_FILE
-        return file_sha256(find_config(name, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")[0])
 
     @property
     def weights(self) -> str:
@@ -141,6 +138,12 @@ class Run:
         if not done or done["digest"] != self.digest():
             return None
         return done if is_same_input(done.get("inputs_sha256"), self.inputs()) else None
+
+
+def _teacher_file(cfg: CfgNode) -> str:
+    """The digest of a teacher's LazyConfig file, whose contents are code."""
+    name = cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE
+    return file_sha256(find_config(name, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")[0])
 
 
 def is_same_input(recorded: Optional[str], present: Optional[str]) -> bool:

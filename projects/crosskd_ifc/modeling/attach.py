@@ -16,7 +16,7 @@ from ..common.config_files import find_config, merge_from_file, merge_from_list
 from ..common.lazy_config import instantiate_model, is_lazy, load_lazy_config
 from ..common.paths import tried
 from ..common.random_state import same_random_state
-from ..config import ConfigError, add_crosskd_ifc_config
+from ..config import ConfigError, add_crosskd_ifc_config, saying, teacher_configs
 from ..data.cards import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
@@ -24,6 +24,7 @@ from ..weights.reading import MisfitError, StrictReader
 from ..weights.state_dicts import is_missing
 from .building import explained
 from .lazy import config_of, datasets_of, input_format_of, student_config
+from .student import Offer
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,11 @@ def attach_teacher(
             (LazyConfig) only these settings, a mapping such as
             ``{"TEACHER": {"CONFIG_FILE": ..., "WEIGHTS": ...}}``.
         teacher: an already built detector with weights, instead of
-            ``MODEL.CROSSKD.TEACHER.CONFIG_FILE``; it is put into eval mode and frozen in place.
+            ``MODEL.CROSSKD.TEACHER.CONFIG_FILE`` and of all TEACHERS; it is put into eval mode and
+            frozen in place.
 
     Returns:
-        The attached teacher.
+        The attached teacher; of several the first, all are ``model.teachers``.
 
     Raises:
         ConfigError: if a setting can't work or student and teacher don't fit each other.
@@ -60,26 +62,33 @@ def attach_teacher(
     check_crosskd_config(cfg)
     if isinstance(model, DistributedDataParallel):
         raise ConfigError("attach the teacher to the model before it is wrapped in DDP")
-    if not hasattr(model, "set_teacher"):
+    if not hasattr(model, "set_teachers"):
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE: {type(model).__name__} can't distil; use CrossKDRCNN, "
             "CrossKDRetinaNet or CrossKDFCOS"
         )
-    kd = cfg.MODEL.CROSSKD
     with same_random_state(model.device):
-        options = {
-            "student_format": cfg.INPUT.FORMAT,
-            "precision": kd.TEACHER.PRECISION,
-        }
-        if teacher is None:
-            built, weights = _build_teacher(cfg, model.device, options)
-            load = functools.partial(_load_strictly, built.model, weights)
-        else:
-            built, load = Teacher(teacher.to(model.device), **options), None
-        _check_square(cfg, built)
-        model.set_teacher(built, cfg, load=load)
-    logger.info(f"Teacher: {built.description}")
-    return built
+        offers = []
+        for name, one in teacher_configs(cfg) if teacher is None else [("", cfg)]:
+            with saying(name):
+                offers.append(_offer(model, one, teacher, name))
+        model.set_teachers(offers, loss=cfg.MODEL.CROSSKD.TEACHERS_LOSS)
+    for offer in offers:
+        logger.info(f"Teacher: {offer.teacher.description}")
+    return offers[0].teacher
+
+
+def _offer(model: nn.Module, cfg: CfgNode, teacher: Optional[nn.Module], name: str) -> Offer:
+    """One teacher, built where none is given; arguments as of :class:`.student.Offer`."""
+    precision, load = cfg.MODEL.CROSSKD.TEACHER.PRECISION, None
+    options = {"student_format": cfg.INPUT.FORMAT, "precision": precision}
+    if teacher is None:
+        built, weights = _build_teacher(cfg, model.device, options)
+        load = functools.partial(_load_strictly, built.model, weights)
+    else:
+        built = Teacher(teacher.to(model.device), **options)
+    _check_square(cfg, built)
+    return Offer(built, cfg, load, name)
 
 
 def _attach_by_settings(
@@ -137,7 +146,7 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[Union[CfgNode, DictConfig], str]:
     """The teacher's full config, and the file or URL of its weights.
 
     Args:
-        cfg: the student's config.
+        cfg: the student's config; of several teachers the first is meant.
 
     Returns:
         A yacs config or, where TEACHER.CONFIG_FILE is a ``.py`` file, what that defines.
@@ -145,7 +154,7 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[Union[CfgNode, DictConfig], str]:
     Raises:
         ConfigError: if the config can't be found or read, or no weights are named.
     """
-    kd = cfg.MODEL.CROSSKD.TEACHER
+    kd = teacher_configs(cfg)[0][1].MODEL.CROSSKD.TEACHER
     path, zoo_name = find_config(kd.CONFIG_FILE, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
     if is_lazy(path):
         key = "MODEL.CROSSKD.TEACHER.CONFIG_FILE (with TEACHER.OPTS)"

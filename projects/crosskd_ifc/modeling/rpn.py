@@ -5,7 +5,9 @@ over all levels.
 """
 
 import contextlib
-from typing import Dict, Iterator, List, Optional, Tuple
+import functools
+import operator
+from typing import Dict, Iterator, List, Tuple
 
 import torch
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
@@ -20,16 +22,17 @@ class CrossKDRPN(RPN):
     """``RPN`` whose losses can include mimicking; without that it is its parent, bit for
     bit."""
 
-    _mimic: Optional[Tuple[RPNMimic, StepTrace]] = None
+    _mimics: Tuple[Tuple[RPNMimic, StepTrace], ...] = ()
 
     @contextlib.contextmanager
     def mimicking(self, mimic: RPNMimic, step: StepTrace) -> Iterator[None]:
-        """Within this context :meth:`losses` adds ``loss_rpn_kd``."""
-        self._mimic = (mimic, step)
+        """Within this context :meth:`losses` adds ``loss_rpn_kd``, the sum where contexts are
+        nested."""
+        before, self._mimics = self._mimics, (*self._mimics, (mimic, step))
         try:
             yield
         finally:
-            self._mimic = None
+            self._mimics = before
 
     @torch.jit.unused
     def losses(
@@ -45,13 +48,8 @@ class CrossKDRPN(RPN):
         losses = super().losses(
             anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
         )
-        if self._mimic is not None:
-            mimic, step = self._mimic
-            losses["loss_rpn_kd"] = mimic.loss(
-                step,
-                pred_objectness_logits,
-                pred_anchor_deltas,
-                gt_labels,
-                self.batch_size_per_image,
-            )
+        if self._mimics:
+            found = (pred_objectness_logits, pred_anchor_deltas, gt_labels)
+            terms = [m.loss(step, *found, self.batch_size_per_image) for m, step in self._mimics]
+            losses["loss_rpn_kd"] = functools.reduce(operator.add, terms)
         return losses

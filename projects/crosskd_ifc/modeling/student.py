@@ -1,16 +1,35 @@
 """What all students have in common: a teacher, its distillation, an inherited start."""
 
-from typing import Any, Callable, ContextManager, Dict, List, Optional
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import torch
 from detectron2.config import CfgNode
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import saying
 from ..distillation.distiller import Distiller
+from ..distillation.several import SeveralTeachers
 from ..distillation.teacher import Teacher
 from .diagnostics import GradientDiagnostics
 from .inheriting import WeightInheritance, plan_inheritance
+
+
+class Offer(NamedTuple):
+    """A teacher for a student that may refuse it.
+
+    Attributes:
+        teacher: the frozen detector.
+        cfg: the student's config, as if this were its only teacher.
+        load: gives the teacher its weights; called once it is known to fit, since they may be a
+            long download.
+        name: begins its errors.
+    """
+
+    teacher: Teacher
+    cfg: CfgNode
+    load: Optional[Callable[[], None]] = None
+    name: str = ""
 
 
 class Student(nn.Module):
@@ -20,7 +39,8 @@ class Student(nn.Module):
     :meth:`predictors` and :meth:`cross_head_inference`.
 
     Attributes:
-        teacher: the attached teacher, or None.
+        teacher: the attached teacher, the first of several, or None.
+        teachers: all of them.
         distiller: computes the distillation losses, or None.
         kd_factor: multiplies the distillation losses; 0 doesn't run the teacher. A schedule sets
             it, 1 without one.
@@ -28,7 +48,8 @@ class Student(nn.Module):
 
     teacher: Optional[Teacher] = None
     kd_factor: float = 1.0
-    distiller: Optional[Distiller] = None
+    teachers: Sequence[Teacher] = ()
+    distiller: Optional[Union[Distiller, SeveralTeachers]] = None
     _diagnostics: Optional[GradientDiagnostics] = None
     _inheritance: Optional[WeightInheritance] = None
 
@@ -58,33 +79,40 @@ class Student(nn.Module):
             self._diagnostics.measure(losses)
         return losses
 
-    def set_teacher(
-        self, teacher: Teacher, cfg: CfgNode, *, load: Optional[Callable[[], None]] = None
-    ) -> None:
-        """Distil from ``teacher`` as ``cfg`` says; call it through
-        :func:`crosskd_ifc.attach_teacher`.
+    def set_teacher(self, teacher: Teacher, cfg: CfgNode) -> None:
+        """Distil from ``teacher`` alone as ``cfg`` says; see :meth:`set_teachers`."""
+        self.set_teachers([Offer(teacher, cfg)])
+
+    def set_teachers(self, offers: Sequence[Offer], *, loss: str = "mean") -> None:
+        """Distil from these teachers; call it through :func:`crosskd_ifc.attach_teacher`.
 
         Args:
-            teacher: the frozen detector.
-            cfg: the student's config.
-            load: gives the teacher its weights; called once it is known to fit, since they may be a
-                long download.
+            offers: one or more; the start is inherited from the first.
+            loss: of several, "mean" or "one".
 
         Raises:
-            ConfigError: if student and teacher don't fit each other.
+            ConfigError: if student and a teacher don't fit each other.
         """
-        distiller = inheritance = None
-        if cfg.MODEL.CROSSKD.ENABLED:
-            distiller = self.build_distiller(cfg, teacher)
-            inheritance = plan_inheritance(cfg, self, teacher)
-        if load is not None:
-            load()
+        cfg, distillers, inheritance = offers[0].cfg, [], None
+        for offer in offers if cfg.MODEL.CROSSKD.ENABLED else ():
+            with saying(offer.name):
+                distillers.append(self.build_distiller(offer.cfg, offer.teacher))
+                if inheritance is None:
+                    inheritance = plan_inheritance(offer.cfg, self, offer.teacher)
+        for offer in offers:
+            with saying(offer.name):
+                if offer.load is not None:
+                    offer.load()
         # All at once: a student that was refused a teacher stays as it was.
-        self.teacher, self.distiller, self._inheritance = teacher, distiller, inheritance
+        self.teachers = [offer.teacher for offer in offers]
+        self.teacher, self._inheritance = self.teachers[0], inheritance
+        self.distiller = distillers[0] if distillers else None
+        if len(distillers) > 1:
+            self.distiller = SeveralTeachers(distillers, loss=loss)
         self._diagnostics = self._build_diagnostics(cfg)
         self._modules.pop("fusion", None)  # of an earlier teacher
-        if distiller is not None and distiller.learned is not None:
-            self.fusion = distiller.learned.to(self.device)
+        if self.distiller is not None and self.distiller.learned is not None:
+            self.fusion = self.distiller.learned.to(self.device)
 
     def predictors(self) -> List[nn.Module]:
         """The modules that predict classes and boxes."""
@@ -113,8 +141,8 @@ class Student(nn.Module):
     def _apply(self, *args, **kwargs):
         # Called by to(), cuda(), half(), ...: the teacher follows the device, not the precision.
         module = super()._apply(*args, **kwargs)
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        for teacher in self.teachers:
+            teacher.to(self.device)
         return module
 
     def _check_cross_head(self) -> None:

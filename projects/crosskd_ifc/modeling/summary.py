@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..common.random_state import same_random_state
+from ..config import teacher_configs
 from ..data.class_names import class_names
 from ..distillation.fusion import FeatureFusion, Shape
 from ..distillation.head_layers import NamedLayers, box_stages, towers_of
@@ -31,10 +32,10 @@ def describe_distillation(student: Student, cfg: CfgNode) -> str:
     """
     if student.distiller is None:
         return "Nothing will be distilled: MODEL.CROSSKD.ENABLED is False"
-    teacher, kd = student.teacher, cfg.MODEL.CROSSKD
+    kd = cfg.MODEL.CROSSKD
     lines = [
         ("student", f"{type(student).__name__}, {_size_of(student)}"),
-        ("teacher", f"{teacher.description}, {_size_of(teacher.model)}"),
+        *_describe_teachers(student, kd.TEACHERS_LOSS),
         *_describe_heads(student, kd.MIMIC),
         ("losses", _describe_losses(student, cfg)),
         ("schedule", _describe_schedule(kd.SCHEDULE)),
@@ -44,6 +45,15 @@ def describe_distillation(student: Student, cfg: CfgNode) -> str:
         lines.append(("inherited", f"{', '.join(kd.INHERIT)} start from the teacher's weights"))
     width = max(len(name) for name, _ in lines)
     return "What will be distilled:\n" + "\n".join(f"  {n:<{width}}  {text}" for n, text in lines)
+
+
+def _describe_teachers(student: Student, loss: str) -> List[tuple]:
+    texts = [f"{x.description}, {_size_of(x.model)}" for x in student.teachers]
+    if len(texts) == 1:
+        return [("teacher", texts[0])]
+    how = "the mean of all their losses" if loss == "mean" else "one of them, drawn in each step"
+    numbered = [(f"teacher {i}", text) for i, text in enumerate(texts, 1)]
+    return [*numbered, ("teaching", f"{how}; what follows is of teacher 1")]
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -167,6 +177,6 @@ def _describe_classes(student: Student, cfg: CfgNode) -> str:
     ours, theirs = (num_classes(model) for model in _networks(student))
     names = class_names(cfg)
     shown = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
-    kind = tuple(cfg.MODEL.CROSSKD.TEACHER.CLASS_MAP)
+    kind = tuple(teacher_configs(cfg)[0][1].MODEL.CROSSKD.TEACHER.CLASS_MAP)
     relation = f"TEACHER.CLASS_MAP {kind}" if kind else "in the same order"
     return f"the student's {ours}{shown}, the teacher's {theirs}, {relation}"

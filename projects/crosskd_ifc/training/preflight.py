@@ -13,6 +13,8 @@ from ..config import (
     ConfigError,
     class_count,
     distillation_requested,
+    saying,
+    teacher_configs,
 )
 from ..data.cards import register_cards
 from ..distillation.compatibility.settings import check_crosskd_config
@@ -41,8 +43,11 @@ def check_training_config(cfg: CfgNode) -> None:
             f"{cfg.SOLVER.MAX_ITER}: nothing would be distilled"
         )
     kd = cfg.MODEL.CROSSKD
-    if distils and kd.TEACHER.WEIGHTS:
-        check_teacher_weights(kd.TEACHER.WEIGHTS)
+    teachers = [(x, one.MODEL.CROSSKD.TEACHER) for x, one in teacher_configs(cfg) if distils]
+    for name, teacher in teachers:
+        with saying(name):
+            if teacher.WEIGHTS:
+                check_teacher_weights(teacher.WEIGHTS)
     unused = ("FUSED_WEIGHT",) if cfg.MODEL.MASK_ON else ("FUSED_WEIGHT", "MASK_WEIGHT")
     weights = [v for k, v in kd.LOSS.items() if k.endswith("_WEIGHT") and k not in unused]
     if distils and not any(weights) and not kd.INHERIT:
@@ -50,7 +55,7 @@ def check_training_config(cfg: CfgNode) -> None:
             "MODEL.CROSSKD.LOSS: all weights are 0, so nothing would be distilled; set one, or "
             "MODEL.CROSSKD.ENABLED False"
         )
-    if distils and kd.TEACHER.EVAL_AT_START and not cfg.DATASETS.TEST:
+    if any(teacher.EVAL_AT_START for _, teacher in teachers) and not cfg.DATASETS.TEST:
         raise ConfigError(
             "MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a data set in DATASETS.TEST"
         )

@@ -132,10 +132,10 @@ class ResumeState(HookBase):
         return getattr(self.trainer._trainer.data_loader, "stream", None)
 
     def _teacher_digest(self) -> str:
-        """Of all tensors of the teacher; "" without one. It is frozen, so once is enough."""
+        """Of all tensors of each teacher; "" without one. They are frozen, so once is enough."""
         if self._digest is None:
-            teacher = getattr(unwrap(self.trainer.model), "teacher", None)
-            self._digest = "" if teacher is None else digest(teacher.model)
+            teachers = getattr(unwrap(self.trainer.model), "teachers", ())
+            self._digest = " ".join(digest(teacher.model) for teacher in teachers)
         return self._digest
 
 

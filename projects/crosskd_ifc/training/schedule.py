@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Optional
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -10,6 +10,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch import nn
 
+from ..config import teacher_configs
 from ..distillation.teacher import Teacher
 from ..modeling.student import unwrap
 
@@ -69,26 +70,38 @@ def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
 
 
 class TeacherEvaluation(HookBase):
-    """Evaluates the teacher on the student's test sets before the first step, and logs it as
-    ``teacher/...``."""
+    """Evaluates the teachers whose settings ask for it on the student's test sets before the first
+    step, and logs it as ``teacher/...``, that of teacher i > 1 as ``teacher_i/...``."""
 
     def before_train(self) -> None:
         if self.trainer.start_iter > 0:
             return
-        student = unwrap(self.trainer.model)
-        results = evaluate_teacher(self.trainer.cfg, student, self.trainer.test)
+        student, cfg = unwrap(self.trainer.model), self.trainer.cfg
+        for i, (_, one) in enumerate(teacher_configs(cfg)):
+            if one.MODEL.CROSSKD.TEACHER.EVAL_AT_START:
+                key = f"teacher_{i + 1}" if i else "teacher"
+                teacher = student.teachers[i]
+                results = evaluate_teacher(cfg, student, self.trainer.test, teacher, key)
+                self._log(key, results)
+
+    def _log(self, key: str, results: Dict[str, Any]) -> None:
         if not comm.is_main_process():
             return
         for name, value in flatten_results_dict(results).items():
-            self.trainer.storage.put_scalar(f"teacher/{name}", value, smoothing_hint=False)
+            self.trainer.storage.put_scalar(f"{key}/{name}", value, smoothing_hint=False)
             if name.endswith(("AP", "AP50")):
+                whose = key.capitalize().replace("_", " ")
                 logger.info(
-                    f"Teacher on {', '.join(self.trainer.cfg.DATASETS.TEST)}: {name} {value:.2f}"
+                    f"{whose} on {', '.join(self.trainer.cfg.DATASETS.TEST)}: {name} {value:.2f}"
                 )
 
 
 def evaluate_teacher(
-    ours: CfgNode, student: nn.Module, test: Callable[[CfgNode, nn.Module], Dict[str, Any]]
+    ours: CfgNode,
+    student: nn.Module,
+    test: Callable[[CfgNode, nn.Module], Dict[str, Any]],
+    teacher: Optional[Teacher] = None,
+    folder: str = "teacher",
 ) -> Dict[str, Any]:
     """The results of a student's teacher, with its own input settings, on the student's test sets.
 
@@ -96,14 +109,16 @@ def evaluate_teacher(
         ours: the student's config.
         student: with an attached teacher.
         test: of the trainer.
+        teacher: one of them; the first if not given.
+        folder: in OUTPUT_DIR, for its results.
     """
-    teacher = student.teacher
+    teacher = teacher or student.teacher
     cfg = (teacher.cfg or ours).clone()
     cfg.defrost()
     cfg.INPUT.FORMAT = teacher.input_format
     cfg.DATASETS = ours.DATASETS
     cfg.DATALOADER = ours.DATALOADER
-    cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, "teacher")
+    cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, folder)
     return test(cfg, _StudentTasks(teacher, student))
 
 

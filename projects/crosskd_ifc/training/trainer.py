@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..common.random_state import same_random_state
-from ..config import distillation_requested
+from ..config import distillation_requested, teacher_configs
 from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
 from ..modeling.building import explained
@@ -263,7 +263,7 @@ class CrossKDTrainer(DefaultTrainer):
                 stop=kd.SCHEDULE.STOP_ITER,
             )
         ]
-        if kd.TEACHER.EVAL_AT_START:
+        if any(x.MODEL.CROSSKD.TEACHER.EVAL_AT_START for _, x in teacher_configs(self.cfg)):
             ours.append(TeacherEvaluation())
         return ours + hooks
 

@@ -7,7 +7,7 @@ from typing import Any, Sequence
 
 from detectron2.config import CfgNode as CN
 
-from ...config import ConfigError, add_crosskd_ifc_config
+from ...config import ConfigError, add_crosskd_ifc_config, saying, teacher_configs
 from ..fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
 from ..loss_types import CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY
 from . import class_map
@@ -22,6 +22,10 @@ MIMICS = ("cross_head", "student_head", "both")
 
 
 MASK_REDUCTIONS = ("mean", "published")
+
+
+# Of several teachers.
+TEACHERS_LOSSES = ("mean", "one")
 
 
 MASK_CHANNELS = ("all", "ground_truth")
@@ -56,11 +60,12 @@ def check_crosskd_config(cfg: CN) -> None:
     check_choice("LOSS.FEATURE_TYPE", kd.LOSS.FEATURE_TYPE, FEATURE_LOSS_REGISTRY.names())
     check_choice("LOSS.MASK_REDUCTION", kd.LOSS.MASK_REDUCTION, MASK_REDUCTIONS)
     check_choice("LOSS.MASK_CHANNELS", kd.LOSS.MASK_CHANNELS, MASK_CHANNELS)
-    check_choice("TEACHER.PRECISION", kd.TEACHER.PRECISION, PRECISIONS)
-    try:
-        class_map.parse(kd.TEACHER.CLASS_MAP)
-    except ValueError as error:
-        raise ConfigError(f"MODEL.CROSSKD.TEACHER.CLASS_MAP is {error}") from None
+    check_choice("TEACHERS_LOSS", kd.TEACHERS_LOSS, TEACHERS_LOSSES)
+    if len(kd.TEACHERS) < 2:
+        check_unused(cfg, ("TEACHERS_LOSS",), "TEACHERS doesn't list several")
+    for name, one in teacher_configs(cfg):
+        with saying(name):
+            _check_teacher(one.MODEL.CROSSKD.TEACHER)
     _check_names("FUSION.IN_FEATURES", kd.FUSION.IN_FEATURES, "layer names, such as ('fc1', 'fc2')")
     _check_names("INHERIT", kd.INHERIT, "module names, such as ('backbone', 'proposal_generator')")
     for key in kd.LOSS:
@@ -93,6 +98,14 @@ def check_crosskd_config(cfg: CN) -> None:
     if not cfg.MODEL.KEYPOINT_ON:
         reason = "the student has no keypoint head (MODEL.KEYPOINT_ON False)"
         check_unused(cfg, ("LOSS.KEYPOINT_WEIGHT",), reason)
+
+
+def _check_teacher(teacher: CN) -> None:
+    check_choice("TEACHER.PRECISION", teacher.PRECISION, PRECISIONS)
+    try:
+        class_map.parse(teacher.CLASS_MAP)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.CROSSKD.TEACHER.CLASS_MAP is {error}") from None
 
 
 def _check_terms(kd: CN) -> None:
