@@ -21,11 +21,14 @@ from .config import ConfigError, add_crosskd_ifc_config
 from .data.shapes import AT_256, FEW, LARGE, register_coarse_shapes, register_shapes
 from .distillation.fusion import FEATURE_FUSION_REGISTRY, standardize_like
 from .distillation.loss_types import (
+    BOX_LOSS_REGISTRY,
     CLS_LOSS_REGISTRY,
     FEATURE_LOSS_REGISTRY,
     channel_wise,
     decoupled_kl,
     dist,
+    gap_giou,
+    score_gap,
 )
 from .distillation.losses import (
     confident_giou,
@@ -54,6 +57,7 @@ register_shapes("crosskd_shapes_few", **FEW)
 
 __all__ = [
     "__version__",
+    "BOX_LOSS_REGISTRY",
     "CLS_LOSS_REGISTRY",
     "FCOS",
     "FEATURE_FUSION_REGISTRY",
@@ -75,8 +79,10 @@ __all__ = [
     "confident_l1",
     "decoupled_kl",
     "dist",
+    "gap_giou",
     "kl_divergence",
     "pkd",
     "quality_focal",
+    "score_gap",
     "standardize_like",
 ]

@@ -102,8 +102,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.LOSS.CLS_OPTS = ()
     _C.LOSS.CLS_WEIGHT = 0.5
     _C.LOSS.TEMPERATURE = 3.0
-    # Box loss: "l1" on raw deltas, "giou" or (dense) "iou" on decoded boxes, and its weight. Empty:
-    # "l1", RetinaNet "giou", FCOS "iou".
+    # Box loss and its weight: "l1" on raw deltas or "giou" on decoded boxes; of dense detectors a
+    # key of BOX_LOSS_REGISTRY, "giou", "iou", "bckd". Empty: "l1", RetinaNet "giou", FCOS "iou".
     _C.LOSS.BOX_TYPE = ""
     _C.LOSS.BOX_WEIGHT = 1.0
     # Weight of the mask loss (Mask R-CNN); "mean" divides its sum by the number of terms,

@@ -16,8 +16,10 @@ from crosskd_ifc import (
     channel_wise,
     decoupled_kl,
     dist,
+    gap_giou,
     kl_divergence,
     losses,
+    score_gap,
 )
 from crosskd_ifc.distillation.loss_types.focal_global import box_masks
 
@@ -287,3 +289,28 @@ def test_masks_are_the_same_in_a_repeated_iteration_and_others_in_the_next():
 def test_settings_that_cannot_work_are_refused(name, options):
     with pytest.raises(ValueError, match=next(iter(options)).split("_")[0] + "|weight"):
         loss_of(name, **options)
+
+
+def test_bckd_weighs_boxes_by_the_largest_difference_of_the_scores():
+    # sigmoid(ln 3) = 3/4, sigmoid(0) = 1/2, sigmoid(-ln 3) = 1/4.
+    ln3 = math.log(3)
+    cross = torch.tensor([[0.0, 0.0], [ln3, 0.0], [ln3, -ln3]], requires_grad=True)
+    teacher = torch.tensor([[ln3, 0.0], [-ln3, ln3], [ln3, -ln3]])
+    gap = score_gap(cross, teacher)
+    torch.testing.assert_close(gap, torch.tensor([0.25, 0.5, 0.0]))
+    assert not gap.requires_grad
+    # Boxes of area 4 that share 2: IoU 2/6, and their hull is their union, so GIoU is the same.
+    theirs = torch.tensor([[0.0, 0.0, 2.0, 2.0]]).expand(3, 4)
+    ours = (theirs + torch.tensor([1.0, 0.0, 1.0, 0.0])).requires_grad_()
+    loss = gap_giou(ours, theirs, gap, normalizer=2)
+    assert loss.item() == pytest.approx(0.75 * (1 - 1 / 3) / 2, rel=1e-5)
+    loss.backward()
+    assert ours.grad[:2].abs().sum() > 0 and ours.grad[2].abs().sum() == 0
+
+
+def test_bckd_of_a_student_that_scores_or_localizes_as_its_teacher_is_zero():
+    logits, boxes = torch.randn(5, 3), torch.rand(5, 2) * 9
+    boxes = torch.cat([boxes, boxes + 4], dim=1)
+    assert gap_giou(boxes + 3, boxes, score_gap(logits, logits), normalizer=1) == 0
+    loss = gap_giou(boxes, boxes, score_gap(logits, logits + 1), normalizer=1)
+    assert loss.abs() < 1e-5

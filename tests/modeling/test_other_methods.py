@@ -1,13 +1,28 @@
 """Students that learn by the losses of other methods: LOSS.FEATURE_TYPE and LOSS.CLS_TYPE."""
 
+import os
+import re
+
 import pytest
 import torch
 from helpers import distilling, tiny_batch, tiny_cfg, train_losses
 from test_dense import pair
 
-from crosskd_ifc import CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY, ConfigError, decoupled_kl, dist
+from crosskd_ifc import (
+    BOX_LOSS_REGISTRY,
+    CLS_LOSS_REGISTRY,
+    FEATURE_LOSS_REGISTRY,
+    ConfigError,
+    decoupled_kl,
+    dist,
+    gap_giou,
+)
+from crosskd_ifc.common.config_files import flat
+from crosskd_ifc.distillation.loss_types.levels import build_level_loss
+from crosskd_ifc.experiments.runs import Run
 from crosskd_ifc.trainer import set_fusion_weight_decay
 
+DOCS = os.path.join(os.path.dirname(__file__), "..", "..", "docs")
 K = "MODEL.CROSSKD."
 L = K + "LOSS."
 TYPES = ("pkd", "cwd", "mgd", "fgd")
@@ -183,3 +198,82 @@ def test_dense_detectors_refuse_losses_of_softmax_scores(kind):
     message = "LOSS.CLS_TYPE is 'dkd', but CrossKD.* is a dense detector, .*quality focal"
     with pytest.raises(ConfigError, match=message):
         student_of(kind, L + "CLS_TYPE", "dkd")
+
+
+@pytest.mark.parametrize("kind", ["RetinaNet", "FCOS"])
+def test_bckd_compares_boxes_where_the_students_own_scores_differ_from_the_teachers(kind):
+    seen = []
+    if "gap_for_test" not in BOX_LOSS_REGISTRY:
+
+        @BOX_LOSS_REGISTRY.register(name="gap_for_test")
+        def spy(cross_boxes, teacher_boxes, gap, *, normalizer):
+            spy.seen.append(gap)
+            return gap_giou(cross_boxes, teacher_boxes, gap, normalizer=normalizer)
+
+    BOX_LOSS_REGISTRY.get("gap_for_test").seen = seen
+    own = (*STUDENT_HEAD, L + "BOX_WEIGHT", 4.0, L + "BOX_TYPE")
+    student, teacher = pair(kind, *own, "gap_for_test")
+    found, _ = train_losses(student, tiny_batch())
+    scores = []
+    with torch.no_grad():
+        for model in (student, teacher):
+            images = model.preprocess_image(tiny_batch())
+            features = model.backbone(images.tensor)
+            maps = model.head([features[name] for name in model.head_in_features])[0]
+            maps = [x.unflatten(1, (-1, 3)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in maps]
+            scores.append(torch.cat(maps, dim=1).sigmoid().flatten(0, 1))
+    wanted = (scores[0] - scores[1]).abs().amax(dim=1)
+    counts = seen[0] > 0  # others are ignored, or have no box to learn from
+    assert counts.float().mean() > 0.5
+    torch.testing.assert_close(seen[0][counts], wanted[counts])
+    again, _ = train_losses(pair(kind, *own, "bckd")[0], tiny_batch())
+    assert again["loss_box_reg_kd"] > 0
+    torch.testing.assert_close(again["loss_box_reg_kd"], found["loss_box_reg_kd"])
+    sum(again.values()).backward()
+
+
+def test_bckd_is_for_dense_detectors():
+    with pytest.raises(ConfigError, match="LOSS.BOX_TYPE 'bckd' is for dense detectors"):
+        student_of("RCNN", L + "BOX_TYPE", "bckd")
+
+
+def test_the_losses_that_the_docs_show_work_and_take_ten_lines():
+    with open(os.path.join(DOCS, "extending.md")) as f:
+        section = f.read().split("## A loss\n")[1].split("\n## ")[0]
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    lengths = [len([line for line in code.splitlines() if line]) for code in examples]
+    assert len(lengths) == 3 and max(lengths) <= 10
+    found = {}
+    for code in examples:
+        (name,) = re.findall(r"name=\"(\w+)\"", code)
+        if not any(
+            name in r for r in (FEATURE_LOSS_REGISTRY, CLS_LOSS_REGISTRY, BOX_LOSS_REGISTRY)
+        ):
+            exec(code, {})
+        kind = "RCNN" if "BOX_LOSS" not in code else "RetinaNet"
+        key = re.findall("(FEATURE|CLS|BOX)_LOSS_REGISTRY", code)[0]
+        settings = FEATURE if key == "FEATURE" else ()
+        losses, _ = train_losses(student_of(kind, *settings, f"{L}{key}_TYPE", name), tiny_batch())
+        loss = {"FEATURE": "feature", "CLS": "cls", "BOX": "box_reg"}[key]
+        found[name] = losses[f"loss_{loss}_kd"]
+    assert set(found) == {"l1", "mse", "corners"}
+    assert all(torch.isfinite(value) and value > 0 for value in found.values())
+
+
+def test_the_table_of_costs_is_what_the_configs_say():
+    with open(os.path.join(DOCS, "methods.md")) as f:
+        rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \| (\d+) \|", f.read())
+    assert len(rows) == 9
+    for config, parameters, settings in rows:
+        plain = "retinanet" if "retinanet" in config else "faster_rcnn"
+        ours, theirs = (
+            Run("", f"COCO-Detection/{name}.yaml", "").cfg()
+            for name in (config, f"{plain}_R_18_FPN_1x")
+        )
+        before = dict(flat(theirs))
+        changed = [k for k, v in flat(ours) if v != before[k] and k != "OUTPUT_DIR"]
+        assert len(changed) == int(settings), (config, changed)
+        level, loss = 0, ours.MODEL.CROSSKD.LOSS
+        if loss.FEATURE_WEIGHT:
+            level = sum(p.numel() for p in build_level_loss(loss, 256, 256, 8).parameters())
+        assert 5 * level == int(parameters.replace(",", "")), config

@@ -293,7 +293,7 @@ def config_files():
 @pytest.mark.parametrize("config", config_files())
 def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
     # Big models have no values, but where something compares them: options of quick/, anchors.
-    has_values = config.startswith("quick") or re.search("retinanet|fcos", config)
+    has_values = config.startswith("quick") or re.search("retinanet|fcos|recipe", config)
     device = "cpu" if has_values else "meta"
     cfg = Run("", config, str(tmp_path), ["MODEL.DEVICE", device]).cfg()
     if not cfg.DATASETS.CARDS:  # else their data needn't be here

@@ -173,10 +173,10 @@ class BoxDistiller:
         theirs = box_stages(teacher.model.roi_heads)[stages.teacher]
         sigmoids = ours.predictor.use_sigmoid_ce, theirs.predictor.use_sigmoid_ce
         box_type = kd.LOSS.BOX_TYPE or "l1"
-        if box_type == "iou":
+        if box_type not in ("l1", "giou"):
             raise ConfigError(
-                "MODEL.CROSSKD.LOSS.BOX_TYPE 'iou' is for dense detectors; possible values here: "
-                "'l1', 'giou'"
+                f"MODEL.CROSSKD.LOSS.BOX_TYPE {box_type!r} is for dense detectors; possible values "
+                "here: 'l1', 'giou'"
             )
         if own_predictions:
             mimic = StudentHead(ours, theirs, class_map)

@@ -17,6 +17,7 @@ from . import losses as L
 from .compatibility.class_map import ClassMap
 from .compatibility.dense import build_fusions
 from .dense_heads import DenseCrossHead, DenseStudentHead, DenseTeacher, DenseTerm
+from .loss_types.boxes import BOX_LOSS_REGISTRY, needs_gap, score_gap
 from .teacher import Teacher, TeacherPass
 from .traces import DensePredictions, DenseTrace, StepTrace, put_scalars
 
@@ -51,12 +52,12 @@ class DenseBoxDistiller:
             class_map: for statistics; None if the teacher has other classes.
             normalizer: gives the divisor of both losses, a scalar of at least 1.
             cls_weight: of the quality focal loss.
-            box_weight, box_type: of the box loss, "giou" or "iou".
+            box_weight, box_type: of the box loss, one of ``BOX_LOSS_REGISTRY``.
         """
         self.teacher, self.mimic = teacher, mimic
         self.fusion: Optional[nn.Module] = mimic.fusion
         self.cls_weight, self.box_weight = cls_weight, box_weight
-        self._box_loss = {"giou": L.confident_giou, "iou": L.confident_iou}[box_type]
+        self._box_loss, self._needs_gap = BOX_LOSS_REGISTRY.get(box_type), needs_gap(box_type)
         self._class_map, self._normalizer = class_map, normalizer
 
     @classmethod
@@ -122,7 +123,7 @@ class DenseBoxDistiller:
         sizes = [x.shape[1:3] for x in wanted.logits]
         weights = valid.split([a * b for a, b in sizes], dim=1)
         best = by_anchor([x.amax(dim=3) for x in wanted.logits])  # NxR
-        confidence = L.at_least_float32(best).sigmoid() * valid
+        confidence = L.at_least_float32(best).sigmoid().flatten()
         anchors = Boxes.cat(trace.anchors).tensor.repeat(len(valid), 1)  # NRx4
 
         def decode(x: DensePredictions, transform) -> torch.Tensor:
@@ -131,7 +132,7 @@ class DenseBoxDistiller:
 
         wanted_boxes = decode(wanted, self.teacher.model.box2box_transform)
         # FCOS can answer with an empty box, which has no overlap to learn from.
-        confidence = confidence.flatten() * (Boxes(wanted_boxes).area() > 0)
+        counts = valid.flatten() * (Boxes(wanted_boxes).area() > 0)
         loss_cls = loss_box = 0.0
         for found in terms:
             loss_cls = loss_cls + found.weight * sum(
@@ -139,7 +140,10 @@ class DenseBoxDistiller:
                 for z, t, w, size in zip(found.logits, wanted.logits, weights, sizes)
             )
             boxes = decode(found, self.mimic.transform)
-            loss = self._box_loss(boxes, wanted_boxes, confidence, normalizer=normalizer)
+            if self._needs_gap:
+                gaps = [score_gap(z, t) for z, t in zip(found.logits, wanted.logits)]
+                confidence = by_anchor(gaps).flatten()
+            loss = self._box_loss(boxes, wanted_boxes, confidence * counts, normalizer=normalizer)
             loss_box = loss_box + found.weight * loss
         return loss_cls, loss_box
 

@@ -9,6 +9,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from ...config import ConfigError
 from ..fusion import FeatureFusion
 from ..head_layers import TOWERS, towers_of
+from ..loss_types import BOX_LOSS_REGISTRY
 from ..teacher import Teacher
 from .anchors import check_same_padding, differing_anchors
 from .settings import check_unused
@@ -27,10 +28,11 @@ def check_settings(cfg: CfgNode) -> None:
             f"MODEL.CROSSKD.FUSION.ALIGN is {kd.FUSION.ALIGN!r}, but {reason}, whose features are "
             "always standardized; possible values: '', 'standardize', 'standardize_taps'"
         )
-    if kd.LOSS.BOX_TYPE not in ("", "giou", "iou"):
+    names = BOX_LOSS_REGISTRY.names()
+    if kd.LOSS.BOX_TYPE not in ("", *names):
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.BOX_TYPE is {kd.LOSS.BOX_TYPE!r}, but {reason}; possible values: "
-            "'giou', 'iou'"
+            f"{', '.join(map(repr, names))}"
         )
 
 

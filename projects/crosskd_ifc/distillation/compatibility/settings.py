@@ -9,13 +9,10 @@ from detectron2.config import CfgNode as CN
 
 from ...config import ConfigError, add_crosskd_ifc_config, saying, teacher_configs
 from ..fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
-from ..loss_types import CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY
+from ..loss_types import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY
 from . import class_map
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-
-
-BOX_LOSSES = ("l1", "giou", "iou")
 
 
 MIMICS = ("cross_head", "student_head", "both")
@@ -55,7 +52,7 @@ def check_crosskd_config(cfg: CN) -> None:
     check_choice("FUSION.NAME", kd.FUSION.NAME, FEATURE_FUSION_REGISTRY.names())
     check_choice("FUSION.ROUTE", kd.FUSION.ROUTE, ROUTES)
     check_choice("FUSION.ALIGN", kd.FUSION.ALIGN, ("", *ALIGNMENTS))
-    check_choice("LOSS.BOX_TYPE", kd.LOSS.BOX_TYPE, ("", *BOX_LOSSES))
+    check_choice("LOSS.BOX_TYPE", kd.LOSS.BOX_TYPE, ("", "l1", *BOX_LOSS_REGISTRY.names()))
     check_choice("LOSS.CLS_TYPE", kd.LOSS.CLS_TYPE, CLS_LOSS_REGISTRY.names())
     check_choice("LOSS.FEATURE_TYPE", kd.LOSS.FEATURE_TYPE, FEATURE_LOSS_REGISTRY.names())
     check_choice("LOSS.MASK_REDUCTION", kd.LOSS.MASK_REDUCTION, MASK_REDUCTIONS)
