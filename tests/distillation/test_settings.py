@@ -24,7 +24,7 @@ CASES = {
         "FUSION.ROUTE.*'around'.*'direct', 'through'",
     ),
     "unknown align": ((K + "FUSION.ALIGN", "whiten"), "FUSION.ALIGN.*'whiten'.*'standardize'"),
-    "unknown box loss": ((K + "LOSS.BOX_TYPE", "l2"), "LOSS.BOX_TYPE.*'l2'.*'l1', 'giou'"),
+    "unknown box loss": ((K + "LOSS.BOX_TYPE", "l2"), "LOSS.BOX_TYPE.*'l2'.*'l1', .*'giou'"),
     "unknown mimic": ((K + "MIMIC", "all"), "MIMIC.*'all'.*'cross_head', 'student_head', 'both'"),
     "a combined feature that student_head doesn't have": (
         (K + "MIMIC", "student_head", K + "LOSS.FUSED_WEIGHT", 0.5),

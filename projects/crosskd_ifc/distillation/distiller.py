@@ -136,7 +136,7 @@ class Distiller:
             losses = {key: zero for part in self._parts for key in part.keys}
         else:
             found = (part.losses(step) for part in self._parts)
-            losses = _add({k: v * step.factor for k, v in x.items()} for x in found)
+            losses = add_losses({k: v * step.factor for k, v in x.items()} for x in found)
         if step.log:
             put_scalars({"factor": step.factor})
             if step.factor > 0:
@@ -156,14 +156,15 @@ class BoxStages:
 
     def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted losses of one step, scalars; those of equal names added."""
-        return _add(part.losses(step) for part in self.parts)
+        return add_losses(part.losses(step) for part in self.parts)
 
     def zero(self, trace: HeadTrace) -> torch.Tensor:
         """0, connected to every learned parameter of the fusions."""
         return sum(part.zero(trace) for part in self.parts)
 
 
-def _add(found: Iterable[Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
+def add_losses(found: Iterable[Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
+    """All losses; those of equal names added."""
     losses: Dict[str, torch.Tensor] = {}
     for more in found:
         for key, value in more.items():

@@ -8,7 +8,7 @@ import torch
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from .distiller import Distiller, recorded
+from .distiller import Distiller, add_losses, recorded
 from .traces import StepTrace
 
 
@@ -55,12 +55,11 @@ class SeveralTeachers:
 
     def losses(self, steps: List[StepTrace]) -> Dict[str, torch.Tensor]:
         """As of :class:`Distiller`, of all teachers together."""
-        total: Dict[str, torch.Tensor] = {}
+        found = []
         for i, (distiller, step) in enumerate(zip(self.distillers, steps), 1):
             with _named(i):
-                for key, value in distiller.losses(step).items():
-                    total[key] = total[key] + value if key in total else value
-        return total
+                found.append(distiller.losses(step))
+        return add_losses(found)
 
     def _factors(self, factor: float) -> List[float]:
         n = len(self.distillers)
