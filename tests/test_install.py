@@ -302,6 +302,20 @@ def test_setup_builds_the_package_without_torch_and_detectron2(tmp_path):
     assert "Requires-Dist: detectron2" not in metadata
 
 
+def test_lower_bounds_are_versions_that_have_what_is_used(tmp_path):
+    wheel = build(copy_package(tmp_path), "build_wheel")
+    (name,) = [name for name in wheel.namelist() if name.endswith("/METADATA")]
+    bounds = dict(re.findall(r"Requires-Dist: (\w+)>=([0-9.]+)", wheel.read(name).decode()))
+    # height_ratios of subplots, and confidence_interval of a t test
+    for package, first in (("matplotlib", (3, 6)), ("scipy", (1, 10))):
+        assert tuple(map(int, bounds[package].split("."))) >= first
+
+
+def test_readme_and_setup_tell_the_same_room_on_the_disk():
+    texts = [(ROOT / name).read_text() for name in ("README.md", "tools/setup_venv.sh")]
+    assert len({re.search(r"(\d+) GB", text).group(1) for text in texts}) == 1
+
+
 def test_editable_install_points_at_projects(tmp_path):
     wheel = build(copy_package(tmp_path), "build_editable")
     (pth,) = [name for name in wheel.namelist() if name.endswith(".pth")]
