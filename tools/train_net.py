@@ -144,6 +144,8 @@ def train(cfg, args):
 def argument_parser():
     parser = default_argument_parser()
     parser.formatter_class = HelpFormatter
+    # detectron2's port is the same for all runs of a user, so that two could not run at once.
+    parser.set_defaults(dist_url="auto")
     parser.add_argument(
         "--timeout",
         type=float,
@@ -160,6 +162,8 @@ def launch_all(args) -> None:
             raise ConfigError("--num-gpus and --num-machines: torchrun says it; leave them out")
         run_in_torchrun(main, args, timeout=datetime.timedelta(minutes=args.timeout))
         return
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ConfigError("--num-machines: give --dist-url, tcp://HOST:PORT of the first machine")
     machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
     timeout = datetime.timedelta(minutes=args.timeout)
     alone = args.num_gpus * args.num_machines <= 1

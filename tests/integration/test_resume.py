@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,17 @@ def whole(folder):
     return get
 
 
+@pytest.fixture
+def finished(folder, whole, tmp_path):
+    """kind -> a folder of this test's that holds a finished run."""
+
+    def copy(kind):
+        whole(kind)
+        return shutil.copytree(folder / f"whole_{kind}", tmp_path / "run")
+
+    return copy
+
+
 def load(out, name="model_final"):
     return torch.load(out / f"{name}.pth", weights_only=True)
 
@@ -130,16 +142,15 @@ def flat(x):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_resumed_from_a_checkpoint_ends_as_one_never_interrupted(
-    folder, whole, tmp_path, kind
+    folder, whole, finished, kind
 ):
-    config = folder / f"{kind}.yaml"
-    train(config, tmp_path)
-    (tmp_path / "model_final.pth").unlink()
-    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
-    train(config, tmp_path)
-    assert_same_run(load(tmp_path), whole(kind))
-    assert any(k.startswith("fusion.") for k in load(tmp_path)["model"])
-    normalizer = load(tmp_path)["trainer"]["hooks"]["ResumeState"]["loss_normalizer"]
+    out = finished(kind)
+    (out / "model_final.pth").unlink()
+    (out / "last_checkpoint").write_text("model_0000002.pth")
+    train(folder / f"{kind}.yaml", out)
+    assert_same_run(load(out), whole(kind))
+    assert any(k.startswith("fusion.") for k in load(out)["model"])
+    normalizer = load(out)["trainer"]["hooks"]["ResumeState"]["loss_normalizer"]
     assert (normalizer is None) == (kind == "RCNN")
 
 
@@ -242,10 +253,9 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_one_never_interrupted(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "tag empty"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(folder, whole, tmp_path, damage):
-    config = folder / "RCNN.yaml"
-    train(config, tmp_path)
-    last = tmp_path / "model_final.pth"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(folder, whole, finished, damage):
+    out = finished("RCNN")
+    last = out / "model_final.pth"
     if damage == "truncated":
         last.write_bytes(last.read_bytes()[:-1000])
     elif damage == "empty":
@@ -253,25 +263,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(folder, whole
     else:
         last.unlink()
     if damage == "tag empty":
-        (tmp_path / "last_checkpoint").write_text("")
-    train(config, tmp_path)
-    log = (tmp_path / "log.txt").read_text()
+        (out / "last_checkpoint").write_text("")
+    train(folder / "RCNN.yaml", out)
+    log = (out / "log.txt").read_text()
     if damage == "tag empty":
-        assert f"last_checkpoint is missing; resuming from {tmp_path}/model_0000005.pth" in log
+        assert f"last_checkpoint is missing; resuming from {out}/model_0000005.pth" in log
     else:
-        assert f"Resuming from an earlier checkpoint instead: {tmp_path}/model_0000005.pth" in log
+        assert f"Resuming from an earlier checkpoint instead: {out}/model_0000005.pth" in log
         assert "model_final.pth" in log.split("A checkpoint can't be read: ")[1]
-    assert_same_run(load(tmp_path), whole("RCNN"))
+    assert_same_run(load(out), whole("RCNN"))
 
 
-def test_a_run_whose_last_checkpoint_has_no_tag_goes_on_from_the_newest(folder, whole, tmp_path):
-    config = folder / "RCNN.yaml"
-    train(config, tmp_path)
+def test_a_run_whose_last_checkpoint_has_no_tag_goes_on_from_the_newest(folder, whole, finished):
+    out = finished("RCNN")
     for name in ("last_checkpoint", "model_final.pth"):
-        (tmp_path / name).unlink()
-    train(config, tmp_path)
-    assert "Starting training from iteration 6" in (tmp_path / "log.txt").read_text()
-    assert_same_run(load(tmp_path), whole("RCNN"))
+        (out / name).unlink()
+    train(folder / "RCNN.yaml", out)
+    assert "Starting training from iteration 6" in (out / "log.txt").read_text()
+    assert_same_run(load(out), whole("RCNN"))
 
 
 def test_resuming_in_an_empty_folder_names_start_weights_that_are_missing(folder, tmp_path):

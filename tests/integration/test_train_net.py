@@ -1,7 +1,6 @@
 """tools/train_net.py from end to end, on a handful of pictures of the built-in kind."""
 
 import copy
-import functools
 import glob
 import importlib.util
 import json
@@ -249,26 +248,33 @@ def test_expected_results_are_honoured(files, tmp_path):
         run(config, "--eval-only", "MODEL.WEIGHTS", out / "model_final.pth", *expect)
 
 
-def test_two_processes_on_the_cpu_train_and_evaluate_together(files, tmp_path):
-    config, out = write_config(files, tmp_path)
-    command = [sys.executable, TRAIN_NET, "--num-gpus", "2", "--config-file", config]
+def run_script(*command):
+    """A command in a process of its own, with one thread and no GPU."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def by_two_processes(files, tmp_path_factory):
+    """OUTPUT_DIR of a run that detectron2's launcher has started two processes for."""
+    config, out = write_config(files, tmp_path_factory.mktemp("launched"))
+    done = run_script(TRAIN_NET, "--num-gpus", 2, "--config-file", config)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert any("bbox/AP" in line for line in metrics(out))
-    model = torch.load(out / "model_final.pth", weights_only=False)["model"]
+    return out
+
+
+def test_two_processes_on_the_cpu_train_and_evaluate_together(by_two_processes):
+    assert any("bbox/AP" in line for line in metrics(by_two_processes))
+    model = torch.load(by_two_processes / "model_final.pth", weights_only=False)["model"]
     assert not any(k.startswith("module.") for k in model)
 
 
-def test_torchrun_starts_two_processes_that_train_together(files, tmp_path):
+def test_torchrun_starts_two_processes_that_train_together(files, by_two_processes, tmp_path):
     config, out = write_config(files, tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", TRAIN_NET, "--config-file", config]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = functools.partial(
-        subprocess.run, env=environment, capture_output=True, text=True, timeout=300
-    )
-    done = run(command)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command = [*torchrun, TRAIN_NET, "--config-file", config]
+    done = run_script(*command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     log = (out / "log.txt").read_text()
     assert "Rank of current process: 0. World size: 2" in log
@@ -276,12 +282,10 @@ def test_torchrun_starts_two_processes_that_train_together(files, tmp_path):
     assert any("bbox/AP" in line for line in metrics(out))
     # The same as detectron2's launcher gives.
     weights = torch.load(out / "model_final.pth", weights_only=False)["model"]
-    other = ["OUTPUT_DIR", str(tmp_path / "launched"), "TEST.EVAL_PERIOD", "0"]
-    run([sys.executable, TRAIN_NET, "--num-gpus", "2", "--config-file", config, *other], check=True)
-    launched = torch.load(tmp_path / "launched" / "model_final.pth", weights_only=False)["model"]
+    launched = torch.load(by_two_processes / "model_final.pth", weights_only=False)["model"]
     assert all(torch.equal(value, launched[name]) for name, value in weights.items())
 
-    done = run([*command, "--num-gpus", "2"])
+    done = run_script(*command, "--num-gpus", 2)
     assert done.returncode != 0 and "error: --num-gpus" in done.stderr
 
 
@@ -290,38 +294,41 @@ def test_torchrun_starts_two_processes_that_train_together(files, tmp_path):
     [
         ("1", ("MODEL.CROSSKD.FUSION.NAME", "blend"), "MODEL.CROSSKD.FUSION.NAME is 'blend'"),
         ("1", ("MODEL.CROSSKD.NAME", "x"), "command line: Non-existent key: MODEL.CROSSKD.NAME"),
+        # Before any process is started.
         ("2", ("SOLVER.MAX_ITER", "many"), "command line: Type mismatch .* SOLVER.MAX_ITER"),
-        # Shows only when the models are there, in each process.
-        ("2", ("MODEL.CROSSKD.FUSION.ENTRY", "fc9"), "MODEL.CROSSKD.FUSION.ENTRY: .* 'fc9'"),
+        ("1", ("--num-machines", "2"), "--num-machines: give --dist-url"),
     ],
-    ids=["value", "key", "type", "fit"],
+    ids=["value", "key", "type", "machines"],
 )
-def test_a_wrong_setting_ends_the_script_with_one_line(files, tmp_path, processes, opts, message):
+def test_a_wrong_setting_ends_the_script_with_one_line(
+    files, tmp_path, monkeypatch, processes, opts, message
+):
     config, _ = write_config(files, tmp_path)
-    command = [sys.executable, TRAIN_NET, "--config-file", config, "--num-gpus", processes, *opts]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    words = ["train_net", "--config-file", config, "--num-gpus", processes, *opts]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        train_net.invoke_main()
+
+
+def test_what_shows_only_in_each_process_ends_the_script_with_one_line_too(files, tmp_path):
+    config, _ = write_config(files, tmp_path)
+    opts = ("MODEL.CROSSKD.FUSION.ENTRY", "fc9")
+    done = run_script(TRAIN_NET, "--config-file", config, "--num-gpus", 2, *opts)
     assert done.returncode == 1
-    assert re.search(f"^error: {message}", done.stderr, re.MULTILINE), done.stderr[-2000:]
+    message = "^error: MODEL.CROSSKD.FUSION.ENTRY: .* 'fc9'"
+    assert re.search(message, done.stderr, re.MULTILINE), done.stderr[-2000:]
     assert "Traceback" not in done.stderr.split("error: ")[-1]
 
 
-def test_weights_that_are_not_finite_end_the_script_with_one_line(files, tmp_path):
+def test_weights_that_are_not_finite_end_the_script_with_one_line(files, tmp_path, monkeypatch):
     weights = torch.load(files / "teacher.pth", weights_only=False)
     weights["model"]["roi_heads.box_predictor.cls_score.bias"][0] = float("nan")
     torch.save(weights, tmp_path / "broken.pth")
     config, _ = write_config(files, tmp_path)
-    command = [sys.executable, TRAIN_NET, "--config-file", config, "--eval-only", "MODEL.WEIGHTS"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(tmp_path / "broken.pth")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search("^error: .*broken.pth: 1 of its tensors hold NaN", done.stderr, re.MULTILINE)
+    words = ["train_net", "--config-file", config, "--eval-only", "MODEL.WEIGHTS"]
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "broken.pth")])
+    with pytest.raises(SystemExit, match="^error: .*broken.pth: 1 of its tensors hold NaN"):
+        train_net.invoke_main()
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def _check_pictures(report: Findings, pictures: Dict[str, List[ListedImage]]) ->
     """Decodes every image once, and compares the splits by content (by path where unreadable)."""
     facts: Dict[str, ImageFacts] = {}
     paths = dict.fromkeys(picture.path for split in pictures.values() for picture in split)
-    for path in tqdm(paths, unit=" images", leave=False):
+    for path in tqdm(paths, unit=" images", leave=False, disable=None):
         facts[path] = inspect_image(path)
         for kind, detail in facts[path].faults:
             report.add(kind, f"{path}{': ' if detail else ''}{detail}")

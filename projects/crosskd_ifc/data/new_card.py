@@ -126,7 +126,7 @@ def split_photos(
     groups = [[i] for i in range(len(found.photos))]
     how = f"{'/'.join(f'{x:g}' for x in parts)} by seed {seed}"
     if near_duplicates:
-        progress = tqdm(found.photos, unit=" images", leave=False)
+        progress = tqdm(found.photos, unit=" images", leave=False, disable=None)
         groups = groups_of_alike([_hash(photo.path) for photo in progress])
         together = sum(len(group) for group in groups if len(group) > 1)
         how += f", {together} photos that look alike kept together"
