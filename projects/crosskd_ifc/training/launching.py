@@ -1,0 +1,79 @@
+"""What the training tools share around their runs: arguments, processes, errors in one line."""
+
+import argparse
+import contextlib
+import datetime
+import errno
+import sys
+from typing import Any, Callable
+
+from detectron2.engine import default_argument_parser, launch
+from torch.multiprocessing import ProcessRaisedException
+
+from ..common.command_line import HelpFormatter
+from ..config import ConfigError
+from .errors import CLEAR_ERRORS, message_in_traceback
+from .preemption import passing_on_sigterm
+from .torchrun import is_one_of_torchruns, run_in_torchrun
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """detectron2's arguments, and --timeout."""
+    parser = default_argument_parser()
+    parser.formatter_class = HelpFormatter
+    # detectron2's port is the same for all runs of a user, so that two could not run at once.
+    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30,
+        metavar="MINUTES",
+        help="how long processes wait for one another before they end with an error",
+    )
+    return parser
+
+
+def invoke(main: Callable, setup: Callable) -> None:
+    """Run a training tool's command line; what goes wrong ends it with one line where it can.
+
+    Args:
+        main: arguments -> what the tool does in each process.
+        setup: arguments -> anything; raises what ``main`` would refuse. Called once before
+            processes are started, so that a mistake shows once.
+    """
+    args = argument_parser().parse_args()
+    try:
+        _launch(main, setup, args)
+    except CLEAR_ERRORS as error:
+        # A data loader's worker sends its traceback along.
+        sys.exit(f"error: {message_in_traceback(str(error), *CLEAR_ERRORS) or error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: {_full(error)}")
+    except ProcessRaisedException as error:
+        message = message_in_traceback(str(error), *CLEAR_ERRORS)
+        if not message and f"[Errno {errno.ENOSPC}]" in str(error).strip().splitlines()[-1]:
+            message = _full(str(error).strip().splitlines()[-1])
+        sys.exit(f"error: {message}" if message else str(error))
+
+
+def _launch(main: Callable, setup: Callable, args: argparse.Namespace) -> None:
+    timeout = datetime.timedelta(minutes=args.timeout)
+    if is_one_of_torchruns():
+        if args.num_gpus * args.num_machines > 1:
+            raise ConfigError("--num-gpus and --num-machines: torchrun says it; leave them out")
+        run_in_torchrun(main, args, timeout=timeout)
+        return
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ConfigError("--num-machines: give --dist-url, tcp://HOST:PORT of the first machine")
+    machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
+    options = dict(machines, dist_url=args.dist_url, args=(args,), timeout=timeout)
+    alone = args.num_gpus * args.num_machines <= 1
+    with contextlib.nullcontext() if alone else passing_on_sigterm():
+        setup(args)
+        launch(main, args.num_gpus, **options)
+
+
+def _full(error: Any) -> str:
+    return f"a disk is full ({error}); make room, and go on from the last checkpoint with --resume"

@@ -1,0 +1,151 @@
+"""A run of a training tool: what is checked first, its logs, its training or evaluation."""
+
+import argparse
+import copy
+import logging
+import os
+from typing import Any, Callable, Dict, Union
+
+from detectron2.config import CfgNode, LazyConfig
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..config import ConfigError
+from ..modeling.building import explained
+from ..weights.reading import MisfitError, StrictReader
+from .checkpointer import SafeCheckpointer, has_checkpoint
+from .errors import one_line_errors
+from .output_folder import check_output_folder, training_alone_in
+from .preflight import check_evaluation_config, check_training_config, check_weights
+from .preflight_data import check_classes, check_test_data
+from .trainer import CrossKDTrainer
+
+Config = Union[CfgNode, DictConfig]  # as the user wrote it
+
+logger = logging.getLogger(__name__)
+
+
+def check_run(
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    check_training: Callable[[CfgNode], None] = check_training_config,
+) -> None:
+    """Refuse a run that can't work, before anything is built.
+
+    Args:
+        cfg: of the run; frozen.
+        args: of the tool.
+        check_training: raises what is wrong with the config of a training.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    with one_line_errors(cfg):
+        check_output_folder(cfg.OUTPUT_DIR)
+        (check_evaluation_config if args.eval_only else check_training)(cfg)
+        goes_on = has_checkpoint(cfg.OUTPUT_DIR)
+        if goes_on and not (args.resume or args.eval_only):
+            raise ConfigError(
+                f"OUTPUT_DIR {os.path.abspath(cfg.OUTPUT_DIR)} holds checkpoints of an earlier "
+                "run; add --resume to go on with it, or give another OUTPUT_DIR"
+            )
+        if not (args.resume and goes_on):
+            check_weights(cfg)
+
+
+def train(
+    cfg: CfgNode, args: argparse.Namespace, config: Config, build: Callable[[], CrossKDTrainer]
+) -> Any:
+    """Train, alone in OUTPUT_DIR.
+
+    Args:
+        cfg: of the run.
+        args: of the tool.
+        config: for the log and config.yaml.
+        build: makes the trainer.
+    """
+    trainer = None
+
+    def is_over() -> bool:  # the first step is done (one that has failed sets the iteration back)
+        if trainer is None or trainer.checkpointer.saved_iteration is not None:
+            return trainer is not None
+        return getattr(trainer, "iter", 0) > trainer.start_iter
+
+    with one_line_errors(cfg, is_over), training_alone_in(cfg.OUTPUT_DIR):
+        start_logging(cfg, args, config)
+        trainer = build()
+        trainer.resume_or_load(resume=args.resume)
+        if comm.is_main_process():
+            _save(config, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
+        return trainer.train()
+
+
+def evaluate(
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    config: Config,
+    build_model: Callable[[], nn.Module],
+    test: Callable[[nn.Module], Dict[str, Any]],
+) -> Dict[str, Any]:
+    """Evaluate the model with the weights that the config names or, with --resume, those of the
+    last checkpoint; returns the results.
+
+    Args:
+        cfg: of the run.
+        args: of the tool.
+        config: for the log.
+        build_model: makes the model.
+        test: a model -> its results.
+
+    Raises:
+        ConfigError: if there are no weights, or they don't fit.
+    """
+    with one_line_errors(cfg):
+        start_logging(cfg, args, config)
+        check_test_data(cfg)
+        check_classes(cfg, evaluation=True)
+        with explained(cfg):
+            model = build_model()
+        checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
+        if args.resume and checkpointer.all_have_checkpoint():
+            checkpointer.resume_or_load("")
+        elif not cfg.MODEL.WEIGHTS:
+            raise ConfigError("MODEL.WEIGHTS is empty: --eval-only would score random weights")
+        else:
+            try:
+                StrictReader(model).load(cfg.MODEL.WEIGHTS)
+            except MisfitError as error:
+                raise ConfigError(
+                    f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} don't fit this config's model; {error}"
+                ) from error
+    return test(model)
+
+
+def start_logging(cfg: CfgNode, args: argparse.Namespace, config: Config) -> None:
+    """As detectron2's default_setup, but for config.yaml: that is of a training that is on."""
+    logging.raiseExceptions = False  # a full disk is told once, not for each line of the log
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "crosskd_ifc"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name, configure_stdout=False)
+    setup_logger(distributed_rank=rank, name="crosskd_ifc")
+    nowhere = copy.deepcopy(config)
+    if isinstance(nowhere, CfgNode):
+        nowhere.defrost()
+        nowhere.OUTPUT_DIR = None
+    else:
+        OmegaConf.update(nowhere, "train.output_dir", None)
+    default_setup(nowhere, args)
+    if isinstance(config, CfgNode):
+        logger.info(f"Running with full config:\n{config.dump()}")
+
+
+def _save(config: Config, path: str) -> None:
+    if not isinstance(config, CfgNode):
+        LazyConfig.save(config, path)
+        return
+    with PathManager.open(path, "w") as f:
+        f.write(config.dump())
