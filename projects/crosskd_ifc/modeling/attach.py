@@ -23,7 +23,7 @@ from ..distillation.teacher import Teacher, padded_square
 from ..weights.reading import MisfitError, StrictReader
 from ..weights.state_dicts import is_missing
 from .building import explained
-from .lazy import config_of, datasets_of, input_format_of, student_config
+from .lazy import config_of, dataset_names, input_format_of, student_config
 from .student import Offer
 
 logger = logging.getLogger(__name__)
@@ -134,8 +134,10 @@ def _build_teacher(
             raise ConfigError(f"{what} builds no model: {reason}") from error
     else:
         model = instantiate_model(config, what=what).to(device)
-        input_format = input_format_of(model, config, what=what) or cfg.INPUT.FORMAT
-        teacher_cfg = config_of(model, input_format=input_format, datasets=datasets_of(config))
+        own_format = getattr(model, "input_format", None)
+        input_format = input_format_of(own_format, config, what=what) or cfg.INPUT.FORMAT
+        datasets = dataset_names(config, "train")
+        teacher_cfg = config_of(model, input_format=input_format, datasets=datasets)
         teacher_cfg.INPUT = cfg.INPUT.clone()  # that of LazyConfigs is code
     description = f"{type(model).__name__} from {kd.CONFIG_FILE} with weights {weights}"
     options = {"cfg": teacher_cfg, "input_format": input_format, **options}

@@ -5,10 +5,12 @@ from typing import Any, Mapping, Optional, Sequence
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from ..config import ConfigError, add_crosskd_ifc_config, head_section
+from ..config import META_ARCHITECTURES, ConfigError, add_crosskd_ifc_config, head_section
 
 
 def config_of(model: nn.Module, *, input_format: str, datasets: Sequence[str] = ()) -> CfgNode:
@@ -19,19 +21,48 @@ def config_of(model: nn.Module, *, input_format: str, datasets: Sequence[str] = 
         input_format: channel order of its images.
         datasets: what it is trained on, for the names of its classes.
     """
-    cfg = get_cfg()
-    add_crosskd_ifc_config(cfg)
     heads = getattr(model, "roi_heads", None)
-    kinds = {RetinaNet: "RetinaNet", FCOS: "FCOS"}
-    stock = [name for kind, name in kinds.items() if isinstance(model, kind)]
-    cfg.MODEL.META_ARCHITECTURE = stock[0] if stock else "GeneralizedRCNN"
-    classes = getattr(heads or model, "num_classes", None)
-    if classes is not None:
-        cfg.MODEL[head_section(cfg)].NUM_CLASSES = classes
-    cfg.MODEL.MASK_ON = bool(getattr(heads, "mask_on", False))
-    cfg.MODEL.KEYPOINT_ON = bool(getattr(heads, "keypoint_on", False))
+    cfg = _config_of_kind(
+        type(model),
+        classes=getattr(heads or model, "num_classes", None),
+        masks=bool(getattr(heads, "mask_on", False)),
+        keypoints=bool(getattr(heads, "keypoint_on", False)),
+    )
     cfg.INPUT.FORMAT = input_format
     cfg.DATASETS.TRAIN = tuple(datasets)
+    return cfg
+
+
+def config_of_node(config: DictConfig) -> CfgNode:
+    """:func:`config_of` of the ``model`` of a LazyConfig, without building it.
+
+    Without INPUT.FORMAT; MODEL.META_ARCHITECTURE is the one that distils where the model is one.
+    """
+    node = config.model
+    kind, heads = node.get("_target_"), node.get("roi_heads")
+    kind = locate(kind) if isinstance(kind, str) else kind
+    classes = select(node if heads is None else heads, "num_classes")
+    cfg = _config_of_kind(
+        kind if isinstance(kind, type) else nn.Module,  # a function may build it
+        classes=classes if isinstance(classes, int) else None,
+        masks=heads is not None and heads.get("mask_in_features") is not None,
+        keypoints=heads is not None and heads.get("keypoint_in_features") is not None,
+    )
+    names = [x.__name__ for x in getattr(kind, "__mro__", ()) if x.__name__ in META_ARCHITECTURES]
+    cfg.MODEL.META_ARCHITECTURE = names[0] if names else cfg.MODEL.META_ARCHITECTURE
+    cfg.DATASETS.TRAIN = tuple(dataset_names(config, "train"))
+    return cfg
+
+
+def _config_of_kind(kind: type, *, classes: Optional[int], masks: bool, keypoints: bool) -> CfgNode:
+    cfg = get_cfg()
+    add_crosskd_ifc_config(cfg)
+    kinds = {RetinaNet: "RetinaNet", FCOS: "FCOS"}
+    stock = [name for stock, name in kinds.items() if issubclass(kind, stock)]
+    cfg.MODEL.META_ARCHITECTURE = stock[0] if stock else "GeneralizedRCNN"
+    if classes is not None:
+        cfg.MODEL[head_section(cfg)].NUM_CLASSES = classes
+    cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON = masks, keypoints
     return cfg
 
 
@@ -46,8 +77,6 @@ def student_config(model: nn.Module, settings: Mapping[str, Any]) -> CfgNode:
     Raises:
         ConfigError: for an unknown key or a value of another type.
     """
-    if OmegaConf.is_config(settings):
-        settings = OmegaConf.to_container(settings, resolve=True)
     input_format = getattr(model, "input_format", None)
     if not input_format:
         raise ConfigError(
@@ -55,31 +84,41 @@ def student_config(model: nn.Module, settings: Mapping[str, Any]) -> CfgNode:
             "order that its data loader reads, such as 'BGR'"
         )
     cfg = config_of(model, input_format=input_format)
-    cfg.INPUT.MAX_SIZE_TRAIN = 0  # not known: the teacher looks at each batch
-    try:
-        cfg.MODEL.CROSSKD.merge_from_other_cfg(CfgNode(dict(settings)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = error.args[0] if error.args else error
-        raise ConfigError(f"the settings of the distillation: {reason}") from error
+    merge_settings(cfg, settings)
     return cfg
 
 
-def input_format_of(model: nn.Module, cfg: DictConfig, *, what: str) -> Optional[str]:
+def merge_settings(cfg: CfgNode, settings: Mapping[str, Any]) -> None:
+    """Take the settings of the distillation, as of :func:`student_config`, into a config.
+
+    Raises:
+        ConfigError: for an unknown key or a value of another type.
+    """
+    cfg.INPUT.MAX_SIZE_TRAIN = 0  # not known: the teacher looks at each batch
+    try:
+        if OmegaConf.is_config(settings):
+            settings = OmegaConf.to_container(settings, resolve=True)
+        cfg.MODEL.CROSSKD.merge_from_other_cfg(CfgNode(dict(settings)))
+    except (AttributeError, KeyError, OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = error.args[0] if error.args else error
+        raise ConfigError(f"the settings of the distillation: {reason}") from error
+
+
+def input_format_of(own: Optional[str], cfg: DictConfig, *, what: str) -> Optional[str]:
     """The channel order of the images of a LazyConfig's detector; None if nothing tells.
 
     ``model.input_format`` is only for pictures in training, and detectron2's FCOS has none: what
     the weights have seen is what the data loader reads.
 
     Args:
-        model: the detector.
+        own: its ``input_format``, None if it has none.
         cfg: its LazyConfig.
         what: for the error.
 
     Raises:
         ConfigError: if both say something else.
     """
-    own = getattr(model, "input_format", None)
-    read = _select(cfg, "dataloader.train.mapper.image_format")
+    read = select(cfg, "dataloader.train.mapper.image_format")
     if own and read and own != read:
         raise ConfigError(
             f"{what}: model.input_format is {own!r} and dataloader.train.mapper.image_format "
@@ -88,16 +127,17 @@ def input_format_of(model: nn.Module, cfg: DictConfig, *, what: str) -> Optional
     return own or read
 
 
-def datasets_of(cfg: DictConfig) -> Sequence[str]:
-    """The names of the training data sets of a LazyConfig, () where they aren't known."""
-    names = _select(cfg, "dataloader.train.dataset.names")
+def dataset_names(cfg: DictConfig, split: str) -> Sequence[str]:
+    """The names of the data sets of ``dataloader.train`` or ``test``, () where they aren't known."""
+    names = select(cfg, f"dataloader.{split}.dataset.names")
     if isinstance(names, str):
         return (names,)
     known = isinstance(names, (list, tuple, ListConfig)) and all(isinstance(n, str) for n in names)
     return tuple(names) if known else ()
 
 
-def _select(cfg: DictConfig, key: str) -> Any:
+def select(cfg: DictConfig, key: str) -> Any:
+    """What is at this path, None if there is nothing."""
     try:
         return OmegaConf.select(cfg, key, default=None)
     except Exception:  # below another kind of value, or an interpolation that leads nowhere

@@ -28,6 +28,17 @@ def check_training_config(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key.
     """
+    check_training_settings(cfg)
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty: there is nothing to train on")
+
+
+def check_training_settings(cfg: CfgNode) -> None:
+    """:func:`check_training_config` of a run whose training data may have no name.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     _check_stock_values(cfg)
     distils = distillation_requested(cfg)
     check_crosskd_config(cfg)
@@ -62,8 +73,6 @@ def check_training_config(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise ConfigError("SOLVER.AMP.ENABLED True needs a GPU, but MODEL.DEVICE is 'cpu'")
     _check_device_and_data(cfg, ("TRAIN", "TEST"))
-    if not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN is empty: there is nothing to train on")
 
 
 def check_evaluation_config(cfg: CfgNode) -> None:

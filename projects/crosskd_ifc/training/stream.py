@@ -238,16 +238,21 @@ class TrainingStream:
 
     def _options(self, mapper: Optional[Callable] = None) -> Dict[str, Any]:
         """detectron2's, whose samplers draw their seeds from numpy or, since 2024, take SEED."""
-        cfg = self._cfg.clone()
-        cfg.defrost()
-        cfg.SEED = self.seed
         state = np.random.get_state()
         np.random.seed(self.seed % 2**32)
         try:
-            options = {"dataset": self.records, "mapper": mapper, "sampler": self._weighted()}
-            return build_detection_train_loader.from_config(cfg, **options)
+            return self._loader_arguments(mapper)
         finally:
             np.random.set_state(state)
+
+    def _loader_arguments(self, mapper: Optional[Callable]) -> Dict[str, Any]:
+        """The arguments of ``build_detection_train_loader``; what is random in them draws its seed
+        from numpy, or takes :attr:`seed`."""
+        cfg = self._cfg.clone()
+        cfg.defrost()
+        cfg.SEED = self.seed
+        options = {"dataset": self.records, "mapper": mapper, "sampler": self._weighted()}
+        return build_detection_train_loader.from_config(cfg, **options)
 
     def _weighted(self) -> Optional[RepeatFactorTrainingSampler]:
         """What detectron2's samplers that weigh data sets are for these records, None for others.

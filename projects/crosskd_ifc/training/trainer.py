@@ -2,7 +2,6 @@
 data set's type."""
 
 import contextlib
-import functools
 import logging
 import os
 import sys
@@ -58,18 +57,31 @@ class CrossKDTrainer(DefaultTrainer):
         Raises:
             ConfigError: for settings that can't work, before anything is trained.
         """
+        self.check_config(cfg)
+        with _ddp_options(self.ddp_options(cfg)):
+            super().__init__(scale_schedule(cfg, comm.get_world_size()))
+        check_classes(cfg)  # some data sets know their classes only now
+        stream = getattr(self._trainer.data_loader, "stream", None)
+        check_same_everywhere(cfg, len(stream.records) if stream else 0)
+        self._watch = LastStepRecorder(self.model)
+
+    def check_config(self, cfg: CfgNode) -> None:
+        """Refuse what can't work, before anything is built.
+
+        Raises:
+            ConfigError: naming the key.
+        """
         check_training_config(cfg)
         # A subclass with evaluators of its own knows other types and fields.
         if type(self).build_evaluator.__func__ is CrossKDTrainer.build_evaluator.__func__:
             for name in cfg.DATASETS.TEST:
                 evaluator_type(name)
             check_test_data(cfg)
-        with _ddp_without_device_ids(enabled=cfg.MODEL.DEVICE == "cpu"):
-            super().__init__(scale_schedule(cfg, comm.get_world_size()))
-        check_classes(cfg)  # some data sets know their classes only now
-        stream = getattr(self._trainer.data_loader, "stream", None)
-        check_same_everywhere(cfg, len(stream.records) if stream else 0)
-        self._watch = LastStepRecorder(self.model)
+
+    def ddp_options(self, cfg: CfgNode) -> Dict[str, Any]:
+        """Of :class:`DistributedDataParallel`, over detectron2's."""
+        # DDP refuses device_ids for a CPU model; detectron2 always passes them.
+        return {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
 
     def run_step(self) -> None:
         """As the parent's.
@@ -300,14 +312,11 @@ def set_fusion_weight_decay(
 
 
 @contextlib.contextmanager
-def _ddp_without_device_ids(enabled: bool) -> Iterator[None]:
-    """DDP refuses device_ids for a CPU model; detectron2 always passes them, and offers no place to
-    override that."""
-    if not enabled:
-        yield
-        return
+def _ddp_options(options: Dict[str, Any]) -> Iterator[None]:
+    """Within this context, DefaultTrainer wraps its model in DDP with these options, for which it
+    offers no place."""
     original = defaults.create_ddp_model
-    defaults.create_ddp_model = functools.partial(original, device_ids=None)
+    defaults.create_ddp_model = lambda model, **kwargs: original(model, **{**kwargs, **options})
     try:
         yield
     finally:
