@@ -22,7 +22,7 @@ train = model_zoo.get_config("common/train.py").train
 train.update(device="cpu", seed=1, max_iter=220, eval_period=110)
 train.checkpointer.period = 100
 
-resize = L(T.ResizeShortestEdge)(short_edge_length=128, max_size=128)
+resize = L(T.ResizeShortestEdge)(short_edge_length=[128], max_size=128, sample_style="choice")
 dataloader = OmegaConf.create()
 dataloader.train = L(build_detection_train_loader)(
     dataset=L(get_detection_dataset_dicts)(names="crosskd_shapes_train"),
@@ -50,7 +50,7 @@ def steps(max_iter, warmup):
     """The learning rate's factor: a warm-up, then steps at 70 % and 90 %."""
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(
-            values=[1.0, 0.1, 0.01],
+            values=[0.1**i for i in range(3)],
             milestones=[int(max_iter * 0.7), int(max_iter * 0.9)],
             num_updates=max_iter,
         ),

@@ -17,6 +17,9 @@ from .paths import beside, resolve_path
 from .user_code import import_user_code, refuse_user_code
 
 # What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
+# A key of configs that stand for a LazyConfig: the file.
+LAZY_CONFIG = "LAZY_CONFIG"
+
 _MERGE_ERRORS = (
     AssertionError,
     AttributeError,
@@ -221,9 +224,17 @@ def load_config_text(text: str, *, source: str) -> CN:
     cfg = default_config()
     try:
         check_yaml(text)
-        cfg.merge_from_other_cfg(CN(yaml.safe_load(text)))
+        content = CN(yaml.safe_load(text))
+        lazy = content.pop(LAZY_CONFIG, None)
+        cfg.merge_from_other_cfg(content)
     except _MERGE_ERRORS as error:
         raise ConfigError(f"{source}: {_text(error)}") from error
+    if lazy:
+        raise ConfigError(
+            f"{source}: it is of a run of tools/lazyconfig_train_net.py, whose model is code, in "
+            f"{lazy}. The weights load as they are (but for fusion.*) in that file's model with "
+            "detectron2's stock classes in place of CrossKD's"
+        )
     return cfg
 
 

@@ -128,7 +128,7 @@ def input_format_of(own: Optional[str], cfg: DictConfig, *, what: str) -> Option
 
 
 def dataset_names(cfg: DictConfig, split: str) -> Sequence[str]:
-    """The names of the data sets of ``dataloader.train`` or ``test``, () where they aren't known."""
+    """The names of the data sets of ``dataloader.train`` or ``.test``; () if they aren't known."""
     names = select(cfg, f"dataloader.{split}.dataset.names")
     if isinstance(names, str):
         return (names,)

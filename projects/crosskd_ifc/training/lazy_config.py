@@ -9,7 +9,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf
 
-from ..common.config_files import merge_from_list
+from ..common.config_files import LAZY_CONFIG, merge_from_list
 from ..config import ConfigError, distillation_requested
 from ..modeling.lazy import (
     config_of_node,
@@ -45,7 +45,7 @@ _NAMES = {
     "DATASETS.TEST": "dataloader.test.dataset.names",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
     "MODEL.CROSSKD": NODE,
-    "LAZY_CONFIG": "--config-file",
+    LAZY_CONFIG: "--config-file",
 }
 _NAME = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, _NAMES)) + r")(?!\w)")
 
@@ -80,7 +80,7 @@ def run_config(config: DictConfig, path: str) -> CfgNode:
     defaults = model_zoo.get_config("common/train.py").train
     config.train = OmegaConf.merge(defaults, config.get("train") or {})
     cfg = config_of_node(config)
-    cfg.LAZY_CONFIG = path  # whoever reads this config from a checkpoint sees where it is from
+    cfg[LAZY_CONFIG] = path
     opts = [(key, select(config, name)) for key, name in _VALUES.items()]
     known = [x for key, value in opts if value is not None for x in (key, value)]
     merge_from_list(cfg, known, key=path)

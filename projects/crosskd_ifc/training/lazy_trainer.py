@@ -6,7 +6,6 @@ from typing import Any, Callable, Dict, Optional
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
-from detectron2.data.samplers import TrainingSampler
 from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -14,7 +13,7 @@ from detectron2.utils.registry import locate
 from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ..common.lazy_config import instantiate_model
 from ..common.random_state import same_random_state
@@ -76,7 +75,7 @@ class LazyTrainer(CrossKDTrainer):
         if _target(node) is build_detection_train_loader:
             dataset = instantiate(node.dataset)
             if not isinstance(dataset, IterableDataset):
-                return LazyStream(node, dataset).build_loader()
+                return LazyStream(cfg, node, dataset).build_loader()
         logger.warning(
             "dataloader.train is no build_detection_train_loader of a data set with a length: a "
             "resumed run will see other data than one that was never interrupted"
@@ -100,22 +99,23 @@ class LazyTrainer(CrossKDTrainer):
 class LazyStream(TrainingStream):
     """The stream of a LazyConfig's ``dataloader.train``."""
 
-    def __init__(self, node: DictConfig, dataset: Any):
+    def __init__(self, cfg: CfgNode, node: DictConfig, dataset: Any):
         """
         Args:
+            cfg: of the run.
             node: of ``build_detection_train_loader``.
             dataset: its data set, with a length.
         """
         self._node = node
         records, _ = drop_degenerate_boxes([dataset[i] for i in range(len(dataset))])
-        super().__init__(CfgNode(), records, _checked_mapper(node))
+        super().__init__(cfg, records, _checked_mapper(node))
+
+    def _sampler(self) -> Optional[Sampler]:
+        return instantiate(self._node.get("sampler"))
 
     def _loader_arguments(self, mapper: Optional[Callable]) -> Dict[str, Any]:
-        found = _arguments(self._node, without=("dataset", "mapper"))
-        sampler = found.pop("sampler", None) or TrainingSampler(len(self.records), seed=self.seed)
-        found.setdefault("aspect_ratio_grouping", True)
-        found.setdefault("num_workers", 0)
-        return {**found, "dataset": self.records, "mapper": mapper, "sampler": sampler}
+        given = _arguments(self._node, without=("dataset", "mapper", "sampler"))
+        return {**super()._loader_arguments(mapper), "num_workers": 0, **given}
 
 
 def build_lazy_model(config: DictConfig, cfg: CfgNode) -> nn.Module:

@@ -251,10 +251,10 @@ class TrainingStream:
         cfg = self._cfg.clone()
         cfg.defrost()
         cfg.SEED = self.seed
-        options = {"dataset": self.records, "mapper": mapper, "sampler": self._weighted()}
+        options = {"dataset": self.records, "mapper": mapper, "sampler": self._sampler()}
         return build_detection_train_loader.from_config(cfg, **options)
 
-    def _weighted(self) -> Optional[RepeatFactorTrainingSampler]:
+    def _sampler(self) -> Optional[Sampler]:
         """What detectron2's samplers that weigh data sets are for these records, None for others.
 
         detectron2 makes them from the data sets as they are on disk, with images that are left out

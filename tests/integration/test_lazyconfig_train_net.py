@@ -1,0 +1,154 @@
+"""tools/lazyconfig_train_net.py from end to end, on a few pictures of the built-in kind."""
+
+import glob
+import os
+import signal
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import GeneralizedRCNN, StandardROIHeads
+from test_quick_configs import few_pictures, pictures, teachers  # noqa: F401  fixtures
+from test_train_net import ROOT, TRAIN_NET, load_script, metrics
+
+from crosskd_ifc import ConfigError, CrossKDTrainer, attach_teacher
+from crosskd_ifc.common.lazy_config import load_lazy_config
+from crosskd_ifc.modeling.attach import load_teacher_config
+from crosskd_ifc.training.launching import argument_parser
+from crosskd_ifc.weights.export import export_student
+
+tool = load_script(os.path.join(ROOT, "tools", "lazyconfig_train_net.py"))
+TEACHER = "quick/faster_rcnn_R_34_shapes.yaml"
+STUDENT = "quick/crosskd_ifc_R_18_shapes.py"
+SMALL = (
+    *("dataloader.train.total_batch_size=2", "train.max_iter=4", "train.eval_period=0"),
+    *("train.checkpointer.period=2", "optimizer.lr=0.001", "train.log_period=1"),
+    *("lr_multiplier.warmup_length=0", "lr_multiplier.scheduler.values=[1.0]"),
+    "lr_multiplier.scheduler.milestones=[]",
+)
+# The same in YAML.
+SMALL_YAML = (
+    *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 0),
+    *("SOLVER.BASE_LR", 0.001, "SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", ()),
+)
+
+
+def run(config, *words, main=tool.main):
+    return main(argument_parser().parse_args(["--config-file", config, *map(str, words)]))
+
+
+def model_of(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def is_same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def opts(few_pictures, teachers, tmp_path):  # noqa: F811
+    """Overrides of the student's config; the last one is its folder."""
+    weights = f"crosskd.TEACHER.WEIGHTS={teachers(TEACHER)}"
+    return [*SMALL, weights, f"train.output_dir={tmp_path / 'run'}"]
+
+
+def test_a_lazyconfig_trains_as_its_yaml_twin_bit_for_bit_also_when_it_was_stopped(
+    opts, teachers, tmp_path, monkeypatch  # noqa: F811
+):
+    step = CrossKDTrainer.run_step
+
+    def with_sigterm(self):
+        step(self)
+        if self.iter == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CrossKDTrainer, "run_step", with_sigterm)
+        with pytest.raises(SystemExit) as stopped:
+            run(STUDENT, *opts)
+    assert stopped.value.code == 143
+    with pytest.raises(ConfigError, match="train.output_dir .* holds checkpoints.*--resume"):
+        run(STUDENT, *opts)
+    run(STUDENT, "--resume", *opts)
+    out = tmp_path / "run"
+    assert [x["iteration"] for x in metrics(out) if "total_loss" in x][-1] == 3
+    assert "loss_cls_kd" in metrics(out)[0] and "bbox/AP" in metrics(out)[-1]
+
+    yaml_opts = ["OUTPUT_DIR", tmp_path / "yaml", "MODEL.CROSSKD.TEACHER.WEIGHTS"]
+    yaml_opts = [*SMALL_YAML, *yaml_opts, teachers(TEACHER)]
+    run(STUDENT.replace(".py", ".yaml"), *yaml_opts, main=load_script(TRAIN_NET).main)
+    assert is_same(model_of(out), model_of(tmp_path / "yaml"))
+
+    # It is evaluated, without a teacher, and loads as it is in stock classes.
+    weights = f"train.init_checkpoint={out / 'model_final.pth'}"
+    without = ["crosskd.TEACHER.WEIGHTS=gone.pth", f"train.output_dir={tmp_path / 'eval'}"]
+    results = run(STUDENT, "--eval-only", *opts, *without, weights)
+    assert results["bbox"]["AP"] == pytest.approx(metrics(out)[-1]["bbox/AP"], nan_ok=True)
+    model = load_lazy_config(os.path.join(ROOT, "configs", STUDENT), key="test").model
+    model._target_, model.roi_heads._target_ = GeneralizedRCNN, StandardROIHeads
+    instantiate(model).load_state_dict(model_of(out))
+    with pytest.raises(ConfigError, match="model_final.pth.*lazyconfig_train_net.*stock class"):
+        export_student(str(out / "model_final.pth"), str(tmp_path / "exported"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train.max_itr=3"], "there is no train.max_itr"),
+        (["train.max_iter=0"], "^train.max_iter is 0"),
+        (["train.max_iter=soon"], "soon.*train.max_iter"),
+        (["train.device=cuda"], "^train.device is 'cuda'.*add train.device=cpu"),
+        (["train.amp.enabled=true"], "^train.amp.enabled True needs a GPU"),
+        (["train.init_checkpoint=gone.pth"], "^train.init_checkpoint: there is no file 'gone.pth'"),
+        (["model.roi_heads.num_classes=3"], "^model.roi_heads.num_classes is 3.*8 classes"),
+        (["dataloader.train.dataset.names=no_data"], "^dataloader.train.dataset.names: no data"),
+        (["crosskd.TEACHER.WEIGHTS=gone.pth"], "^crosskd.TEACHER.WEIGHTS: there is no file"),
+        (
+            ["crosskd.TEACHER.CONFIG_FILE="],
+            "^crosskd.TEACHER.CONFIG_FILE is empty, but CrossKDRCNN",
+        ),
+        (["crosskd.FUSION.NAME=no_such"], "^crosskd.FUSION.NAME is 'no_such'"),
+        (["+crosskd.FUSION.NAMES=mean"], "settings of the distillation: .*NAMES"),
+        (["crosskd.FUSION.IN_FEATURES=[fc9]"], "^crosskd.FUSION.IN_FEATURES.*no layer 'fc9'"),
+        (["model._target_=detectron2.modeling.GeneralizedRCNN"], "^model._target_ is 'Generalized"),
+        (["--eval-only"], "^train.init_checkpoint is empty"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_lazy_path(opts, words, message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        run(STUDENT, *[w for w in words if w[0] == "-"], *opts, *[w for w in words if w[0] != "-"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model = dict(a=1)", "defines no `dataloader.train`"),
+        ("modle = dict(a=1)", "defines no `model`"),
+        ("import no_such_package_here", "package 'no_such_package_here' is not installed"),
+    ],
+)
+def test_a_file_that_is_no_run_is_refused(text, message, tmp_path):
+    (tmp_path / "config.py").write_text(text)
+    with pytest.raises(ConfigError, match=f"--config-file .*{message}"):
+        run(str(tmp_path / "config.py"))
+
+
+def test_a_yaml_config_is_sent_to_the_other_tool():
+    with pytest.raises(ConfigError, match="--config-file is .*tools/train_net.py takes YAML"):
+        run(STUDENT.replace(".py", ".yaml"))
+
+
+COCO = glob.glob(os.path.join(ROOT, "configs", "COCO-*", "*.py"))
+
+
+@pytest.mark.parametrize("config", COCO, ids=map(os.path.basename, COCO))
+def test_an_example_for_coco_is_a_run_whose_student_and_teacher_fit(config, tmp_path):
+    assert "coco_2017_train" in DatasetCatalog
+    words = ["--config-file", config, "train.device=cpu", f"train.output_dir={tmp_path}"]
+    config, cfg = tool.setup(argument_parser().parse_args(words))
+    teacher, weights = load_teacher_config(cfg)
+    assert weights.startswith("https://")
+    student = instantiate(config.model)
+    attach_teacher(student, cfg, teacher=instantiate(teacher.model))
+    assert student.distiller is not None
