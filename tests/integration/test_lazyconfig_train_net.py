@@ -9,12 +9,15 @@ import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import GeneralizedRCNN, StandardROIHeads
+from detectron2.solver import LRMultiplier, build_lr_scheduler
 from test_quick_configs import few_pictures, pictures, teachers  # noqa: F401  fixtures
 from test_train_net import ROOT, TRAIN_NET, load_script, metrics
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, attach_teacher
 from crosskd_ifc.common.lazy_config import load_lazy_config
+from crosskd_ifc.experiments.runs import Run
 from crosskd_ifc.modeling.attach import load_teacher_config
+from crosskd_ifc.training.errors import SetupError
 from crosskd_ifc.training.launching import argument_parser
 from crosskd_ifc.weights.export import export_student
 
@@ -32,6 +35,20 @@ SMALL_YAML = (
     *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 0),
     *("SOLVER.BASE_LR", 0.001, "SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", ()),
 )
+
+
+OWN_LOADER = """
+from crosskd_ifc.common.lazy_config import load_lazy_config
+from detectron2.config import LazyCall as L
+
+file = "{quick}/quick/faster_rcnn_vit_shapes.py"
+config = load_lazy_config(file, key="config.py")
+model, train, optimizer = config.model, config.train, config.optimizer
+lr_multiplier, dataloader = config.lr_multiplier, config.dataloader
+loader = dataloader.train
+loader.total_batch_size = 2
+dataloader.train = L(lambda inner: inner)(inner=loader)
+"""
 
 
 def run(config, *words, main=tool.main):
@@ -112,11 +129,12 @@ def test_a_lazyconfig_trains_as_its_yaml_twin_bit_for_bit_also_when_it_was_stopp
         (["+crosskd.FUSION.NAMES=mean"], "settings of the distillation: .*NAMES"),
         (["crosskd.FUSION.IN_FEATURES=[fc9]"], "^crosskd.FUSION.IN_FEATURES.*no layer 'fc9'"),
         (["model._target_=detectron2.modeling.GeneralizedRCNN"], "^model._target_ is 'Generalized"),
+        (["+optimizer.speed=3"], "^the run can't start: .*unexpected keyword argument 'speed'"),
         (["--eval-only"], "^train.init_checkpoint is empty"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_lazy_path(opts, words, message):
-    with pytest.raises(ConfigError, match=f"(?s){message}"):
+    with pytest.raises((ConfigError, SetupError), match=f"(?s){message}"):
         run(STUDENT, *[w for w in words if w[0] == "-"], *opts, *[w for w in words if w[0] != "-"])
 
 
@@ -152,3 +170,33 @@ def test_an_example_for_coco_is_a_run_whose_student_and_teacher_fit(config, tmp_
     student = instantiate(config.model)
     attach_teacher(student, cfg, teacher=instantiate(teacher.model))
     assert student.distiller is not None
+
+
+def test_the_learning_rate_is_that_of_the_yaml_twin_in_every_step():
+    config = load_lazy_config(os.path.join(ROOT, "configs", STUDENT), key="test")
+    cfg = Run("", STUDENT.replace(".py", ".yaml"), "").cfg()
+    rates = []
+    for make in (
+        lambda optimizer: build_lr_scheduler(cfg, optimizer),
+        lambda optimizer: LRMultiplier(optimizer, instantiate(config.lr_multiplier), 220),
+    ):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+        scheduler, found = make(optimizer), []
+        for _ in range(220):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        rates.append(found)
+    assert rates[0] == rates[1] and config.optimizer.lr == cfg.SOLVER.BASE_LR
+    assert config.train.max_iter == cfg.SOLVER.MAX_ITER == 220
+
+
+def test_a_stock_model_trains_without_a_teacher_on_a_loader_of_its_own(
+    few_pictures, tmp_path  # noqa: F811
+):
+    (tmp_path / "config.py").write_text(OWN_LOADER.format(quick=os.path.join(ROOT, "configs")))
+    out = tmp_path / "run"
+    run(str(tmp_path / "config.py"), f"train.output_dir={out}", *SMALL[2:4], "train.max_iter=1")
+    assert "dataloader.train is no build_detection_train_loader" in (out / "log.txt").read_text()
+    found = {key for line in metrics(out) for key in line}
+    assert "loss_cls" in found and "bbox/AP" in found and "loss_cls_kd" not in found

@@ -158,53 +158,41 @@ def test_its_logits_on_the_students_rois_are_the_stock_models_and_it_teaches(fil
     assert all(losses[f"loss_cls_stage{k}_kd"] > 0 for k in range(3))
 
 
-BACKBONES_OF_RETINANET = """
+RETINANETS = """
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
-from detectron2.modeling import RegNet, SwinTransformer
-from detectron2.modeling.backbone.regnet import SimpleStem, ResBottleneckBlock
+from detectron2.modeling import SwinTransformer
 
 model = model_zoo.get_config("common/models/retinanet.py").model
 swin = L(SwinTransformer)(embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=3)
-regnet = L(RegNet)(
-    stem_class=SimpleStem, stem_width=8, block_class=ResBottleneckBlock, depth=5, w_a=16.0,
-    w_0=24, w_m=2.0, group_width=8, norm="SyncBN", out_features=["s2", "s3", "s4"],
-)
+regnet = model_zoo.get_config(
+    "COCO-InstanceSegmentation/mask_rcnn_regnety_4gf_dds_fpn_1x.py"
+).model.backbone.bottom_up
+regnet.norm = "SyncBN"
 model.backbone.bottom_up = {which}
 model.backbone.in_features = {features}
-model.backbone.top_block.in_feature = {features}[-1]
-model.backbone.top_block.in_channels = {channels}
-model.input_format = "RGB"
+model.backbone.top_block.update(in_feature={features}[-1], in_channels={channels})
 model.pixel_mean, model.pixel_std = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
+model.input_format = "RGB"
 """
-
-
-@pytest.fixture
-def dense_files(request, tmp_path):
-    """(config, overrides) of a dense teacher."""
-    if request.param in DENSE_SHRUNK:
-        return DENSE_SHRUNK[request.param]
-    features, channels = {
-        "swin": (["p1", "p2", "p3"], 96),
-        "regnet": (["s2", "s3", "s4"], 192),
-    }[request.param]
-    text = BACKBONES_OF_RETINANET.format(
-        which=request.param, features=features, channels=channels
-    )
-    (tmp_path / "dense.py").write_text(text)
-    return str(tmp_path / "dense.py"), ("model.head.prior_prob=0.01",)
-
-
+RETINANET = "model.head.prior_prob=0.01"
 DENSE_SHRUNK = {
     "FCOS": ("COCO-Detection/fcos_R_50_FPN_1x.py", "model.head.conv_dims=[256,256,256,256]"),
-    "RetinaNet": ("COCO-Detection/retinanet_R_50_FPN_1x.py", "model.head.prior_prob=0.01"),
+    "RetinaNet": ("COCO-Detection/retinanet_R_50_FPN_1x.py", RETINANET),
+    "RetinaNet swin": (["p1", "p2", "p3"], 96),
+    "RetinaNet regnet": (["s2", "s3", "s4"], 1088),
 }
 
 
 @pytest.mark.parametrize("kind", DENSE_SHRUNK)
 @pytest.mark.parametrize("student_format", ["BGR", "RGB"])
-def test_dense_lazyconfig_teachers_answer_as_stock(kind, student_format, saved):
+def test_dense_lazyconfig_teachers_answer_as_stock(kind, student_format, saved, tmp_path):
     name, override = DENSE_SHRUNK[kind]
+    kind, _, which = kind.partition(" ")
+    if which:
+        text = RETINANETS.format(which=which, features=name, channels=override)
+        (tmp_path / "dense.py").write_text(text)
+        name, override = str(tmp_path / "dense.py"), RETINANET
     overrides = (override, "model.num_classes=3")
     stock = telling(stock_model(name, overrides), 9)
     cfg = dense_cfg(
@@ -218,7 +206,8 @@ def test_dense_lazyconfig_teachers_answer_as_stock(kind, student_format, saved):
     sum(losses.values()).backward()
     _, found = student.distiller.box.run_teacher(TeacherPass(student.teacher, batch))
     # detectron2's FCOS doesn't know its format: its config's data loader reads BGR.
-    theirs = [x if student_format == "BGR" else {**x, "image": x["image"].flip(0)} for x in batch]
+    is_same_order = student_format == (getattr(stock, "input_format", None) or "BGR")
+    theirs = [x if is_same_order else {**x, "image": x["image"].flip(0)} for x in batch]
     with torch.no_grad():
         features = stock.backbone(stock.preprocess_image(theirs).tensor)
         wanted = stock.head([features[f] for f in stock.head_in_features])

@@ -12,7 +12,7 @@ from typing import Callable, Iterator, List
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from ..common.config_files import default_values, flat
+from ..common.config_files import LAZY_CONFIG, default_values, flat
 from ..config import ConfigError
 from ..data.mapper import SampleError
 from ..weights.reading import WeightsError
@@ -81,6 +81,8 @@ def _one_line(error: Exception, cfg: CfgNode) -> str:
 def _suspects(error: Exception, cfg: CfgNode) -> List[str]:
     """Keys that this run sets and that the error names: by a value, or in the code that
     failed, as the path of a key or by its last part."""
+    if LAZY_CONFIG in cfg:  # its code isn't in these keys
+        return []
     before = default_values()
     ours = {k: v for k, v in flat(cfg) if k not in before or before[k] != v}
     said = str(error)

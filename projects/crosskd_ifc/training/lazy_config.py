@@ -19,6 +19,7 @@ from ..modeling.lazy import (
     select,
 )
 from .checkpointer import CheckpointError
+from .errors import SetupError
 
 NODE = "crosskd"  # holds the settings of MODEL.CROSSKD
 _NEEDED = ("dataloader.train", "lr_multiplier", "optimizer")
@@ -55,7 +56,7 @@ def naming_lazy_paths() -> Iterator[None]:
     """Within this context, errors name the paths of a LazyConfig instead of yacs keys."""
     try:
         yield
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, SetupError) as error:
         text = str(error).replace("add MODEL.DEVICE cpu", "add train.device=cpu")
         raise type(error)(_NAME.sub(lambda found: _NAMES[found[0]], text)) from error
 
