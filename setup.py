@@ -30,6 +30,7 @@ COMMANDS = {
     "crosskd-report": "report:invoke_main",
     "crosskd-timm-weights": "timm_weights:main",
     "crosskd-train": "train_net:invoke_main",
+    "crosskd-train-lazyconfig": "lazyconfig_train_net:invoke_main",
     "crosskd-tune": "tune:invoke_main",
     "crosskd-visualize": "visualize:invoke_main",
 }

@@ -15,6 +15,7 @@ from .paths import CHECKOUT
 _COMMANDS = {
     "convert_weights": "crosskd-convert",
     "export_student": "crosskd-export",
+    "lazyconfig_train_net": "crosskd-train-lazyconfig",
     "train_net": "crosskd-train",
 }
 
