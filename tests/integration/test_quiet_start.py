@@ -51,6 +51,7 @@ def test_training_and_evaluation_start_quietly(trained):
     assert noise(trained[2]) == []
 
 
+@pytest.mark.slow
 def test_several_processes_start_quietly(files, tmp_path):  # noqa: F811
     config, _ = write_config(files, tmp_path)
     words = ("--num-gpus", 2, "--config-file", config, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0)
@@ -67,6 +68,7 @@ def test_the_tools_for_a_trained_student_start_quietly(trained, tmp_path):
     assert noise(text) == []
 
 
+@pytest.mark.slow
 def test_the_tools_without_a_model_start_quietly(files, tmp_path):  # noqa: F811
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     text = told(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from crosskd_ifc.data.shapes import CLASSES, generate
@@ -22,6 +23,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow  # tests/experiments/test_tuning.py has the parts
 def test_a_search_trains_its_teacher_and_its_trials_and_says_which_is_the_best(tmp_path):
     sizes = {"train": 4, "val": 2, "test": 2}
     generate(str(tmp_path / "shapes"), num_images=sizes)
