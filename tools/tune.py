@@ -22,6 +22,7 @@ from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
 from crosskd_ifc.common.paths import TOOLS
 from crosskd_ifc.experiments.child_process import RunFailed
 from crosskd_ifc.experiments.protocol import load_protocol
+from crosskd_ifc.training.output_folder import training_alone_in
 
 try:
     from optuna.distributions import CategoricalDistribution
@@ -70,9 +71,15 @@ def space_of(args):
 
 
 def main(args):
-    protocol, space = load_protocol(args.protocol), space_of(args)
-    seeds = args.seeds or [*protocol.seeds[:1]]
+    protocol = load_protocol(args.protocol)
     folder = args.output or os.path.join("output", "tune", f"{protocol.name}_{args.arm}")
+    os.makedirs(folder, exist_ok=True)
+    with training_alone_in(folder, key="--output", what="search"):
+        search_in(folder, protocol, args)
+
+
+def search_in(folder, protocol, args):
+    space, seeds = space_of(args), args.seeds or [*protocol.seeds[:1]]
     threads = (os.cpu_count() or 1) // args.jobs if args.threads is None else args.threads
     study = open_study(
         os.path.join(folder, "study.journal"), space, seed=args.sampler_seed, jobs=args.jobs

@@ -4,6 +4,9 @@ import errno
 import multiprocessing
 import os
 import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +38,16 @@ def test_a_second_training_is_refused_and_told_who_is_there(other, tmp_path):
             raise AssertionError("it trains")
     who = rf"\(process {other.pid} on {re.escape(os.uname().nodename)}, since \d{{4}}-.* UTC\)"
     assert re.search(f"OUTPUT_DIR {tmp_path}: another training writes to it {who}", str(refused))
+
+
+def test_a_second_search_does_not_touch_the_first_ones_trials(other, tmp_path, monkeypatch):
+    tool = Path(__file__).resolve().parents[2] / "tools" / "tune.py"
+    words = ["demo.yaml", "crosskd", "--budget", "1", "--log", "SOLVER.BASE_LR", "0.01", "0.1"]
+    words[0] = str(tool.parents[1] / "benchmarks" / "protocols" / "demo.yaml")
+    monkeypatch.setattr(sys, "argv", [str(tool), *words, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"error: --output {tmp_path}: another search writes"):
+        runpy.run_path(str(tool), run_name="__main__")
+    assert [path.name for path in tmp_path.iterdir()] == [".training"]
 
 
 def test_a_killed_training_keeps_nobody_out(other, tmp_path):

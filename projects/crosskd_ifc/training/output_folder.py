@@ -36,11 +36,17 @@ def check_output_folder(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def training_alone_in(folder: str) -> Iterator[None]:
+def training_alone_in(
+    folder: str, *, key: str = "OUTPUT_DIR", what: str = "training"
+) -> Iterator[None]:
     """Within this context, other trainings are kept out of a folder; enter it in every process.
 
     The lock belongs to the main process and ends with it, however it ends. A file system without
     locks is warned of.
+
+    Args:
+        folder: an existing one.
+        key, what: of it and of what writes there, for the error.
 
     Raises:
         ConfigError: in every process, if another training is there; says which.
@@ -53,8 +59,8 @@ def training_alone_in(folder: str) -> Iterator[None]:
         holder = comm.all_gather(holder)[0]
         if holder:
             raise ConfigError(
-                f"OUTPUT_DIR {os.path.abspath(folder)}: another training writes to it ({holder}). "
-                "Wait for its end, stop it, or give another OUTPUT_DIR"
+                f"{key} {os.path.abspath(folder)}: another {what} writes to it ({holder}). "
+                f"Wait for its end, stop it, or give another {key}"
             )
         yield
     finally:
