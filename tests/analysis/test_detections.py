@@ -10,6 +10,7 @@ from detectron2.structures import BoxMode
 from helpers import distilling, tiny_batch, tiny_cfg
 from PIL import Image
 
+from crosskd_ifc.analysis import curves
 from crosskd_ifc.analysis import detections as visualization
 from crosskd_ifc.analysis.curves import plot_curves, read_metrics
 from crosskd_ifc.analysis.detections import (
@@ -144,3 +145,17 @@ def test_curves_of_runs_with_and_without_distillation_are_plotted(metrics, tmp_p
     path = tmp_path / "plot.png"
     plot_curves({"distilled": str(metrics), "plain": str(plain)}, str(path), title="a title")
     assert Image.open(path).size[0] > 1000
+
+
+def test_losses_of_the_stages_of_a_cascade_are_drawn_as_their_sum(tmp_path, monkeypatch):
+    drawn = []
+    keep = lambda figure, path: drawn.extend(figure.axes)  # noqa: E731
+    monkeypatch.setattr(curves, "save_figure", keep)
+    keys = ("loss_cls_stage0", "loss_cls_stage1", "loss_cls_stage0_kd", "loss_cls_stage1_kd")
+    line = {"iteration": 20, **dict(zip(keys, (1.0, 2.0, 4.0, 8.0)))}
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps(line) + "\n")
+    plot_curves({"cascade": str(metrics)}, "")
+    values = {axis.get_title(): [list(x.get_ydata()) for x in axis.lines] for axis in drawn}
+    assert values["classification loss (ground truth)"] == [[3.0]]
+    assert values["classification loss (distillation)"] == [[12.0]]

@@ -120,7 +120,9 @@ def expected_losses(cfg):
     kd = cfg.MODEL.CROSSKD
     if not kd.TEACHER.CONFIG_FILE:
         return set()
-    wanted = {"loss_cls_kd": True, "loss_box_reg_kd": True}
+    is_cascade = "Cascade" in cfg.MODEL.ROI_HEADS.NAME
+    stages = [f"_stage{k}" for k in range(3)] if is_cascade else [""]
+    wanted = {f"loss_{x}{stage}_kd": True for x in ("cls", "box_reg") for stage in stages}
     wanted["loss_mask_kd"] = cfg.MODEL.MASK_ON and kd.LOSS.MASK_WEIGHT > 0
     wanted["loss_feature_kd"] = kd.LOSS.FEATURE_WEIGHT > 0
     wanted["loss_rpn_kd"] = kd.LOSS.RPN_WEIGHT > 0

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from typing import List, Mapping
 
 from detectron2.utils.file_io import PathManager
@@ -46,7 +47,8 @@ def plot_curves(
     for i, (label, file) in enumerate(runs.items()):
         lines = read_metrics(file)
         for axis, key in zip(axes, panels):
-            points = [(line["iteration"], line[key]) for line in lines if key in line]
+            values = ((line["iteration"], _stages(line, key)) for line in lines)
+            points = [(iteration, sum(found)) for iteration, found in values if found]
             if points:
                 marker = "o" if key == metric else ""
                 axis.plot(*zip(*points), marker=marker, label=literal(label), color=f"C{i}")
@@ -61,3 +63,8 @@ def plot_curves(
     if title:
         figure.suptitle(literal(title))
     save_figure(figure, path)
+
+
+def _stages(line: dict, key: str) -> List[float]:
+    """The value of a key, or those of the stages of a Cascade R-CNN."""
+    return [value for name, value in line.items() if re.sub(r"_stage\d+", "", name) == key]
