@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_cfg, tiny_model
+from test_cascade_teachers import CASCADE
 from test_dense import dense_cfg
 
 from crosskd_ifc import attach_teacher
@@ -33,16 +34,19 @@ KINDS = ("RCNN", "RetinaNet", "FCOS")
 
 def student_cfg(folder, kind, *opts):
     """A student's config; of its teacher there is a config, but no weights."""
-    teacher = tiny_cfg(architecture="GeneralizedRCNN")
-    if kind != "RCNN":
+    teacher = tiny_cfg(*(CASCADE if kind == "Cascade" else ()), architecture="GeneralizedRCNN")
+    if kind in ("RetinaNet", "FCOS"):
         teacher = dense_cfg(kind, stock=True)
     (folder / "teacher.yaml").write_text(teacher.dump())
     names = ("MODEL.CROSSKD.TEACHER.CONFIG_FILE", str(folder / "teacher.yaml"))
     names += ("MODEL.CROSSKD.TEACHER.WEIGHTS", "none.pth")
-    return tiny_cfg(*names, *opts) if kind == "RCNN" else dense_cfg(kind, *names, *opts)
+    if kind == "Cascade":
+        names += (*CASCADE, "MODEL.ROI_HEADS.NAME", "CrossKDCascadeROIHeads")
+    two_stage = kind in ("RCNN", "Cascade")
+    return tiny_cfg(*names, *opts) if two_stage else dense_cfg(kind, *names, *opts)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "Cascade"])
 def test_every_part_runs_in_every_round_and_changes_no_weight(kind, tmp_path):
     bench = StepBenchmark(student_cfg(tmp_path, kind), SMALL)
     before = {k: v.clone() for k, v in bench.student.state_dict().items()}
