@@ -1,5 +1,6 @@
 """tools/predict.py and what it calls."""
 
+import errno
 import json
 import os
 import runpy
@@ -19,6 +20,7 @@ from test_fcos import TINY as TINY_FCOS
 from test_fcos import fcos_cfg
 
 from crosskd_ifc import ConfigError
+from crosskd_ifc.analysis import prediction
 from crosskd_ifc.analysis.detector import load_detector
 from crosskd_ifc.analysis.inputs import find_sources
 from crosskd_ifc.weights.export import export_student
@@ -161,6 +163,16 @@ def test_an_image_that_would_be_clipped_is_not_read(files, tmp_path, capsys):
         run(files / "student", tmp_path / "16.png", "--output", tmp_path / "out")
     assert not (tmp_path / "out" / "16.png").exists()
     assert "16.png" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_no_unreadable_input(files, tmp_path, monkeypatch, capsys):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr(prediction, "replacing", full)
+    with pytest.raises(SystemExit, match="^error: .*No space left on device.*b.png"):
+        run(files / "student", files / "photos" / "b.png", "--output", tmp_path / "out")
+    assert "Not read" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("teacher", ["config", "{files}/teacher"])

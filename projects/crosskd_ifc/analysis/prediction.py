@@ -71,6 +71,7 @@ def predict(
     Raises:
         ConfigError: before anything is detected, for outputs that exist and for annotations that
             don't fit the images or classes; for two inputs that would be written to one file.
+        OSError: for a disk that can't be written to.
     """
     last = list(detectors.values())[-1]
     outputs = {source: _output(source, folder) for source in sources} if folder else {}
@@ -94,6 +95,8 @@ def predict(
                         if write is not None:
                             write(draw(frame.image, found), frame.fps)
             except OSError as error:
+                if error.errno:  # not of the input, but of the disk that is written to
+                    raise
                 logger.warning(str(error))
                 unreadable.append(source.path)
     if results:

@@ -1,6 +1,7 @@
 """What the command lines of all tools share."""
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -18,6 +19,8 @@ _COMMANDS = {
     "lazyconfig_train_net": "crosskd-train-lazyconfig",
     "train_net": "crosskd-train",
 }
+# It is full, or may not be written to.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -51,7 +54,7 @@ def tool_parser(file: str, description: str) -> argparse.ArgumentParser:
 
 
 def run_tool(main: Callable[[], Any], *, resumes: bool = False, tells_more: bool = False) -> Any:
-    """Run a tool; a user's mistake ends it with one line.
+    """Run a tool; a user's mistake and a full disk end it with one line.
 
     Args:
         main: what it does.
@@ -71,6 +74,10 @@ def run_tool(main: Callable[[], Any], *, resumes: bool = False, tells_more: bool
     try:
         return main()
     except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         if not resumes:
