@@ -5,7 +5,13 @@ import yaml
 from detectron2.config import get_cfg
 
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config
-from crosskd_ifc.common.config_files import find_config, load_config_text, merge_from_file
+from crosskd_ifc.common.config_files import (
+    default_config,
+    find_config,
+    load_config,
+    load_config_text,
+    merge_from_file,
+)
 from crosskd_ifc.common.paths import REPO_CONFIGS
 from crosskd_ifc.data.cards import register_cards
 from crosskd_ifc.modeling.attach import check_teacher_weights
@@ -86,6 +92,20 @@ def test_a_config_names_files_beside_it(tmp_path, monkeypatch):
         register_cards(["gone.yaml"])
     places = [f"{here}/sub/gone.yaml", str(tmp_path / "gone.yaml"), f"{REPO_CONFIGS}/gone.yaml"]
     assert str(error.value).split("\n  - ")[1:] == places
+
+
+def test_what_a_run_has_written_names_files_from_where_it_was_started(tmp_path, monkeypatch):
+    # Started in the teacher's folder; the student's own has files of the same names.
+    for folder in ("teacher", "student"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model_final.pth").write_text("")
+    cfg = default_config()
+    cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE = "config.yaml"
+    cfg.MODEL.CROSSKD.TEACHER.WEIGHTS = "model_final.pth"
+    (tmp_path / "student" / "config.yaml").write_text(cfg.dump())
+    monkeypatch.chdir(tmp_path / "teacher")
+    found = load_config(str(tmp_path / "student" / "config.yaml"), found=True)
+    assert found.MODEL.CROSSKD.TEACHER == cfg.MODEL.CROSSKD.TEACHER
 
 
 def test_teacher_weights_that_are_nowhere_are_told_with_what_was_tried(tmp_path, monkeypatch):

@@ -96,7 +96,8 @@ def load_config(
         config_file: as of :func:`find_config`.
         opts: KEY, VALUE, ... on top.
         key, opts_key: what gave them, for errors.
-        found: the file was found beside weights, not named by the user: no IMPORTS.
+        found: the file was found beside weights, not named by the user: no IMPORTS, and the files
+            that it names are not looked up beside it, since a training has written it.
 
     Raises:
         ConfigError: if there is no such config, or it or ``opts`` can't be merged.
@@ -106,7 +107,7 @@ def load_config(
         raise ConfigError(f"{key} is missing")
     path = config_file if found else find_config(config_file, key=key)[0]
     cfg = default_config()
-    merge_from_file(cfg, path, key=key)
+    merge_from_file(cfg, path, key=key, as_written=found)
     merge_from_list(cfg, opts, key=opts_key)
     if found:
         refuse_user_code(cfg, path)
@@ -154,7 +155,7 @@ def find_config(name: str, *, key: str) -> Tuple[str, str]:
         raise missing from None
 
 
-def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
+def merge_from_file(cfg: CN, path: str, *, key: str, as_written: bool = False) -> None:
     """``cfg.merge_from_file`` through safe YAML, with errors that say where they come from.
 
     Only a config of the installed model zoo may hold YAML tags, which run code: detectron2's
@@ -165,6 +166,7 @@ def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
         cfg: the config to merge into.
         path: YAML file.
         key: the config key or argument that named it, for the error.
+        as_written: don't look up beside it what it names.
 
     Raises:
         ConfigError: if the file is no config of known keys and fitting types.
@@ -175,7 +177,7 @@ def merge_from_file(cfg: CN, path: str, *, key: str) -> None:
     try:
         content = {} if of_the_zoo else _CheckedCfg.load_yaml_with_base(path)
         cfg.merge_from_file(path, allow_unsafe=of_the_zoo)
-        for name in _FILES:
+        for name in () if as_written else _FILES:
             *sections, leaf = name.split(".")
             value = _section(content, sections).get(leaf)
             if value:
