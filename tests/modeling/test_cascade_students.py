@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
 from helpers import tiny_batch, tiny_cfg, tiny_model, train_losses
-from test_cascade_teachers import CASCADE, OWN, T, cascade
+from test_cascade_teachers import CASCADE, OWN, T, cascade, lazy_cascade
 from test_rcnn import assert_same_detector, assert_same_predictions, fusion, gradients
 
-from crosskd_ifc import ConfigError, attach_teacher
+from crosskd_ifc import ConfigError, CrossKDCascadeROIHeads, CrossKDRCNN, attach_teacher
 from crosskd_ifc.distillation import losses
 from crosskd_ifc.distillation.teacher import TeacherPass
 from crosskd_ifc.modeling import summary
@@ -192,6 +193,18 @@ def test_a_cascade_mask_rcnn_learns_masks_too():
     assert all(found[k] > 0 for k in found if k.endswith("_kd"))
     same = twin(*MASK, *fusion("none", ("fc2",)))
     assert train_losses(same, tiny_batch(masks=True))[0]["loss_mask_kd"] <= 1e-5
+
+
+def test_a_cascade_from_lazyconfig_learns():
+    model = lazy_cascade()
+    torch.manual_seed(0)
+    teacher = instantiate(model)
+    model._target_, model.roi_heads._target_ = CrossKDRCNN, CrossKDCascadeROIHeads
+    student = instantiate(model)
+    attach_teacher(student, {"FUSION": {"IN_FEATURES": ("pool", "fc1")}}, teacher=teacher)
+    found, _ = train_losses(student.train(), tiny_batch(masks=True))
+    assert [k for k in found if k.endswith("_kd")] == [*KD_KEYS, "loss_mask_kd"]
+    assert all(found[k] > 0 for k in found if k.endswith("_kd"))
 
 
 def test_statistics_are_of_each_stage():

@@ -147,15 +147,20 @@ def test_the_cross_head_detects():
         assert len(student.eval().cross_head_inference(tiny_batch())) == 2
 
 
-def test_a_cascade_from_lazyconfig_teaches():
+def lazy_cascade():
+    """The model node of detectron2's LazyConfig of a Cascade Mask R-CNN, narrowed."""
     cfg = LazyConfig.load(model_zoo.get_config_file("common/models/cascade_rcnn.py"))
     widths = [x for x in NARROW if ".box_" not in x]
     LazyConfig.apply_overrides(cfg, [*widths, "model.roi_heads.mask_head.input_shape.channels=32"])
     for head, predictor in zip(cfg.model.roi_heads.box_heads, cfg.model.roi_heads.box_predictors):
         head.input_shape.channels, head.fc_dims = 32, [16, 16]
         predictor.input_shape.channels = 16
+    return cfg.model
+
+
+def test_a_cascade_from_lazyconfig_teaches():
     torch.manual_seed(0)
-    student, _ = distilling(T + "STAGE", 2, teacher=instantiate(cfg.model))
+    student, _ = distilling(T + "STAGE", 2, teacher=instantiate(lazy_cascade()))
     assert train_losses(student, tiny_batch())[0]["loss_cls_kd"] > 0
 
 
