@@ -219,6 +219,7 @@ def test_the_log_says_what_enters_which_stage(monkeypatch):
     text = summary.describe_distillation(pair(*POOL_AND_FC1)[0], student_cfg(*POOL_AND_FC1))
     for k in range(3):
         assert f"cross-head stage{k}  pool (8x7x7), fc1 (16) -> direct" in text
+        assert f"the teacher's fc2 (16) of stage {k + 1} -> its predictor" in text
 
 
 @pytest.mark.parametrize("stage", [1, "mean"])

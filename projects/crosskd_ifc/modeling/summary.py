@@ -105,7 +105,9 @@ def _describe_heads(student: Student, mimic: str) -> List[tuple]:
         for part in student.distiller.box.parts:
             pair = part.stages
             layers = ours[pair.student].layers, theirs[pair.teacher].layers
-            lines += _describe_fusion(f"cross-head {pair.name}".rstrip(), part.fusion, *layers)
+            of = f" of stage {pair.teacher + 1}" if len(theirs) > 1 else ""
+            name = f"cross-head {pair.name}".rstrip()
+            lines += _describe_fusion(name, part.fusion, *layers, of=of)
         return lines
     ours, theirs = (towers_of(m.head) for m in _networks(student))
     for tower, fusion in student.distiller.fusion.items():
@@ -118,14 +120,14 @@ def _networks(student: Student) -> tuple:
 
 
 def _describe_fusion(
-    name: str, fusion: FeatureFusion, ours: NamedLayers, theirs: NamedLayers
+    name: str, fusion: FeatureFusion, ours: NamedLayers, theirs: NamedLayers, *, of: str = ""
 ) -> List[tuple]:
     shapes = {tap: _text(ours.shapes[tap]) for tap in fusion.taps}
     detached = {tap: ", detached" if tap in fusion.detach else "" for tap in fusion.taps}
     taps = ", ".join(f"{tap} ({shape}{detached[tap]})" for tap, shape in shapes.items())
     align = "" if fusion.align == "none" else f", {fusion.align}"
     combination = type(fusion.combine).__name__ + align
-    entry = f"the teacher's {fusion.entry} ({_text(theirs.shapes[fusion.entry])})"
+    entry = f"the teacher's {fusion.entry} ({_text(theirs.shapes[fusion.entry])}){of}"
     after = theirs.names[theirs.depth(fusion.entry) + 1 :]
     then = "".join(f"{layer}, " for layer in after) + "predictor"
     learned = {f"adapter of {tap}": module for tap, module in fusion.adapters.items()}
