@@ -824,10 +824,13 @@ def test_classes_that_a_card_lacks_are_told_ready_to_paste(tmp_path):
     voc.change(classes=json.loads(text.split("classes: ")[-1].splitlines()[0]))
     assert "unknown class" not in voc.found()
     (tmp_path / "second").mkdir()
-    coco = Coco(tmp_path / "second", classes=["cell"])
+    coco = Coco(tmp_path / "second", classes=["rod"])
     coco.found()
     text = str(check_card(load_card(str(coco.card))))
-    assert "lacks, with their boxes: rod 3\n" in text and 'classes: ["cell", "rod"]' in text
+    # In the order of the file's ids: in another one, ids would mean other classes.
+    assert "lacks, with their boxes: cell 3\n" in text and 'classes: ["cell", "rod"]' in text
+    coco.change(classes=["cell", "rod"])
+    assert coco.found() == {}
 
 
 def test_every_kind_of_finding_is_tested():

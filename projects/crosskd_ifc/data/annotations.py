@@ -138,6 +138,7 @@ def check_coco(report: Findings, split: str) -> List[ListedImage]:
     if not classes:
         broken("no categories")
     elif classes != report.classes:
+        report.in_file = report.in_file or (classes if report.card.classes else ())
         pairs = enumerate(itertools.zip_longest(classes, report.classes))
         number, (here, there) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
         report.add(

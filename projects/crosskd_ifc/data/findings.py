@@ -65,6 +65,7 @@ class Findings:
         classes: the class names.
         sizes: split -> (width, height) of each box, in pixels.
         unknown: class -> number of boxes, of classes in the annotations that the card lacks.
+        in_file: all classes of a COCO file, in the order of their ids, if the card's are others.
         not_looked_for: what couldn't be, with the reason.
     """
 
@@ -75,6 +76,7 @@ class Findings:
         self.classes: Tuple[str, ...] = card.classes or ()
         self.sizes: Dict[str, List[Tuple[float, float]]] = defaultdict(list)
         self.unknown: Counter = Counter()
+        self.in_file: Tuple[str, ...] = ()
         self.not_looked_for: List[str] = []
 
     def add(self, kind: str, where: str) -> None:
@@ -145,9 +147,12 @@ class Findings:
                     lines.append(f"  ... and {len(places) - examples:,} more (--all shows them)")
         if self.unknown:
             counts = ", ".join(f"{quoted(n)} {k:,}" for n, k in self.unknown.most_common())
-            names = json.dumps([*self.classes, *sorted(self.unknown)], ensure_ascii=False)
             lines += ["", f"classes that the card lacks, with their boxes: {_printable(counts)}"]
-            lines += ["to have them all, put into the card:", f"  classes: {_printable(names)}"]
+        if self.unknown or self.in_file:
+            names = list(self.in_file) or [*self.classes, *sorted(self.unknown)]
+            text = _printable(json.dumps(names, ensure_ascii=False))
+            lines += [] if self.unknown else [""]
+            lines += ["to have them all, put into the card:", f"  classes: {text}"]
         lines += [""] * bool(self.not_looked_for)
         lines += [f"not looked for: {what}" for what in self.not_looked_for]
         totals = [(self.total(s), s) for s in ("error", "warning", "note")]
