@@ -12,6 +12,7 @@ docs/deploy.md.
 """
 
 import os
+import shlex
 import sys
 from typing import List, Optional
 
@@ -27,6 +28,8 @@ Use it wherever detectron2 is installed:
     cfg = get_cfg()
     cfg.merge_from_file({config!r})
     detections = DefaultPredictor(cfg)(image)["instances"]  # image as from cv2.imread
+
+Or look at what it finds: python tools/predict.py {out} PHOTOS
 """
 LAZY = """\
 Use it wherever detectron2 is installed:
@@ -38,6 +41,8 @@ Use it wherever detectron2 is installed:
     model = instantiate(cfg.model).eval()
     DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
     detections = model([{{"image": image}}])[0]["instances"]  # resized as cfg.input says
+
+Or look at what it finds: python tools/predict.py {out} PHOTOS
 """
 FILE = "docs/deploy.md has a program that runs it without detectron2 and torch.\n"
 
@@ -72,7 +77,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if options["int8"]:
         print("In int8 it finds something else: measure its AP by tools/evaluate_export.py\n")
     usage = FILE if same != "exactly" else LAZY if done.architecture[1] == "FCOS" else YACS
-    print(usage.format(config=done.config))
+    print(usage.format(config=done.config, out=shlex.quote(out)))
     return 0
 
 

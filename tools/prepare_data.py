@@ -11,6 +11,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from typing import List, Optional
 
@@ -79,6 +80,10 @@ def main(argv: Optional[List[str]] = None) -> int:
             options = dict(split=args.split, layout=args.layout, seed=args.seed, force=args.force)
             near = not args.ignore_near_duplicates
             print(make_card(args.folder, args.output, near_duplicates=near, **options))
+            card = shlex.quote(args.output)
+            print("\nNext, in this order:")
+            print(f"  python tools/prepare_data.py check {card}")
+            print(f"  python tools/prepare_data.py configs {card} --output FOLDER")
             return 0
         if args.command == "configs":
             options = dict(teacher=args.teacher, student=args.student, detector=args.detector)

@@ -88,6 +88,9 @@ def test_a_config_names_files_beside_it(tmp_path, monkeypatch):
     assert cfg.DATASETS.CARDS == (f"{here}/sub/card.yaml", "only_there.yaml", "gone.yaml")
     assert kd.TEACHER.CONFIG_FILE == "teacher.yaml"
     assert find_config(kd.TEACHER.CONFIG_FILE, key="x")[0] == str(tmp_path / "teacher.yaml")
+    # A config of the current folder says what it said before, on any machine.
+    (tmp_path / "config.yaml").write_text("DATASETS: {CARDS: [card.yaml]}\n")
+    assert merged("config.yaml").DATASETS.CARDS == ("card.yaml",)
     with pytest.raises(ConfigError) as error:
         register_cards(["gone.yaml"])
     places = [f"{here}/sub/gone.yaml", str(tmp_path / "gone.yaml"), f"{REPO_CONFIGS}/gone.yaml"]

@@ -28,6 +28,8 @@ def beside(path: str, config_file: str) -> str:
         return path
     folder = os.path.dirname(os.path.abspath(config_file))
     found = os.path.normpath(os.path.join(folder, path))
+    if found == os.path.abspath(path):
+        return path  # the same from the current folder
     if PathManager.isfile(found.split("?")[0]):  # detectron2's ?query for weights
         return found
     places = _not_beside.setdefault(path, [])
