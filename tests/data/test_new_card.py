@@ -236,6 +236,13 @@ def test_photos_that_look_alike_stay_together_and_a_seed_decides(tmp_path, tool,
     assert "alike in two splits" in check_card(load_card(str(tmp_path / "d.yaml"))).found
 
 
+def test_a_split_without_a_photo_is_told(tmp_path, tool, capsys):
+    coco(tmp_path, count=2)
+    assert tool(["init", str(tmp_path), "--output", str(tmp_path / "c.yaml")]) == 0
+    assert "none are left for val and test" in capsys.readouterr().out
+    assert split_sizes(tmp_path / "c.yaml") == {"c_train": 2}
+
+
 def test_what_cant_be_used_is_told_and_left_out(tmp_path, tool, capsys):
     voc(tmp_path)
     labels = tmp_path / "labels/deep/er"

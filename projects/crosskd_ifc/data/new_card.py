@@ -138,7 +138,8 @@ def split_photos(
         left[name] -= len(group)
         for i in group:
             found.photos[i].split = name
-    return how
+    empty = [name for name in names if name not in {photo.split for photo in found.photos}]
+    return how + (f"; none are left for {' and '.join(empty)}" if empty else "")
 
 
 def _hash(path: str) -> Optional[object]:
