@@ -4,7 +4,7 @@ from typing import Dict, List, Set
 
 import numpy as np
 
-from ..common.plotting import literal, pyplot, save_figure
+from ..common.plotting import literal, pyplot, save_figure, set_title
 from .protocol import TEACHER
 from .statistics import Difference
 from .tables import Section, Table
@@ -26,10 +26,10 @@ def draw_curves(table: Table, path: str) -> None:
     for axis, section in zip(axes.flat, sections):
         _curves(axis, table, section)
     content = table.content
-    figure.suptitle(
+    set_title(
+        figure,
         literal(f"{content['title']}\nAP on {content['validation'] or content['test']}: ")
         + "mean of the seeds; bands: lowest to highest",
-        fontsize=11,
     )
     save_figure(figure, path)
 
@@ -84,11 +84,11 @@ def draw_differences(table: Table, path: str) -> bool:
         low, high = zip(*(axis.get_xlim() for axis in same))
         for axis in same:
             axis.set_xlim(min(low), max(high))
-    figure.suptitle(
+    set_title(
+        figure,
         literal(f"{table.content['title']}\nDifference of AP on {table.content['test']}")
         + ", paired by seed\n"
         + "mean with 95 % interval (of two seeds: cut at the border); circles: each seed",
-        fontsize=11,
     )
     save_figure(figure, path)
     return True
