@@ -35,6 +35,7 @@ def draw_evaluations(record: RunRecord, teacher: Dict[str, Optional[float]]) -> 
             axis.axhline(teacher[task], color="0.4", linestyle="--", label="teacher")
         axis.set_title(f"AP ({task}) on {literal(record.cfg.DATASETS.TEST[0])}", fontsize=10)
         _finish(axis)
+        axis.set_ylim(top=max(axis.get_ylim()[1], 1))  # less than a point looks like less
     return _to_svg(figure)
 
 
