@@ -1,54 +1,126 @@
 #!/usr/bin/env python
-"""COCO AP of an exported TorchScript or ONNX file, in its own runtime on the CPU.
+"""COCO AP or speed of exported TorchScript and ONNX files, each in its own runtime on the CPU.
 
     python tools/evaluate_export.py student-onnx --dataset crosskd_shapes_test
-    python tools/evaluate_export.py student-onnx --dataset cells_test --card cells.yaml \\
+    python tools/evaluate_export.py student-onnx student-ts --dataset cells_test --card c.yaml \\
         --checkpoint output/model_final.pth
+    python tools/evaluate_export.py student-onnx student-ts --dataset crosskd_shapes_test \\
+        --checkpoint output/model_final.pth --teacher teacher/model_final.pth --speed 20
 
-EXPORTED is a folder that export_student.py wrote. With --checkpoint detectron2 evaluates that, too,
-and a difference of more than 0.1 AP is an error (exit status 1).
+EXPORTED are folders that export_student.py wrote. With --checkpoint detectron2 evaluates that, too,
+and a difference of more than 0.1 AP is an error (exit status 1), of an int8 file more than 1 AP.
+With --speed all run in turns instead, image by image, on the first images of the data set.
 """
 
+import os
+import shlex
 import sys
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
-from crosskd_ifc.common.command_line import tool_parser
+import torch
+from tabulate import tabulate
+
+from crosskd_ifc.common.command_line import tool_command, tool_parser
+from crosskd_ifc.common.environment import hardware, versions
+from crosskd_ifc.common.files import write_json
 from crosskd_ifc.data.cards import register_cards
-from crosskd_ifc.weights.evaluating import compare, evaluate_checkpoint, evaluate_deployed
+from crosskd_ifc.weights.deployed import read_info
+from crosskd_ifc.weights.evaluating import (
+    compare,
+    dataset_records,
+    evaluate_checkpoint,
+    evaluate_deployed,
+)
+from crosskd_ifc.weights.timing import images_per_second, load_detectors, measure_in_turns
+
+_TOLERANCE = {"int8": 1.0}  # AP; of the others 0.1
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command line and returns the exit status."""
+def parse(argv: Optional[List[str]] = None):
     parser = tool_parser(__file__, __doc__)
-    parser.add_argument("EXPORTED", help="a folder with model.json")
+    parser.add_argument("EXPORTED", nargs="+", help="folders with model.json")
     parser.add_argument("--dataset", required=True, help="name of a registered data set")
     parser.add_argument("--card", nargs="+", default=[], help="dataset cards to register")
     parser.add_argument("--checkpoint", default="", help="compare with this checkpoint's AP")
     parser.add_argument("--config-file", default="", help="the config it was trained with")
+    tolerance = dict(type=float, metavar="AP", help="the most that may differ [0.1; int8 1]")
+    parser.add_argument("--tolerance", **tolerance)
     parser.add_argument(
-        "--tolerance", type=float, default=0.1, metavar="AP", help="the most that may differ"
+        "--speed", type=int, default=0, metavar="ROUNDS", help="measure images per second, no AP"
     )
+    parser.add_argument("--teacher", default="", help="a checkpoint whose speed to measure, too")
+    parser.add_argument("--images", type=int, default=16, help="of a round")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--json", default="", metavar="FILE", help="for what was found")
     args = parser.parse_args(argv)
+    if args.teacher and not args.speed:
+        parser.error("--teacher is for --speed")
+    if args.speed < 0 or args.images < 1:
+        parser.error("--speed and --images must be at least 1")
+    args.command = sys.argv[1:] if argv is None else argv
+    return args
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs the command line and returns the exit status."""
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    problems: List[str] = []
     try:
         register_cards(args.card)
-        found = evaluate_deployed(args.EXPORTED, args.dataset)
-        _print(args.EXPORTED, found)
-        if not args.checkpoint:
-            return 0
-        wanted = evaluate_checkpoint(args.checkpoint, args.dataset, args.config_file)
-        _print(args.checkpoint, wanted)
+        kinds = [read_info(folder).kind for folder in args.EXPORTED]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"EXPORTED are {', '.join(kinds)}; give one of each kind")
+        found = _speeds(args) if args.speed else _aps(args, problems)
+        if args.json:
+            command = shlex.join([*tool_command("evaluate_export").split(), *args.command])
+            threads = torch.get_num_threads()
+            about = dict(versions=versions(), hardware=hardware("cpu", threads))
+            os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
+            write_json(args.json, {"command": command, **about, "dataset": args.dataset, **found})
     except (ImportError, OSError, ValueError) as error:
         print(f"evaluate_export: {error}", file=sys.stderr)
         return 1
-    problems = compare(found, wanted, args.tolerance)
     for problem in problems:
-        print(f"evaluate_export: {args.EXPORTED} has {problem}", file=sys.stderr)
+        print(f"evaluate_export: {problem}", file=sys.stderr)
     return bool(problems)
+
+
+def _aps(args, problems: List[str]) -> Dict[str, Any]:
+    found, sizes = {}, {}
+    for folder in args.EXPORTED:
+        info = read_info(folder)
+        found[info.kind] = evaluate_deployed(folder, args.dataset)
+        sizes[info.kind] = os.path.getsize(os.path.join(folder, info.file))
+        _print(folder, found[info.kind])
+    content = {"images": len(dataset_records(args.dataset)), "bytes": sizes, "results": found}
+    if not args.checkpoint:
+        return content
+    wanted = evaluate_checkpoint(args.checkpoint, args.dataset, args.config_file)
+    _print(args.checkpoint, wanted)
+    for folder, (kind, results) in zip(args.EXPORTED, found.items()):
+        default = _TOLERANCE.get(kind, 0.1)
+        tolerance = default if args.tolerance is None else args.tolerance
+        problems += [f"{folder} has {x}" for x in compare(results, wanted, tolerance)]
+    return {**content, "results": {"checkpoint": wanted, **found}}
 
 
 def _print(name: str, results: dict) -> None:
     aps = (f"{task} AP {x['AP']:.2f}, AP50 {x['AP50']:.2f}" for task, x in results.items())
     print(f"{name}: {'; '.join(aps)}")
+
+
+def _speeds(args) -> Dict[str, Any]:
+    checkpoints = {"teacher": (args.teacher, ""), "checkpoint": (args.checkpoint, args.config_file)}
+    checkpoints = {name: paths for name, paths in checkpoints.items() if paths[0]}
+    records = dataset_records(args.dataset)[: args.images]
+    seconds = measure_in_turns(load_detectors(args.EXPORTED, checkpoints, records), args.speed)
+    found = {name: images_per_second(x, len(records)) for name, x in seconds.items()}
+    rows = [(name, x["median"], "{} - {}".format(*x["quartiles"])) for name, x in found.items()]
+    headers = ("detector", "images/s, median", "quartiles")
+    print(tabulate(rows, headers, tablefmt="github", floatfmt=".1f"))
+    return {"images": len(records), "rounds": args.speed, "images_per_second": found}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The program in docs/deploy.md runs an exported file without torch."""
+"""docs/deploy.md: its program runs an exported file without torch, its numbers are recorded."""
 
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from crosskd_ifc.weights.deployed import difference
 from crosskd_ifc.weights.export import export_student
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "deploy.md"
+RECORDED = PAGE.parents[1] / "benchmarks" / "deployment"
 WITHOUT = """
 import runpy, sys
 for name in ("torch", "torchvision", "detectron2", "crosskd_ifc", "PIL"):
@@ -84,3 +86,39 @@ def test_it_resizes_and_pads_to_a_fixed_size(program, tmp_path):
         wanted = student([{"image": padded}])[0]["instances"]
     best = wanted.pred_boxes.tensor[0].clamp(max=torch.tensor([152.0, 100, 152, 100])) * 2
     assert (boxes[0] - best).abs().max() < 0.02 and abs(scores[0] - wanted.scores[0]) < 1e-3
+
+
+def rows_between(what):
+    """Cells of the table that benchmarks/deployment/measure.py writes."""
+    begin, end = f"<!-- {what}: benchmarks/deployment/measure.py -->", f"<!-- end of {what} -->"
+    text = PAGE.read_text().split(begin)[1].split(end)[0]
+    rows = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def recorded(what):
+    return [json.loads(path.read_text()) for path in RECORDED.glob(f"*_{what}.json")]
+
+
+def test_the_aps_in_the_docs_are_the_recorded_ones_and_those_of_files_are_the_checkpoints():
+    told, wanted = rows_between("ap"), []
+    for found in recorded("ap"):
+        assert found["images"] == 300 and found["dataset"] == "crosskd_shapes_test"
+        results, sizes = found["results"], found["bytes"]
+        for task in results["checkpoint"]:
+            aps = [results[x][task]["AP"] for x in ("checkpoint", "torchscript", "onnx", "int8")]
+            assert max(abs(ap - aps[0]) for ap in aps[:3]) <= 0.1
+            sizes_told = f"{sizes['onnx'] / 1e6:.1f} / {sizes['int8'] / 1e6:.1f}"
+            wanted.append([{"bbox": "boxes", "segm": "masks"}[task], *map("{:.2f}".format, aps)])
+            wanted[-1].append(sizes_told)
+    assert sorted(row[1:] for row in told) == sorted(wanted)
+
+
+def test_the_speeds_in_the_docs_are_the_recorded_ones():
+    wanted, kinds = [], ("teacher", "checkpoint", "torchscript", "onnx", "int8")
+    for found in recorded("speed"):
+        speeds = found["images_per_second"]
+        assert found["rounds"] >= 20 and found["dataset"] == "crosskd_shapes_test"
+        cells = [f"{speeds[x]['median']:.1f}" if x in speeds else "" for x in kinds]
+        wanted.append(cells)
+    assert sorted(row[1:] for row in rows_between("speed")) == sorted(wanted)

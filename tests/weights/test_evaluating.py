@@ -15,6 +15,7 @@ from test_deployed import make
 from crosskd_ifc import ConfigError
 from crosskd_ifc.weights.evaluating import compare, evaluate_checkpoint, evaluate_deployed
 from crosskd_ifc.weights.export import export_student
+from crosskd_ifc.weights.timing import images_per_second, measure_in_turns
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate_export.py"
 
@@ -78,17 +79,56 @@ def test_another_ap_is_an_error_and_so_is_an_unknown_data_set(labelled, tmp_path
     out = str(tmp_path / "out")
     export_student(run, out, format="torchscript")
     arguments = [out, "--dataset", "labelled", "--checkpoint"]
-    assert main([*arguments, run]) == 0
+    kept = tmp_path / "kept" / "ap.json"
+    assert main([*arguments, run, "--json", str(kept)]) == 0
     printed = capsys.readouterr().out
     assert f"{out}: bbox AP " in printed and f"{run}: bbox AP " in printed
+    content = json.loads(kept.read_text())
+    assert content["results"]["torchscript"] == content["results"]["checkpoint"]
+    assert f"bbox AP {content['results']['checkpoint']['bbox']['AP']:.2f}" in printed
+    assert content["images"] == 2 and content["command"].endswith(f"--json {kept}")
+    assert content["bytes"] == {"torchscript": (tmp_path / "out" / "model.ts").stat().st_size}
     other, _ = make("Faster R-CNN", tmp_path / "other", "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.1)
     assert main([*arguments, other]) == 1
     assert "has bbox AP" in capsys.readouterr().err
+    assert main([out, out, "--dataset", "labelled"]) == 1
+    assert "EXPORTED are torchscript, torchscript; give one of each" in capsys.readouterr().err
     assert main([out, "--dataset", "unknown"]) == 1
     assert "--dataset 'unknown' is not registered; give its card" in capsys.readouterr().err
     assert main([str(tmp_path), "--dataset", "labelled"]) == 1
     assert "model.json: no such file" in capsys.readouterr().err
     assert "labelled" in DatasetCatalog
+
+
+def test_the_tool_measures_speed_in_turns(labelled, tmp_path, capsys):
+    main = runpy.run_path(str(TOOL))["main"]
+    run, student = make("RetinaNet", tmp_path / "run", "DATASETS.TEST", ("labelled",))
+    labelled(student)
+    out, kept = str(tmp_path / "out"), tmp_path / "speed.json"
+    export_student(run, out, format="onnx")
+    arguments = [out, "--dataset", "labelled", "--speed", "2", "--json", str(kept)]
+    assert main([*arguments, "--checkpoint", run, "--teacher", run]) == 0
+    content = json.loads(kept.read_text())
+    assert (content["images"], content["rounds"]) == (2, 2)
+    speeds = content["images_per_second"]
+    assert list(speeds) == ["teacher", "checkpoint", "onnx"]
+    printed = capsys.readouterr().out
+    assert all(f" {x['median']:.1f} " in printed and x["median"] > 0 for x in speeds.values())
+
+
+def test_parts_take_turns_and_the_first_rounds_do_not_count():
+    calls = []
+    parts = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = measure_in_turns(parts, rounds=3)
+    assert all(len(x) == 3 for x in seconds.values())
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) > 3 and all(sorted(x) == ["a", "b", "c"] for x in rounds)
+    assert set(rounds[-3:]) == {"abc", "bca", "cab"}
+
+
+def test_images_per_second_are_medians_over_rounds():
+    assert images_per_second([1.0, 2.0, 4.0], 8) == {"median": 4.0, "quartiles": [3.0, 6.0]}
+    assert images_per_second([0.5], 8) == {"median": 16.0, "quartiles": [16.0, 16.0]}
 
 
 def test_an_ap_that_is_missing_or_no_number_differs():

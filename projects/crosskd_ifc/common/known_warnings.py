@@ -10,6 +10,10 @@ import warnings
 warnings.filterwarnings(
     "ignore", r"`torch\.jit\.script` is deprecated", FutureWarning, r"torch\.jit\._script"
 )
+# exported files in TorchScript, which detectron2 can be traced to and not to what replaces it
+warnings.filterwarnings(
+    "ignore", r"`torch\.jit\.load` is deprecated", FutureWarning, r"torch\.jit\._serialization"
+)
 # detectron2's model zoo finds its files by pkg_resources
 warnings.filterwarnings(
     "ignore", r"pkg_resources is deprecated", UserWarning, r"detectron2\.model_zoo\.model_zoo"

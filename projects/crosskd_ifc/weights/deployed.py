@@ -51,6 +51,13 @@ class Info(NamedTuple):
     outputs: Tuple[str, ...]
     classes: Tuple[str, ...]
 
+    @property
+    def kind(self) -> str:
+        """ "torchscript", "onnx" or, of an ONNX file in int8, "int8"."""
+        if self.precision != "float32":
+            return self.precision
+        return "onnx" if self.file.endswith(".onnx") else "torchscript"
+
     def to_json(self) -> Dict[str, Any]:
         """As it stands in ``model.json``, with what is the same for all files."""
         return {
@@ -120,7 +127,7 @@ class DeployedModel:
         path = os.path.join(folder, self.info.file)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file")
-        self._run = (_onnx if path.endswith(".onnx") else _torchscript)(path)
+        self._run = (_torchscript if self.info.kind == "torchscript" else _onnx)(path)
 
     @torch.no_grad()
     def __call__(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Instances]]:
@@ -179,7 +186,9 @@ def _torchscript(path: str) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
 def _onnx(path: str) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(image: torch.Tensor) -> Sequence[torch.Tensor]:
         arrays = session.run(None, {"image": np.ascontiguousarray(image.numpy())})

@@ -66,14 +66,23 @@ def compare(found: Results, wanted: Results, tolerance: float) -> List[str]:
     ]
 
 
-def _evaluate(model: Callable, dataset: str, mapper: Callable[[dict], Any]) -> Results:
+def dataset_records(dataset: str) -> List[dict]:
+    """What a registered data set holds.
+
+    Raises:
+        ConfigError: if it isn't registered.
+    """
     if dataset not in DatasetCatalog:
         known = ", ".join(name for name in DatasetCatalog if name.startswith("crosskd"))
         raise ConfigError(
             f"--dataset {dataset!r} is not registered; give its card by --card. Built in: {known}"
         )
+    return DatasetCatalog.get(dataset)
+
+
+def _evaluate(model: Callable, dataset: str, mapper: Callable[[dict], Any]) -> Results:
     loader = build_detection_test_loader(
-        DatasetCatalog.get(dataset), mapper=CheckedMapper(mapper, check_image=True)
+        dataset_records(dataset), mapper=CheckedMapper(mapper, check_image=True)
     )
     with tempfile.TemporaryDirectory() as folder:
         # A data set without a JSON of its own is converted into this folder.

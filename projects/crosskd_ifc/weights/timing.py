@@ -1,0 +1,71 @@
+"""How fast detectors are, exported or not, measured in turns on one machine."""
+
+import statistics
+import time
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+
+import torch
+from detectron2.data import DatasetMapper
+
+from .deployed import DeployedModel
+from .export import load_student
+
+_WARMUP = 3  # rounds; TorchScript compiles in the first ones
+
+
+def load_detectors(
+    exported: Sequence[str], checkpoints: Mapping[str, Tuple[str, str]], records: Sequence[dict]
+) -> Dict[str, Callable[[], Any]]:
+    """For each detector a function that runs it on the same images, one after the other.
+
+    What it does is what a user waits for once the resized images are there: normalisation, network,
+    NMS, and boxes and masks in the size of the original image.
+
+    Args:
+        exported: folders that :func:`export_student` wrote.
+        checkpoints: name -> a training checkpoint, run in detectron2 on the CPU, and its config
+            file, as for :func:`export_student`.
+        records: the images, in detectron2's format.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: as :func:`evaluate_checkpoint`.
+    """
+    detectors: Dict[str, Any] = {}
+    for name, paths in checkpoints.items():
+        student = load_student(*paths)
+        detectors[name] = student.model, DatasetMapper(student.cfg, is_train=False)
+    for folder in exported:
+        model = DeployedModel(folder)
+        detectors[model.info.kind] = model, model.info.mapper()
+    return {name: _runner(model, list(map(m, records))) for name, (model, m) in detectors.items()}
+
+
+@torch.no_grad()
+def measure_in_turns(parts: Mapping[str, Callable[[], Any]], rounds: int) -> Dict[str, List[float]]:
+    """Seconds of each part in each round. In a round each runs once, in changing order, so that
+    what else the machine does falls on all alike."""
+    names, seconds = list(parts), {name: [] for name in parts}
+    for i in range(_WARMUP + rounds):
+        names.append(names.pop(0))
+        for name in names:
+            start = time.perf_counter()
+            parts[name]()
+            if i >= _WARMUP:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def images_per_second(seconds: Sequence[float], images: int) -> Dict[str, Any]:
+    """ "median" and "quartiles" over rounds of ``images`` each."""
+    speeds = [images / x for x in seconds]
+    quartiles = [speeds[0]] * 2
+    if len(speeds) > 1:
+        quartiles = statistics.quantiles(speeds, n=4, method="inclusive")[::2]
+    return {
+        "median": round(statistics.median(speeds), 2),
+        "quartiles": [round(x, 2) for x in quartiles],
+    }
+
+
+def _runner(model: Callable, inputs: Sequence[Dict[str, Any]]) -> Callable[[], Any]:
+    return lambda: [model([x]) for x in inputs]
