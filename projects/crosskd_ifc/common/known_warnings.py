@@ -19,7 +19,9 @@ warnings.filterwarnings(
     "ignore", r"pkg_resources is deprecated", UserWarning, r"detectron2\.model_zoo\.model_zoo"
 )
 # detectron2's anchors name no indexing
-warnings.filterwarnings("ignore", r"torch\.meshgrid: ", UserWarning, r"torch\.functional")
+warnings.filterwarnings(
+    "ignore", r"torch\.meshgrid: ", UserWarning, r"torch\.(functional|nn\.modules\.module)"
+)
 # detectron2's trainer hands it to DDP, where there are several processes
 warnings.filterwarnings(
     "ignore", r"`broadcast_buffers` is", FutureWarning, r"detectron2\.engine\.defaults"
