@@ -19,14 +19,12 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 PAGE = os.path.join(ROOT, "docs", "deploy.md")
-CASCADE = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
-CASCADE += ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
 SHORTER = "SOLVER.MAX_ITER", "220", "SOLVER.STEPS", "(154, 198)"
 # Name -> title, config below configs/quick, further settings.
 STUDENTS = {
     "faster_rcnn": ("Faster R-CNN", "faster_rcnn_R_18_shapes", ()),
     "mask_rcnn": ("Mask R-CNN", "mask_rcnn_R_18_shapes", ()),
-    "cascade_rcnn": ("Cascade R-CNN", "faster_rcnn_R_18_shapes", CASCADE),
+    "cascade_rcnn": ("Cascade R-CNN", "cascade_rcnn_R_18_shapes", ()),
     "retinanet": ("RetinaNet", "retinanet_R_18_shapes", SHORTER),
     "fcos": ("FCOS", "fcos_R_18_shapes", ()),
 }

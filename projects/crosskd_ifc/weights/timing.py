@@ -56,14 +56,18 @@ def measure_in_turns(parts: Mapping[str, Callable[[], Any]], rounds: int) -> Dic
 
 
 def images_per_second(seconds: Sequence[float], images: int) -> Dict[str, Any]:
-    """ "median" and "quartiles" over rounds of ``images`` each."""
-    speeds = [images / x for x in seconds]
-    quartiles = [speeds[0]] * 2
-    if len(speeds) > 1:
-        quartiles = statistics.quantiles(speeds, n=4, method="inclusive")[::2]
+    """:func:`spread` over rounds of ``images`` each."""
+    return spread([images / x for x in seconds])
+
+
+def spread(values: Sequence[float]) -> Dict[str, Any]:
+    """The "median" and the "quartiles"."""
+    quartiles = [values[0]] * 2
+    if len(values) > 1:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")[::2]
     return {
-        "median": round(statistics.median(speeds), 2),
-        "quartiles": [round(x, 2) for x in quartiles],
+        "median": round(statistics.median(values), 4),
+        "quartiles": [round(x, 4) for x in quartiles],
     }
 
 

@@ -23,6 +23,7 @@ from ...config import class_count
 from ...distillation.head_layers import box_stages
 from ...distillation.teacher import TeacherPass
 from ...modeling.attach import attach_teacher, load_teacher_config
+from ...weights.timing import spread
 from .instruments import peak_on_cpu, quiet_profiler, timed_modules
 
 #: What is timed: the plain student's training step, the stock float32 teacher's forward on the same
@@ -294,16 +295,6 @@ def summarize_times(seconds: Mapping[str, Sequence[float]]) -> Dict[str, Any]:
         "(a+b)/a": [(a + b) / a for a, b, d, c in rows],
     }
     return {
-        "seconds": {name: _spread(values) for name, values in seconds.items()},
-        "ratios": {name: _spread(values) for name, values in ratios.items()},
-    }
-
-
-def _spread(values: Sequence[float]) -> Dict[str, Any]:
-    quartiles = [values[0]] * 2
-    if len(values) > 1:
-        quartiles = statistics.quantiles(values, n=4, method="inclusive")[::2]
-    return {
-        "median": round(statistics.median(values), 4),
-        "quartiles": [round(x, 4) for x in quartiles],
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratios": {name: spread(values) for name, values in ratios.items()},
     }
