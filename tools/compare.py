@@ -18,6 +18,7 @@ import torch
 from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
 from crosskd_ifc.common.paths import CHECKOUT, TOOLS
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, select
+from crosskd_ifc.experiments.executors import add_executor_options, threads_of, train_by
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import write_report
 from crosskd_ifc.experiments.results import Results
@@ -28,10 +29,7 @@ def build_parser():
     parser.add_argument("protocol", help="YAML file, see tools/README.md")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
     parser.add_argument("--arms", nargs="+", help="only these, and the teachers that they need")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--threads", type=int, help="of a run; default: CPU cores / jobs")
-    parser.add_argument("--device", help="MODEL.DEVICE; default: a GPU if there is one")
-    parser.add_argument("--num-gpus", type=int, default=1, help="for each run")
+    add_executor_options(parser)
     parser.add_argument("--runs", help="folder for runs; default: output/compare/NAME")
     parser.add_argument("--output", help="folder for the report; default: benchmarks/NAME")
     parser.add_argument("--include", nargs="+", default=[], help="results.json of other machines")
@@ -54,10 +52,12 @@ def reproduction(args):
     """The command that does all runs again in the same way."""
     file = os.path.relpath(args.protocol, CHECKOUT)
     words = [*tool_command("compare").split(), args.protocol if file.startswith("..") else file]
-    for name in ("jobs", "threads", "device", "num_gpus", "runs", "output"):
+    names = ("jobs", "threads", "device", "num_gpus", "num_machines", "executor", "cluster")
+    for name in (*names, "runs", "output"):
         value = getattr(args, name)
         if value not in (None, PARSER.get_default(name)):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            several = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, several)]
     return shlex.join(words)
 
 
@@ -77,13 +77,13 @@ def main(args):
     if args.report_only:
         results.add({})  # titles and groups may have changed
     else:
-        threads = (os.cpu_count() or 1) // args.jobs if args.threads is None else args.threads
         comparison = Comparison(
             runs,
             results,
             os.path.join(TOOLS, "train_net.py"),
             jobs=args.jobs,
-            threads=max(threads, 1),
+            threads=threads_of(args),
+            train=train_by(args, folder),
             arguments=("--num-gpus", str(args.num_gpus)) if args.num_gpus > 1 else (),
             discard_weights=args.discard_weights,
         )

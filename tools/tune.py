@@ -21,6 +21,7 @@ import torch
 from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
 from crosskd_ifc.common.paths import TOOLS
 from crosskd_ifc.experiments.child_process import RunFailed
+from crosskd_ifc.experiments.executors import add_executor_options, threads_of, train_by
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.training.output_folder import training_alone_in
 
@@ -45,10 +46,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--budget", type=int, required=True, help="runs, pruned ones too")
     parser.add_argument("--seeds", type=int, nargs="+", help="of each trial; default: the first")
-    parser.add_argument("--jobs", type=int, default=1, help="trials at once")
-    parser.add_argument("--threads", type=int, help="of a run; default: CPU cores / jobs")
-    parser.add_argument("--device", help="MODEL.DEVICE; default: a GPU if there is one")
-    parser.add_argument("--num-gpus", type=int, default=1, help="for each run")
+    add_executor_options(parser)
     parser.add_argument("--runs", help="folder for runs; default: output/compare/NAME")
     parser.add_argument("--output", help="folder of the search; default: output/tune/NAME_ARM")
     parser.add_argument("--sampler-seed", type=int, default=0)
@@ -80,7 +78,7 @@ def main(args):
 
 def search_in(folder, protocol, args):
     space, seeds = space_of(args), args.seeds or [*protocol.seeds[:1]]
-    threads = (os.cpu_count() or 1) // args.jobs if args.threads is None else args.threads
+    runs_folder = args.runs or os.path.join("output", "compare", protocol.name)
     study = open_study(
         os.path.join(folder, "study.journal"), space, seed=args.sampler_seed, jobs=args.jobs
     )
@@ -90,12 +88,13 @@ def search_in(folder, protocol, args):
         args.arm,
         folder,
         os.path.join(TOOLS, "train_net.py"),
-        runs=args.runs or os.path.join("output", "compare", protocol.name),
+        runs=runs_folder,
         seeds=seeds,
         device=args.device or ("cuda" if torch.cuda.is_available() else ""),
         command=shlex.join([*tool_command("tune").split(), *args.command]),
         jobs=args.jobs,
-        threads=max(threads, 1),
+        threads=threads_of(args),
+        train=train_by(args, runs_folder),
         arguments=("--num-gpus", str(args.num_gpus)) if args.num_gpus > 1 else (),
     )
 

@@ -89,6 +89,7 @@ class Comparison:
         threads: int = 0,
         arguments: Sequence[str] = (),
         discard_weights: bool = False,
+        train: Callable[..., dict] = train,
         say: Callable[[str], None] = tqdm.write,
     ):
         """
@@ -100,10 +101,12 @@ class Comparison:
             threads: CPU threads of each; 0: as many as torch likes.
             arguments: more arguments for ``tools/train_net.py``.
             discard_weights: delete the checkpoints of students once their results are recorded.
+            train: :func:`.runs.train`, or what does the same elsewhere, see :mod:`.executors`.
             say: called with lines for people.
         """
         self.runs, self.results, self.train_net = runs, results, train_net
         self.jobs, self.discard_weights, self.say = jobs, discard_weights, say
+        self.train_run = train
         self.options = dict(threads=threads, arguments=arguments)
         self.stop = threading.Event()
         self.steps_done: Dict[Key, int] = {}  # of the runs that are under way
@@ -120,8 +123,12 @@ class Comparison:
             ConfigError: for data sets or a device that aren't there.
         """
         for arm, key in {key[0]: key for key in todo}.items():
+            cfg = self.runs[key].cfg().clone()
+            if getattr(self.train_run, "elsewhere", False):
+                cfg.defrost()
+                cfg.MODEL.DEVICE = "cpu"
             try:
-                check_evaluation_config(self.runs[key].cfg())
+                check_evaluation_config(cfg)
             except ConfigError as error:
                 raise ConfigError(f"{self.results.protocol.path}: {arm}: {error}") from error
 
@@ -197,7 +204,8 @@ class Comparison:
         def report(done: int, *_) -> None:
             self.steps_done[key] = done
 
-        return train(run, self.train_net, stop=self.stop, on_progress=report, **self.options)
+        options = {**self.options, "stop": self.stop, "on_progress": report}
+        return self.train_run(run, self.train_net, **options)
 
     def _finish(self, key: Key, result: dict) -> None:
         self.results.add({key: result})

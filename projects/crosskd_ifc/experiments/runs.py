@@ -154,6 +154,13 @@ def is_same_input(recorded: Optional[str], present: Optional[str]) -> bool:
     return recorded is None or present is None or recorded == present
 
 
+def command_of(run: Run, train_net: str, arguments: Sequence[str]) -> List[str]:
+    """The command that starts a run or goes on with it; arguments as of :func:`train`."""
+    command = [sys.executable, train_net, "--resume", *arguments]
+    command += ["--config-file", find_config(run.config, key=run.name)[0]]
+    return [*command, *run.opts, "OUTPUT_DIR", run.folder]
+
+
 def train(
     run: Run,
     train_net: str,
@@ -202,9 +209,7 @@ def train(
         state = {"digest": digest + inputs, "seconds": earlier}
         write_json(run.path("started.json"), state)
         needs = [file_sha256(needed.weights) for needed in run.needs]
-        command = [sys.executable, train_net, "--resume", *arguments]
-        command += ["--config-file", find_config(run.config, key=run.name)[0]]
-        command += [*run.opts, "OUTPUT_DIR", run.folder]
+        command = command_of(run, train_net, arguments)
         counter = StepCounter(run.path("metrics.json"), run.cfg().SOLVER.MAX_ITER)
         start = time.monotonic()
         try:

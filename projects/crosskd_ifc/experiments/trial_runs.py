@@ -61,6 +61,7 @@ class TrialRuns:
         device: str = "",
         command: str = "",
         jobs: int = 1,
+        train: Callable[..., dict] = train,
         say: Callable[[str], None] = print,
         **options,
     ):
@@ -76,6 +77,7 @@ class TrialRuns:
             device: MODEL.DEVICE; "": as in the config.
             command: how to run all this again.
             jobs: runs at once.
+            train: :func:`.runs.train`, or what does the same elsewhere, see :mod:`.executors`.
             say: called with lines for people.
             options: threads and arguments of :func:`crosskd_ifc.experiments.runs.train`.
 
@@ -97,6 +99,7 @@ class TrialRuns:
         self.study, self.base, self.arm, self.folder = study, protocol, arm, folder
         self.train_net, self.runs, self.seeds, self.device = train_net, runs, list(seeds), device
         self.command, self.jobs, self.say, self.options = command, jobs, say, options
+        self.train_run = train
         self.stop, self._lock = threading.Event(), threading.RLock()
 
     def start(self, space: Space) -> Optional[Dict[str, Any]]:
@@ -130,9 +133,8 @@ class TrialRuns:
         results, runs = self._results([])
         keys = {self.base.teacher_of(self.arm, seed) for seed in self.seeds} - {None}
         todo = [key for key in runs if key in keys and not has_weights(runs[key])]
-        teachers = Comparison(
-            runs, results, self.train_net, jobs=self.jobs, say=self.say, **self.options
-        )
+        how = dict(jobs=self.jobs, train=self.train_run, say=self.say, **self.options)
+        teachers = Comparison(runs, results, self.train_net, **how)
         teachers.check([*todo, next(key for key in runs if key[0] != TEACHER)])
         failed = teachers.train(todo)
         if failed:
@@ -173,7 +175,8 @@ class TrialRuns:
                 stop.set()
 
         try:
-            done = train(run, self.train_net, stop=stop, on_progress=every_second, **self.options)
+            options = {**self.options, "stop": stop, "on_progress": every_second}
+            done = self.train_run(run, self.train_net, **options)
             tell()  # for the median that later trials are compared with
             return done
         except RunStopped:
