@@ -81,6 +81,7 @@ def test_jobs_give_the_results_of_child_processes_and_tell_why_they_fail(case, m
     assert len(calls(case)) == 3 and "num-machines" not in calls(case)[0]
 
 
+@pytest.mark.slow
 def test_a_run_on_two_machines_starts_on_each_with_one_address(case, monkeypatch):
     monkeypatch.setenv("BOTH", "1")
     todo = [("student", 1)]
@@ -129,6 +130,8 @@ def test_options_that_can_not_work_are_refused(case):
     for words in (["--num-machines", "2"], ["--cluster", "timeout_min=3"]):
         with pytest.raises(ConfigError, match="need --executor"):
             train_by(options(*words), str(case.folder))
+    with pytest.raises(ConfigError, match="--executor slurm: .*srun"):
+        train_by(options("--executor", "slurm"), str(case.folder))
     with pytest.raises(ConfigError, match="--cluster 'gpu': expected KEY=VALUE"):
         local(case, "--cluster", "gpu")
     with pytest.raises(ConfigError, match="--cluster: .*no_such"):

@@ -110,12 +110,15 @@ class ClusterTrain:
             elsewhere: whether runs have other devices than this process.
 
         Raises:
-            ConfigError: for parameters that submitit doesn't know.
+            ConfigError: for parameters that submitit doesn't know, or without a SLURM here.
         """
         local = executor == "local"
         self.elsewhere = not local
         limit = {f"{executor}_max_num_timeout": _TIMEOUTS}
-        self._executor = submitit.AutoExecutor(os.path.abspath(folder), executor, **limit)
+        try:
+            self._executor = submitit.AutoExecutor(os.path.abspath(folder), executor, **limit)
+        except RuntimeError as error:
+            raise ConfigError(f"--executor {executor}: {error}") from error
         shape = {"tasks_per_node": machines} if local else {"nodes": machines, "tasks_per_node": 1}
         defaults = {"timeout_min": 60 * 24, "gpus_per_node": gpus, **shape}
         try:
