@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, start_processes
 from torch.utils.data import DataLoader
 
+from crosskd_ifc.training import launching
 from crosskd_ifc.training.preemption import (
     StopAfterStep,
     StoppableLoader,
@@ -151,6 +153,16 @@ def test_a_sigterm_before_there_are_processes_ends_the_one_that_would_start_them
         with passing_on_sigterm():
             send_sigterm()
             raise AssertionError("it went on")
+
+
+@pytest.mark.parametrize("gpus", ["0", "1"])
+def test_a_process_that_starts_no_others_is_ended_by_a_sigterm_at_its_start(gpus, monkeypatch):
+    handlers = []
+    monkeypatch.setattr(sys, "argv", ["train_net", "--num-gpus", gpus])
+    launching.invoke(
+        lambda _: None, setup=lambda _: handlers.append(signal.getsignal(signal.SIGTERM))
+    )
+    assert handlers == [signal.SIG_DFL]
 
 
 @pytest.mark.parametrize("default", [True, False], ids=["default handler", "own handler"])
