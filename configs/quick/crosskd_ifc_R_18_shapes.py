@@ -1,4 +1,4 @@
-"""crosskd_ifc_R_18_shapes.yaml as a LazyConfig: two minutes on two CPU cores.
+"""crosskd_ifc_R_18_shapes.yaml as a LazyConfig.
 
 Train the teacher (faster_rcnn_R_34_shapes.yaml) first.
     python tools/lazyconfig_train_net.py --config-file configs/quick/crosskd_ifc_R_18_shapes.py
