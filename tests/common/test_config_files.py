@@ -111,6 +111,18 @@ def test_what_a_run_has_written_names_files_from_where_it_was_started(tmp_path, 
     assert found.MODEL.CROSSKD.TEACHER == cfg.MODEL.CROSSKD.TEACHER
 
 
+def test_each_of_several_teachers_has_its_files_beside_the_config(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "a.pth").write_text("")
+    (tmp_path / "here" / "config.yaml").write_text(
+        "MODEL: {CROSSKD: {TEACHERS: [{WEIGHTS: a.pth, STAGE: 1}, {WEIGHTS: b.pth}]}}\n"
+    )
+    first, second = merged("here/config.yaml").MODEL.CROSSKD.TEACHERS
+    assert first == {"WEIGHTS": str(tmp_path / "here" / "a.pth"), "STAGE": 1}
+    assert second == {"WEIGHTS": "b.pth"}
+
+
 def test_teacher_weights_that_are_nowhere_are_told_with_what_was_tried(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)

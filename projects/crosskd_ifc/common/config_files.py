@@ -16,10 +16,10 @@ from .lazy_config import is_lazy, is_saved_lazy
 from .paths import beside, resolve_path
 from .user_code import import_user_code, refuse_user_code
 
-# What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
 # A key of configs that stand for a LazyConfig: the file.
 LAZY_CONFIG = "LAZY_CONFIG"
 
+# What yacs, fvcore and YAML raise for input that is no config of known keys and fitting types.
 _MERGE_ERRORS = (
     AssertionError,
     AttributeError,
@@ -35,10 +35,12 @@ _MERGE_ERRORS = (
 )
 # A config has some 300; aliases of aliases can stand for billions.
 _MOST_VALUES = 100_000
-# Keys of files, or lists of files, that are looked up beside the config that names them.
+# Keys of files, lists of files, or teachers with files: looked up beside the config that names
+# them.
 _FILES = (
     "MODEL.CROSSKD.TEACHER.CONFIG_FILE",
     "MODEL.CROSSKD.TEACHER.WEIGHTS",
+    "MODEL.CROSSKD.TEACHERS",
     "MODEL.CROSSKD.IMPORTS",
     "DATASETS.CARDS",
 )
@@ -62,11 +64,8 @@ class _CheckedCfg(CN):
         for key in _FILES:
             *sections, leaf = key.split(".")
             node = _section(content, sections)
-            value = node.get(leaf)
-            if isinstance(value, str):
-                node[leaf] = beside(value, filename)
-            elif isinstance(value, list):
-                node[leaf] = [beside(x, filename) if isinstance(x, str) else x for x in value]
+            if leaf in node:
+                node[leaf] = _beside(node[leaf], filename)
         return io.StringIO(yaml.safe_dump(content))
 
 
@@ -276,6 +275,18 @@ def _count_values(node: Any, known: Dict[Any, float]) -> float:
         children = [node for pair in children for node in pair]
     known[node] = 1 + sum(_count_values(child, known) for child in children)
     return known[node]
+
+
+def _beside(value: Any, filename: str) -> Any:
+    """A value of one of ``_FILES`` with the files beside ``filename``, where they are there."""
+    if isinstance(value, str):
+        return beside(value, filename)
+    if isinstance(value, list):
+        return [_beside(x, filename) for x in value]
+    if isinstance(value, dict):  # a teacher's section
+        names = ("CONFIG_FILE", "WEIGHTS")
+        return {k: _beside(v, filename) if k in names else v for k, v in value.items()}
+    return value
 
 
 def _section(content: Any, names: Sequence[str]) -> Dict[str, Any]:
