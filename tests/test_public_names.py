@@ -14,7 +14,8 @@ PUBLIC = (
     *("CrossKDROIHeads", "CrossKDCascadeROIHeads", "CrossKDRetinaNet", "CrossKDTrainer", "Teacher"),
     *("add_crosskd_ifc_config", "attach_teacher"),
     *("confident_giou", "confident_iou", "confident_l1", "kl_divergence", "pkd", "quality_focal"),
-    *("standardize_like", "channel_wise", "dist", "decoupled_kl"),
+    *("standardize_like", "channel_wise", "dist", "decoupled_kl", "gap_giou", "score_gap"),
+    "BOX_LOSS_REGISTRY",
 )
 # Module -> what docs promise of it, wherever the code itself lies.
 PATHS = {
