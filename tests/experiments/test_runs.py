@@ -186,8 +186,8 @@ def test_a_new_version_of_the_built_in_data_makes_another_run(train, tmp_path, m
 
 
 def test_a_config_is_read_once_until_it_is_trained(train, tmp_path, monkeypatch):
-    read, merge = [], runs.merge_from_file
-    monkeypatch.setattr(runs, "merge_from_file", lambda *a, **k: read.append(a) or merge(*a, **k))
+    read, load = [], runs.load_config
+    monkeypatch.setattr(runs, "load_config", lambda *a, **k: read.append(a) or load(*a, **k))
     run = make_run(tmp_path / "run")
     assert run.cfg() is run.cfg() and run.digest() and len(read) == 1
     run.opts += ["SOLVER.MAX_ITER", "11"]
