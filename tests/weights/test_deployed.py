@@ -234,6 +234,14 @@ def test_detections_are_compared_in_any_order_and_within_tolerances():
     assert "a mask differs in 1.23%" in difference(found, wanted)
 
 
+@pytest.mark.parametrize("kind", ["Keypoint R-CNN", "Cascade R-CNN", "RetinaNet"])
+def test_a_kind_is_exported_for_stock_detectron2(kind, tmp_path):
+    run, _ = make(kind, tmp_path / "run")
+    done = export_student(run, str(tmp_path / "out"))
+    stock = "RetinaNet" if kind == "RetinaNet" else "GeneralizedRCNN"
+    assert done.detections > 10 and done.architecture[1] == stock
+
+
 def test_an_fcos_is_written_for_stock_detectron2_with_a_lazyconfig(tmp_path):
     run, student = make("FCOS", tmp_path / "run")
     done = export_student(run, str(tmp_path / "out"))
