@@ -1,4 +1,4 @@
-"""``MODEL.CROSSKD``, ``MODEL.FCOS`` and ``DATASETS.CARDS``: the keys and their defaults.
+"""``MODEL.CROSSKD`` and the other keys of this project, with their defaults.
 
 Imports nothing of the package.
 """
@@ -22,6 +22,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     cfg.DATASETS.CARDS = ()
     _add_fcos_config(cfg)
     _add_timm_config(cfg)
+    _add_training_config(cfg)
 
     _C = cfg.MODEL.CROSSKD = CN()
     # False trains the student alone: stock detectron2, bit for bit.
@@ -144,6 +145,25 @@ def remove_crosskd_ifc_config(cfg: CN) -> None:
     """Take out what :func:`add_crosskd_ifc_config` has added, so that plain ``get_cfg()`` can merge
     the config."""
     del cfg.MODEL["CROSSKD"], cfg.MODEL["FCOS"], cfg.MODEL["TIMM"], cfg.DATASETS["CARDS"]
+    del cfg.SOLVER["EMA_DECAY"], cfg.SOLVER["ACCUMULATE"], cfg.TEST["BEST_METRIC"], cfg["WANDB"]
+
+
+def _add_training_config(cfg: CN) -> None:
+    """What a training may have beside detectron2's."""
+    # Keep an exponential moving average of the weights, updated after each step: old weights count
+    # by this factor, such as 0.999; evaluated and saved beside the weights. 0: none.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Run the SOLVER.IMS_PER_BATCH images of a step in so many parts, one after the other, for less
+    # memory; their gradients are accumulated.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Keep the weights that were best by this metric of the evaluations every TEST.EVAL_PERIOD, such
+    # as "bbox/AP", in model_best.pth; with several DATASETS.TEST "NAME/bbox/AP"; "ema/bbox/AP": of
+    # the average. Empty: don't.
+    cfg.TEST.BEST_METRIC = ""
+    # Log to this project of Weights & Biases, too, offline unless the environment variable
+    # WANDB_MODE says otherwise. Empty: don't.
+    cfg.WANDB = CN()
+    cfg.WANDB.PROJECT = ""
 
 
 def _add_timm_config(cfg: CN) -> None:

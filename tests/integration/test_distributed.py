@@ -6,7 +6,8 @@ import pytest
 import torch
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
-from helpers import distilling, tiny_batch, train_losses
+from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
+from test_accumulation import BATCH, EVEN, difference, step
 from test_dense import fusion, pair
 
 from crosskd_ifc.modeling.fcos import mean_over_processes
@@ -84,12 +85,25 @@ def test_both_processes_end_with_the_same_weights(two):
         assert torch.equal(value, two[1]["state"][name]), name
 
 
+def accumulate():
+    """(name -> gradient) of a step in two parts; each process has two of four images."""
+    model = tiny_model(tiny_cfg(*EVEN, architecture="GeneralizedRCNN")).train()
+    own = BATCH[2 * comm.get_rank() :][:2]
+    return step(create_ddp_model(model, device_ids=None), own, 2)[0]
+
+
 def average(folder):
+    torch.set_num_threads(1)
+    torch.save(accumulate(), f"{folder}/gradients_{comm.get_rank()}.pth")
     mean = mean_over_processes(torch.tensor(float(comm.get_rank()) + 1))
     torch.save(mean, f"{folder}/mean_{comm.get_rank()}.pth")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
-def test_the_divisor_of_fcos_is_the_mean_over_processes(tmp_path):
+def test_the_divisor_of_fcos_is_the_mean_and_parts_accumulate_in_each_process(tmp_path):
     launch(average, 2, dist_url="auto", args=(str(tmp_path),))
+    model = tiny_model(tiny_cfg(*EVEN, architecture="GeneralizedRCNN")).train()
+    whole, _ = step(model, BATCH, 1)
+    for rank in range(2):
+        assert difference(torch.load(tmp_path / f"gradients_{rank}.pth"), whole) < 1e-6
     assert [torch.load(tmp_path / f"mean_{rank}.pth") for rank in range(2)] == [1.5, 1.5]

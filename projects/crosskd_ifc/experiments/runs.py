@@ -38,7 +38,7 @@ _SINCE = {
     "MODEL.CROSSKD.LOSS.FEATURE_TYPE": "pkd",
 }
 # Settings that don't belong to a run's results.
-_NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
+_NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD", "WANDB.PROJECT")
 
 
 @dataclasses.dataclass

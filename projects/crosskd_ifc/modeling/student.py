@@ -1,6 +1,18 @@
 """What all students have in common: a teacher, its distillation, an inherited start."""
 
-from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Union
+import contextlib
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Union,
+)
 
 import torch
 from detectron2.config import CfgNode
@@ -113,6 +125,16 @@ class Student(nn.Module):
         self._modules.pop("fusion", None)  # of an earlier teacher
         if self.distiller is not None and self.distiller.learned is not None:
             self.fusion = self.distiller.learned.to(self.device)
+
+    @contextlib.contextmanager
+    def without_teacher(self) -> Iterator[None]:
+        """Within this context, there is no teacher, so that a copy of the student has none."""
+        names = ("teacher", "teachers", "distiller", "_diagnostics", "_inheritance")
+        held = {name: self.__dict__.pop(name) for name in names if name in self.__dict__}
+        try:
+            yield
+        finally:
+            self.__dict__.update(held)
 
     def predictors(self) -> List[nn.Module]:
         """The modules that predict classes and boxes."""

@@ -32,10 +32,12 @@ class SafeCheckpointer(SafeReader):
     Attributes:
         saved_iteration: of the last checkpoint that this process has written, or None.
         resumed_from: the checkpoint that this process has resumed from, or "".
+        is_complete: whether all of the detector was in the weights that it has loaded last.
     """
 
     saved_iteration: Optional[int] = None
     resumed_from = ""
+    is_complete = False
 
     def __init__(
         self,
@@ -69,6 +71,23 @@ class SafeCheckpointer(SafeReader):
             self._write(name, lambda f: torch.save(data, f))
         self.saved_iteration = kwargs.get("iteration")
 
+    def save_weights(self, name: str, weights: Mapping[str, torch.Tensor], **kwargs: Any) -> None:
+        """Write a file of weights that no run goes on from, with the config and ``kwargs``.
+
+        Raises:
+            CheckpointError: if it can't be written.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": weights, **kwargs}
+        if self._cfg is not None:
+            data["config"] = describe_run(self._cfg)
+        if "://" in self.save_dir:
+            with PathManager.open(os.path.join(self.save_dir, f"{name}.pth"), "wb") as f:
+                torch.save(data, f)
+        else:
+            self._write(name, lambda f: torch.save(data, f), tag=False)
+
     def save_final(self) -> None:
         """Make the checkpoint that this process has resumed from the final one: the run is over,
         but has died before it could write that."""
@@ -76,13 +95,14 @@ class SafeCheckpointer(SafeReader):
             with PathManager.open(self.resumed_from, "rb") as source:
                 self._write("model_final", lambda f: shutil.copyfileobj(source, f))
 
-    def _write(self, name: str, write: Any) -> None:
+    def _write(self, name: str, write: Any, *, tag: bool = True) -> None:
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             with replacing(path) as f:
                 write(f)
-            self.tag_last_checkpoint(os.path.basename(path))
+            if tag:
+                self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             reason = str(error).strip().split("\n")[0]
             last = self.get_checkpoint_file()
@@ -168,6 +188,11 @@ class SafeCheckpointer(SafeReader):
             self.logger.warning(f"Resuming from an earlier checkpoint instead: {file}")
         self._go_on_from(file, dict(content))
         return content
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        misfit = super()._load_model(checkpoint)
+        self.is_complete = all(k.startswith(ADAPTER_PREFIX) for k in misfit.missing_keys)
+        return misfit
 
     def _go_on_from(self, file: str, content: Dict[str, Any]) -> None:
         """Load all of a checkpoint that :meth:`_read` has found good."""

@@ -1,6 +1,7 @@
 """What is said of a loss that is not finite: which one, on which images, and the teacher's part."""
 
-from typing import Any, Dict, List
+import collections
+from typing import Any, Deque, Dict, List, Tuple
 
 import torch
 from torch import nn
@@ -11,13 +12,15 @@ from ..modeling.student import unwrap
 class LastStepRecorder:
     """Remembers the images and the losses of a model's last training step."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, passes: int = 1):
         """
         Args:
             model: a detectron2 detector, or a DDP wrapper around it.
+            passes: how often a step runs it.
         """
-        self._batch: List[Dict[str, Any]] = []
-        self._losses: Dict[str, torch.Tensor] = {}
+        # Images and losses of each.
+        self._passes: Deque[Tuple[List[Dict[str, Any]], Dict[str, torch.Tensor]]]
+        self._passes = collections.deque([([], {})], maxlen=passes)
         model.register_forward_pre_hook(self._keep_batch)
         model.register_forward_hook(self._keep_losses)
 
@@ -29,11 +32,12 @@ class LastStepRecorder:
             iteration: for the message.
             error: detectron2's.
         """
-        terms = [k for k, v in self._losses.items() if not torch.isfinite(v).all()]
-        images = ", ".join(str(x.get("file_name", x.get("image_id", "?"))) for x in self._batch)
+        batch, losses = next((x for x in self._passes if _not_finite(x[1])), self._passes[-1])
+        terms = _not_finite(losses)
+        images = ", ".join(str(x.get("file_name", x.get("image_id", "?"))) for x in batch)
         if terms:
             what = f"not finite at iteration {iteration}: {', '.join(terms)}"
-        elif self._losses:
+        elif losses:
             what = (
                 f"a loss of another process is not finite at iteration {iteration} (see its log); "
                 "those of this process are"
@@ -41,14 +45,14 @@ class LastStepRecorder:
         else:  # detectron2's RPN looks at its proposals
             what = f"at iteration {iteration}: {str(error).strip()}"
             what = what.rstrip(".")
-        about = "" if self._losses and not terms else self._about_teacher(model)
+        about = "" if losses and not terms else self._about_teacher(model, batch)
         return f"{what}. Images: {images or 'none'}.{about}"
 
-    def _about_teacher(self, model: nn.Module) -> str:
+    def _about_teacher(self, model: nn.Module, batch: List[Dict[str, Any]]) -> str:
         teacher = getattr(unwrap(model), "teacher", None)
-        if teacher is None or not self._batch:
+        if teacher is None or not batch:
             return ""
-        features = teacher.features(self._batch)
+        features = teacher.features(batch)
         bad = [k for k, v in features.items() if not torch.isfinite(v).all()]
         if bad:
             return f" The teacher's own features of them are not finite: {', '.join(bad)}."
@@ -56,8 +60,12 @@ class LastStepRecorder:
 
     def _keep_batch(self, module: nn.Module, inputs: Any) -> None:
         if module.training:
-            self._batch, self._losses = inputs[0], {}
+            self._passes.append((inputs[0], {}))
 
     def _keep_losses(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if module.training:
-            self._losses = {k: v.detach() for k, v in output.items()}
+            self._passes[-1][1].update({k: v.detach() for k, v in output.items()})
+
+
+def _not_finite(losses: Dict[str, torch.Tensor]) -> List[str]:
+    return [k for k, v in losses.items() if not torch.isfinite(v).all()]

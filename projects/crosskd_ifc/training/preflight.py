@@ -1,5 +1,6 @@
 """What is checked of a run's config before models and data are built."""
 
+import importlib.util
 from typing import Sequence
 
 import torch
@@ -70,9 +71,43 @@ def check_training_settings(cfg: CfgNode) -> None:
         raise ConfigError(
             "MODEL.CROSSKD.TEACHER.EVAL_AT_START True needs a data set in DATASETS.TEST"
         )
+    _check_comforts(cfg)
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise ConfigError("SOLVER.AMP.ENABLED True needs a GPU, but MODEL.DEVICE is 'cpu'")
     _check_device_and_data(cfg, ("TRAIN", "TEST"))
+
+
+def _check_comforts(cfg: CfgNode) -> None:
+    """Check the average of the weights, the accumulation, the best weights and the writer.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    solver, metric = cfg.SOLVER, cfg.TEST.BEST_METRIC
+    if not 0 <= solver.EMA_DECAY < 1:
+        raise ConfigError(
+            f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}; it must be at least 0 (no average) and below "
+            "1, such as 0.999"
+        )
+    images = solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or comm.get_world_size())
+    if solver.ACCUMULATE < 1 or images % solver.ACCUMULATE:
+        raise ConfigError(
+            f"SOLVER.ACCUMULATE is {solver.ACCUMULATE}; it must be at least 1 and divide the "
+            f"{images} images that a process has in a step (of SOLVER.IMS_PER_BATCH "
+            f"{solver.IMS_PER_BATCH})"
+        )
+    if metric and (cfg.TEST.EVAL_PERIOD < 1 or not cfg.DATASETS.TEST):
+        raise ConfigError(
+            f"TEST.BEST_METRIC is {metric!r}: it needs evaluations; set TEST.EVAL_PERIOD and "
+            "DATASETS.TEST"
+        )
+    if metric.startswith("ema/") and not solver.EMA_DECAY:
+        raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, which needs SOLVER.EMA_DECAY")
+    if cfg.WANDB.PROJECT and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"WANDB.PROJECT is {cfg.WANDB.PROJECT!r}, but the package wandb isn't installed; "
+            "`pip install wandb`, or leave it empty"
+        )
 
 
 def check_evaluation_config(cfg: CfgNode) -> None:
@@ -146,6 +181,26 @@ def evaluator_type(name: str) -> str:
             "'pascal_voc' (for another one subclass CrossKDTrainer.build_evaluator)"
         )
     return kind
+
+
+def check_best_metric(cfg: CfgNode) -> None:
+    """Refuse a TEST.BEST_METRIC that our evaluators don't give.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    metric, sets = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    tasks = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    names = [task for task, is_on in tasks.items() if is_on]
+    if len(sets) > 1:  # detectron2 writes each one's name before its metrics
+        names = [f"{name}/{task}" for name in sets for task in names]
+    task, _, last = metric.removeprefix("ema/").rpartition("/")
+    if metric and (task not in names or not last.startswith("AP")):
+        raise ConfigError(
+            f"TEST.BEST_METRIC is {metric!r}; expected "
+            f"{' or '.join(f'{name}/AP' for name in names)} (or AP50, AP75, ... of these), with "
+            "ema/ before it for the average of the weights"
+        )
 
 
 def check_class_count(cfg: CfgNode, name: str, classes: Sequence[str] = ()) -> None:

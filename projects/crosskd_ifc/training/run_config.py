@@ -14,7 +14,8 @@ from ..config import ConfigError
 # Where things lie, how they are evaluated, how often something is written, how data are read: what
 # may change without changing the experiment. The teacher's weights have a digest of their own.
 _NO_CHANGE = re.compile(
-    r"OUTPUT_DIR|VERSION|VIS_PERIOD|TEST\.(?!PRECISE_BN).*|.*_TEST|DATASETS\.(TEST|CARDS)"
+    r"OUTPUT_DIR|VERSION|WANDB\..*|VIS_PERIOD"
+    r"|TEST\.(?!PRECISE_BN).*|.*_TEST|DATASETS\.(TEST|CARDS)"
     r"|DATALOADER\.NUM_WORKERS|SOLVER\.CHECKPOINT_PERIOD|MODEL\.WEIGHTS"
     r"|MODEL\.CROSSKD\.(TEACHER\.(WEIGHTS|EVAL_AT_START)|DIAGNOSTICS\..*)"
 )

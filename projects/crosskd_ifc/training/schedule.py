@@ -2,12 +2,11 @@
 
 import logging
 import os
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.utils import comm
 from torch import nn
 
 from ..config import teacher_configs
@@ -71,7 +70,15 @@ def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
 
 class TeacherEvaluation(HookBase):
     """Evaluates the teachers whose settings ask for it on the student's test sets before the first
-    step, and logs it as ``teacher/...``, that of teacher i > 1 as ``teacher_i/...``."""
+    step, logs it as ``teacher/...``, that of teacher i > 1 as ``teacher_i/...``, and warns once of
+    a student that is better, at the start or later.
+
+    Put it after the student's evaluation.
+    """
+
+    def __init__(self):
+        self._teachers: Dict[str, Dict[str, float]] = {}  # key -> name -> AP
+        self._told: List[str] = []  # keys
 
     def before_train(self) -> None:
         if self.trainer.start_iter > 0:
@@ -82,18 +89,51 @@ class TeacherEvaluation(HookBase):
                 key = f"teacher_{i + 1}" if i else "teacher"
                 teacher = student.teachers[i]
                 results = evaluate_teacher(cfg, student, self.trainer.test, teacher, key)
-                self._log(key, results)
+                self._log(key, flatten_results_dict(results))
+        if self.trainer.checkpointer.is_complete:  # else its predictors are random
+            logger.info("Evaluating the student before the first step")
+            results = self.trainer.test(cfg, student)
+            self._compare(flatten_results_dict(results), "at the start")
 
-    def _log(self, key: str, results: Dict[str, Any]) -> None:
-        if not comm.is_main_process():
-            return
-        for name, value in flatten_results_dict(results).items():
+    def _log(self, key: str, results: Dict[str, float]) -> None:
+        for name, value in results.items():  # none but in the main process
             self.trainer.storage.put_scalar(f"{key}/{name}", value, smoothing_hint=False)
             if name.endswith(("AP", "AP50")):
                 whose = key.capitalize().replace("_", " ")
                 logger.info(
                     f"{whose} on {', '.join(self.trainer.cfg.DATASETS.TEST)}: {name} {value:.2f}"
                 )
+        self._teachers[key] = {k: v for k, v in results.items() if k.endswith("/AP")}
+
+    def after_step(self) -> None:
+        self._look(self.trainer.iter)
+
+    def after_train(self) -> None:
+        self._look(self.trainer.iter)
+
+    def _look(self, iteration: int) -> None:
+        latest = self.trainer.storage.latest()
+        found = {name: value for name, (value, when) in latest.items() if when == iteration}
+        self._compare(found, f"after {min(iteration + 1, self.trainer.max_iter)} iterations")
+
+    def _compare(self, student: Dict[str, float], when: str) -> None:
+        for key, teacher in self._teachers.items():
+            better = [name for name, value in teacher.items() if student.get(name, value) > value]
+            if better and key not in self._told:
+                self._told.append(key)
+                ours, theirs = student[better[0]], teacher[better[0]]
+                logger.warning(
+                    f"The student is better than its {key.replace('_', ' ')} {when}: {better[0]} "
+                    f"{ours:.2f}, the teacher's is {theirs:.2f}. Distilling may hold it back: take "
+                    "a better teacher (MODEL.CROSSKD.TEACHER), or end it early "
+                    "(MODEL.CROSSKD.SCHEDULE.STOP_ITER)"
+                )
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"teachers": self._teachers, "told": self._told} if self._teachers else {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self._teachers, self._told = state["teachers"], state["told"]
 
 
 def evaluate_teacher(

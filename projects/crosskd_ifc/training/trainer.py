@@ -24,6 +24,9 @@ from ..modeling.attach import attach_teacher
 from ..modeling.building import explained
 from ..modeling.student import unwrap
 from ..modeling.summary import describe_distillation
+from .accumulation import accumulating
+from .averaging import WeightAverage
+from .best import BestWeights
 from .checkpointer import SafeCheckpointer
 from .errors import message_in_traceback
 from .non_finite import LastStepRecorder
@@ -35,12 +38,13 @@ from .preemption import (
     save_iteration,
     stopping_on_sigterm,
 )
-from .preflight import check_training_config, evaluator_type
+from .preflight import check_best_metric, check_training_config, evaluator_type
 from .preflight_data import check_classes, check_same_everywhere, check_test_data
 from .records import usable_records
 from .resume import ResumeState
 from .schedule import DistillationSchedule, TeacherEvaluation, scale_schedule
 from .stream import TrainingStream
+from .wandb_writer import WandbWriter
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +67,7 @@ class CrossKDTrainer(DefaultTrainer):
         check_classes(cfg)  # some data sets know their classes only now
         stream = getattr(self._trainer.data_loader, "stream", None)
         check_same_everywhere(cfg, len(stream.records) if stream else 0)
-        self._watch = LastStepRecorder(self.model)
+        self._watch = LastStepRecorder(self.model, passes=cfg.SOLVER.ACCUMULATE)
 
     def check_config(self, cfg: CfgNode) -> None:
         """Refuse what can't work, before anything is built.
@@ -76,6 +80,7 @@ class CrossKDTrainer(DefaultTrainer):
         if type(self).build_evaluator.__func__ is CrossKDTrainer.build_evaluator.__func__:
             for name in cfg.DATASETS.TEST:
                 evaluator_type(name)
+            check_best_metric(cfg)
             check_test_data(cfg)
 
     def ddp_options(self, cfg: CfgNode) -> Dict[str, Any]:
@@ -94,7 +99,8 @@ class CrossKDTrainer(DefaultTrainer):
         """
         before = self._resume_state.before()
         try:
-            super().run_step()
+            with accumulating(self._trainer, self.cfg.SOLVER.ACCUMULATE):
+                super().run_step()
         except FloatingPointError as error:
             self._resume_state.set_back(self.iter - 1, before)
             what = self._watch.explain(self.model, self.iter, error)
@@ -131,7 +137,7 @@ class CrossKDTrainer(DefaultTrainer):
     def after_train(self) -> None:
         on_its_way = sys.exc_info()[1]
         if isinstance(on_its_way, Terminated):  # detectron2 would evaluate after the last step
-            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
+            self._hooks = [h for h in self._hooks if not isinstance(h, (EvalHook, BestWeights))]
         try:
             super().after_train()
         except OSError as error:
@@ -265,6 +271,16 @@ class CrossKDTrainer(DefaultTrainer):
         _insert_before(hooks, (PeriodicCheckpointer, EvalHook), self._resume_state)
         _insert_before(hooks, (EvalHook,), StopAfterStep(self._resume_state))
         student = unwrap(self.model)
+        after = []  # the evaluation
+        if self.cfg.SOLVER.EMA_DECAY > 0:
+            average = WeightAverage(student, self.cfg.SOLVER.EMA_DECAY)
+            _insert_before(hooks, (ResumeState,), average)
+            after.append(EvalHook(self.cfg.TEST.EVAL_PERIOD, average.evaluate))
+        metric = self.cfg.TEST.BEST_METRIC
+        if metric and comm.is_main_process():
+            weights = average.weights if metric.startswith("ema/") else student.state_dict
+            after.append(BestWeights(periods[1], self.checkpointer, metric, weights))
+        _insert_after(hooks, EvalHook, after)
         if getattr(student, "teacher", None) is None:
             return hooks
         kd = self.cfg.MODEL.CROSSKD
@@ -276,14 +292,25 @@ class CrossKDTrainer(DefaultTrainer):
             )
         ]
         if any(x.MODEL.CROSSKD.TEACHER.EVAL_AT_START for _, x in teacher_configs(self.cfg)):
-            ours.append(TeacherEvaluation())
+            _insert_after(hooks, EvalHook, [TeacherEvaluation()])
         return ours + hooks
+
+    def build_writers(self) -> list:
+        """detectron2's, and one for Weights & Biases if ``WANDB.PROJECT`` names a project."""
+        ours = [WandbWriter(self.cfg)] if self.cfg.WANDB.PROJECT else []
+        return [*super().build_writers(), *ours]
 
 
 def _insert_before(hooks: list, kinds: tuple, hook: HookBase) -> None:
     """Insert a hook before the first of these kinds, or at the end."""
     places = [i for i, h in enumerate(hooks) if isinstance(h, kinds)]
     hooks.insert(places[0] if places else len(hooks), hook)
+
+
+def _insert_after(hooks: list, kind: type, more: list) -> None:
+    """Insert hooks after the first of this kind."""
+    place = [isinstance(h, kind) for h in hooks].index(True) + 1
+    hooks[place:place] = more
 
 
 def set_fusion_weight_decay(

@@ -168,7 +168,7 @@ def check_unused(cfg: CN, keys: Sequence[str], reason: str) -> None:
 
 
 def _defaults() -> CN:
-    default = CN({"DATASETS": CN(), "MODEL": CN()})
+    default = CN({name: CN() for name in ("DATASETS", "MODEL", "SOLVER", "TEST")})
     add_crosskd_ifc_config(default)
     return default
 

@@ -1,0 +1,65 @@
+"""A run's scalars in Weights & Biases."""
+
+import collections
+import os
+import uuid
+from typing import Any, Dict
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventWriter, get_event_storage
+
+from ..common.files import replacing
+
+
+class WandbWriter(EventWriter):
+    """Logs what metrics.json has to a project of Weights & Biases; offline, below ``OUTPUT_DIR``,
+    unless the environment variable ``WANDB_MODE`` says otherwise.
+
+    A resumed run goes on under its id, which is kept in ``OUTPUT_DIR/wandb_id``.
+    """
+
+    def __init__(self, cfg: CfgNode, *, window_size: int = 20):
+        """
+        Args:
+            cfg: of the run.
+            window_size: smoothed scalars are medians of so many values, as in metrics.json.
+        """
+        self._cfg, self._window_size = cfg, window_size
+        self._run: Any = None
+        self._last_write = -1
+
+    def write(self) -> None:
+        if self._run is None:  # not before a run has begun
+            self._run = self._start()
+        steps: Dict[int, Dict[str, float]] = collections.defaultdict(dict)
+        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
+        for name, (value, iteration) in latest.items():
+            if iteration > self._last_write:
+                steps[iteration][name] = value
+        for iteration, values in sorted(steps.items()):
+            self._run.log(values, step=iteration)
+            self._last_write = iteration
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+    def _start(self) -> Any:
+        import wandb
+
+        folder = self._cfg.OUTPUT_DIR
+        path = os.path.join(folder, "wandb_id")
+        if not os.path.exists(path):
+            with replacing(path) as f:
+                f.write(uuid.uuid4().hex[:8].encode())
+        with open(path) as f:
+            name = f.read()
+        return wandb.init(
+            project=self._cfg.WANDB.PROJECT,
+            dir=folder,
+            id=name,
+            name=os.path.basename(os.path.abspath(folder)),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config=yaml.safe_load(self._cfg.dump()),
+        )
