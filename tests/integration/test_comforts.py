@@ -107,8 +107,9 @@ def test_the_best_average_is_kept(whole):
     best, last = load(out / "model_best.pth"), scores.index(max(scores))
     assert best["best"]["metric"] == "ema/bbox/AP" and best["best"]["value"] == max(scores) > 0
     assert best["iteration"] == last
+    expected = averages(out)[last]
     for name, value in best["model"].items():
-        torch.testing.assert_close(value, averages(out)[last][name])
+        torch.testing.assert_close(value, expected[name])
 
 
 def test_a_resumed_run_has_the_same_average_and_remembers_the_best(whole, tmp_path):
