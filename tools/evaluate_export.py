@@ -117,7 +117,8 @@ def _speeds(args) -> Dict[str, Any]:
     records = dataset_records(args.dataset)[: args.images]
     seconds = measure_in_turns(load_detectors(args.EXPORTED, checkpoints, records), args.speed)
     found = {name: images_per_second(x, len(records)) for name, x in seconds.items()}
-    rows = [(name, x["median"], "{:.1f} - {:.1f}".format(*x["quartiles"])) for name, x in found.items()]
+    between = "{:.1f} - {:.1f}"
+    rows = [(name, x["median"], between.format(*x["quartiles"])) for name, x in found.items()]
     headers = ("detector", "images/s, median", "quartiles")
     print(tabulate(rows, headers, tablefmt="github", floatfmt=".1f"))
     return {"images": len(records), "rounds": args.speed, "images_per_second": found}
