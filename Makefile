@@ -41,14 +41,14 @@ test-slow: setup
 	$(PYTEST) $(ARGS)
 
 lint: setup
-	$(PY) -m black --check -l 100 $(LINTED)
+	$(PY) -m black --check -l 100 --extend-exclude crosskd_ifc/configs/ $(LINTED)
 	$(PY) -m isort --check $(LINTED)
 	$(PY) -m flake8 $(LINTED)
 	$(VENV)/bin/lint-imports --no-cache setup.cfg
 
 format: setup
 	$(PY) -m isort --quiet $(LINTED)
-	$(PY) -m black --quiet -l 100 $(LINTED)
+	$(PY) -m black --quiet -l 100 --extend-exclude crosskd_ifc/configs/ $(LINTED)
 
 # The fresh environment sees what .venv holds, less the editable install: only the package itself is from the wheel.
 wheel: setup
