@@ -1,6 +1,6 @@
 """A small ViT as a teacher for the built-in data set, from scratch, 1,600 steps.
 
-python tools/lazyconfig_train_net.py --config-file configs/quick/faster_rcnn_vit_shapes.py
+    python tools/lazyconfig_train_net.py --config-file configs/quick/faster_rcnn_vit_shapes.py
 """
 
 from functools import partial
