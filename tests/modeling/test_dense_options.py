@@ -10,7 +10,7 @@ from test_dense import KEYS, K, dense, dense_cfg, fusion, gradients, pair, trace
 
 from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.distillation import losses
-from crosskd_ifc.distillation.dense import by_anchor
+from crosskd_ifc.distillation.dense.box import by_anchor
 from crosskd_ifc.distillation.teacher import TeacherPass
 
 STUDENT_HEAD = (K + "MIMIC", "student_head")

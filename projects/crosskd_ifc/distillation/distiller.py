@@ -10,16 +10,16 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Instances
 from torch import nn
 
-from .box import BoxDistiller, detect
-from .branches import KeypointDistiller, MaskDistiller
 from .compatibility.class_map import ClassMap
 from .compatibility.two_stage import stage_pairs
-from .dense import DenseBoxDistiller
+from .dense.box import DenseBoxDistiller
 from .feature import FeatureDistiller
 from .head_layers import record_towers
-from .rpn import RPNMimic
 from .teacher import Teacher, TeacherPass
 from .traces import HeadTrace, StepTrace, is_logging_step, put_scalars
+from .two_stage.box import BoxDistiller, detect
+from .two_stage.branches import KeypointDistiller, MaskDistiller
+from .two_stage.rpn import RPNMimic
 
 # MODEL.CROSSKD.MIMIC -> for each part that compares predictions whether they are the student's own,
 # not the cross-head's.

@@ -13,8 +13,8 @@ import torch
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.structures import Boxes
 
-from ..distillation.rpn import RPNMimic
 from ..distillation.traces import StepTrace
+from ..distillation.two_stage.rpn import RPNMimic
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()

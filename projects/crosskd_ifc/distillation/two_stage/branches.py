@@ -12,11 +12,16 @@ from detectron2.layers import cat
 from detectron2.modeling import GeneralizedRCNN
 from torch import nn
 
-from . import losses as L
-from .compatibility.branches import check_heads, check_pyramids, check_same_masks, check_same_points
-from .compatibility.class_map import ClassMap
-from .teacher import Teacher
-from .traces import StepTrace
+from .. import losses as L
+from ..compatibility.branches import (
+    check_heads,
+    check_pyramids,
+    check_same_masks,
+    check_same_points,
+)
+from ..compatibility.class_map import ClassMap
+from ..teacher import Teacher
+from ..traces import StepTrace
 
 
 class BranchDistiller:

@@ -10,10 +10,10 @@ from typing import List, Mapping, Optional
 
 import torch
 
-from .compatibility.class_map import ClassMap
-from .fusion import FeatureFusion
-from .head_layers import BoxStage
-from .traces import BoxTrace
+from ..compatibility.class_map import ClassMap
+from ..fusion import FeatureFusion
+from ..head_layers import BoxStage
+from ..traces import BoxTrace
 
 
 @dataclasses.dataclass

@@ -13,11 +13,11 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from torch import nn
 
-from .compatibility.class_map import ClassMap
-from .fusion import FeatureFusion
-from .head_layers import TOWERS, towers_of
-from .teacher import Teacher, TeacherPass
-from .traces import DensePredictions, DenseTrace
+from ..compatibility.class_map import ClassMap
+from ..fusion import FeatureFusion
+from ..head_layers import TOWERS, towers_of
+from ..teacher import Teacher, TeacherPass
+from ..traces import DensePredictions, DenseTrace
 
 
 @dataclasses.dataclass

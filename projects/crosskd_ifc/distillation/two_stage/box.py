@@ -13,16 +13,16 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 
-from ..config import ConfigError
-from . import losses as L
+from ...config import ConfigError
+from .. import losses as L
+from ..compatibility.class_map import ClassMap
+from ..compatibility.two_stage import StagePair, build_fusion, check_sigmoid_settings
+from ..fusion import FeatureFusion
+from ..head_layers import BoxStage, box_stages
+from ..loss_types.classification import ClsLoss, SigmoidClsLoss
+from ..teacher import Teacher, TeacherPass
+from ..traces import BoxTrace, HeadTrace, StepTrace, put_scalars
 from .box_heads import BoxPredictions, CrossHead, StudentHead, Term
-from .compatibility.class_map import ClassMap
-from .compatibility.two_stage import StagePair, build_fusion, check_sigmoid_settings
-from .fusion import FeatureFusion
-from .head_layers import BoxStage, box_stages
-from .loss_types.classification import ClsLoss, SigmoidClsLoss
-from .teacher import Teacher, TeacherPass
-from .traces import BoxTrace, HeadTrace, StepTrace, put_scalars
 
 
 class BoxDistiller:

@@ -12,12 +12,12 @@ from detectron2.layers import cat
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 
-from ..config import ConfigError
-from . import losses as L
-from .compatibility.anchors import check_same_padding, differing_key
-from .compatibility.two_stage import refuse_teacher
-from .teacher import Teacher
-from .traces import StepTrace
+from ...config import ConfigError
+from .. import losses as L
+from ..compatibility.anchors import check_same_padding, differing_key
+from ..compatibility.two_stage import refuse_teacher
+from ..teacher import Teacher
+from ..traces import StepTrace
 
 
 class RPNMimic:

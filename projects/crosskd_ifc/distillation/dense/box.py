@@ -13,13 +13,13 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes
 from torch import nn
 
-from . import losses as L
-from .compatibility.class_map import ClassMap
-from .compatibility.dense import build_fusions
-from .dense_heads import DenseCrossHead, DenseStudentHead, DenseTeacher, DenseTerm
-from .loss_types.boxes import BOX_LOSS_REGISTRY, needs_gap, score_gap
-from .teacher import Teacher, TeacherPass
-from .traces import DensePredictions, DenseTrace, StepTrace, put_scalars
+from .. import losses as L
+from ..compatibility.class_map import ClassMap
+from ..compatibility.dense import build_fusions
+from ..loss_types.boxes import BOX_LOSS_REGISTRY, needs_gap, score_gap
+from ..teacher import Teacher, TeacherPass
+from ..traces import DensePredictions, DenseTrace, StepTrace, put_scalars
+from .box_heads import DenseCrossHead, DenseStudentHead, DenseTeacher, DenseTerm
 
 
 def by_anchor(levels: List[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""The parts of a distillation of two-stage detectors: boxes, branches (masks, keypoints), RPN."""
