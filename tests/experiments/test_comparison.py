@@ -334,6 +334,27 @@ def test_a_run_of_earlier_settings_is_marked_and_stays(case):
     assert Case(case.folder).todo(seeds=[1]) == []
 
 
+def test_runs_that_diverge_are_counted_where_the_protocol_asks(tmp_path):
+    versus = {"config": DISTILLED, "versus": ["student"]}
+    arms = {"student": {"config": PLAIN}, "crosskd_ifc": versus}
+    case = Case(tmp_path, seeds=[1, 2, 3, 4], arms=arms, ablations={}, stability=True)
+    assert case.runs["student", 1].may_diverge and not case.runs["teacher", 1].may_diverge
+    case.do()
+    told = case.results.content()
+    assert told["stability"] is True
+    scores = {"student": [10, 12, 14, 3], "crosskd_ifc": [11, 12, 13, 0]}  # the median is 11.5
+    for run in told["runs"]:
+        if run["arm"] in scores:
+            run["AP"] = scores[run["arm"]][run["seed"] - 1]
+    told["runs"][-1]["diverged"] = 7
+    text = " ".join(report_text(told).split())
+    assert "AP is below 3.8, a third of the median" in text
+    assert "| `student` | 1 of 4 | 2.00 | |" in text
+    # Of three values each: F(2, 2) at 97.5 % is 39, its root 6.24.
+    assert "| `crosskd_ifc` | 1 of 4 | 1.00 | 0.50 (0.08 to 3.12) of `student` |" in text
+    assert "diverged" not in report_text({**told, "stability": False})
+
+
 def test_a_run_that_is_made_again_is_another_replicate(case, monkeypatch):
     case.do(case.todo(seeds=[1]))
     monkeypatch.setenv("BONUS", "3")

@@ -1,5 +1,6 @@
 """Runs as child processes: skipped, resumed, moved aside, or failing loudly."""
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -23,6 +24,10 @@ with open(os.path.join(folder, "calls.json"), "a") as f:
     f.write(json.dumps(sys.argv[1:]) + "\\n")
 if os.path.exists(os.path.join(folder, "fail")):
     sys.exit("the disk is on fire")
+if os.path.exists(os.path.join(folder, "nan")):
+    with open(os.path.join(folder, "diverged.json"), "w") as f:
+        f.write('{"iteration": 7}')
+    sys.exit("FloatingPointError")
 lines = [{"iteration": 9, "time": 0.5}]
 tests = eval(sys.argv[sys.argv.index("DATASETS.TEST") + 1]) if "DATASETS.TEST" in sys.argv else ()
 for i, name in enumerate(tests or [""]):
@@ -97,6 +102,24 @@ def test_a_failing_run_shows_the_end_of_its_log_and_is_not_finished(train, tmp_p
     with pytest.raises(RunFailed, match="(?s)a run failed.*console.log.*disk is on fire"):
         train(make_run(folder))
     assert make_run(folder).result() is None
+
+
+def test_a_loss_that_is_not_finite_is_a_result_where_it_may_be(train, tmp_path):
+    folder = tmp_path / "run"
+    train(make_run(folder))
+    os.remove(folder / "run.json")
+    (folder / "fail").touch()
+    (folder / "diverged.json").write_text('{"iteration": 7}')
+    may = dataclasses.replace(make_run(folder), may_diverge=True)
+    with pytest.raises(RunFailed):  # that file was an earlier start's
+        train(may)
+    (folder / "fail").unlink()
+    (folder / "nan").touch()
+    with pytest.raises(RunFailed):
+        train(make_run(folder))
+    done = train(may)
+    assert (done["AP"], done["AP50"], done["diverged"], done["iterations"]) == (0, 0, 7, 7)
+    assert "weights_sha256" not in done and may.result() == done
 
 
 def test_several_test_sets_are_told_apart(train, tmp_path):

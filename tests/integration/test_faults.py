@@ -1,5 +1,6 @@
 """What goes wrong in a training: losses that aren't finite, memory, processes that die."""
 
+import json
 import os
 import signal
 import socket
@@ -100,6 +101,8 @@ def test_the_checkpoint_that_is_named_after_a_nan_can_be_read(trainer, tmp_path)
     with pytest.raises(FloatingPointError, match="last good checkpoint: .*model_0000002.pth"):
         trainer.train()
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000005.pth"
+    told = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert told["iteration"] == 6 and "Training has diverged" in told["what"]
 
 
 def test_a_nan_saves_the_moving_average_of_before_the_step(folder, tmp_path):  # noqa: F811

@@ -17,6 +17,7 @@ A protocol is a YAML file::
         fc2: {config: ..., opts: {...}, seeds: [1, 2, 3], versus: [student]}
     contrasts: [[crosskd_ifc, student]]                 # arm minus reference; optional
     margin: 0.5                        # AP; smaller differences aren't worth having; optional
+    stability: true                    # students that diverge are results; optional
 
 ``teacher`` is trained once for each seed; arms whose config names its config as their teacher start
 from it. With fewer ``seeds`` of its own, which may be others, they are taken in turn by the
@@ -24,7 +25,9 @@ protocol's: ``seeds: [1, 2, 3, 4]`` and ``teacher: {seeds: [11, 12]}`` give the 
 teacher of seed 11. Arms with a model-zoo teacher, with MODEL.CROSSKD.TEACHER.WEIGHTS among their
 ``opts`` or with several TEACHERS don't need it. ``versus`` names the arms that paired differences
 are taken to. ``contrasts`` are the differences that the protocol is run for; name them before the
-first run. They are tested as one family, and for equivalence within ``margin``.
+first run. They are tested as one family, and for equivalence within ``margin``. With ``stability``
+a student whose loss isn't finite ends with an AP of 0 and counts as diverged; the report tells how
+often that happens, and how much AP varies.
 """
 
 import dataclasses
@@ -80,6 +83,7 @@ class Protocol:
         contrasts: (arm, reference): the differences that were named beforehand.
         margin: differences below it, in AP, aren't worth having; None if none was named.
         taught: names of the arms that the teacher is trained for.
+        stability: whether a student that diverges is a result.
     """
 
     path: str
@@ -93,6 +97,7 @@ class Protocol:
     contrasts: Tuple[Tuple[str, str], ...] = ()
     margin: Optional[float] = None
     taught: Tuple[str, ...] = ()
+    stability: bool = False
 
     def run(self, name: str, seed: int, folder: str, *, device: str = "") -> Run:
         """The run of one arm and seed.
@@ -109,6 +114,7 @@ class Protocol:
         if device:
             opts += ["MODEL.DEVICE", device]
         run = Run(f"{name}, seed {seed}", arm.config, os.path.join(folder, f"{name}_{seed}"), opts)
+        run.may_diverge = self.stability and name != TEACHER
         taught_by = self.teacher_of(name, seed)
         if taught_by:
             teacher = self.run(*taught_by, folder, device=device)
@@ -164,6 +170,7 @@ def _load(path: str) -> Protocol:
         arms=_arms(entry),
         contrasts=tuple((arm, reference) for arm, reference in entry.contrasts),
         margin=entry.margin,
+        stability=entry.stability,
     )
     _check_contrasts(protocol)
     Run("opts", next(iter(protocol.arms.values())).config, "", list(protocol.opts)).cfg()

@@ -81,6 +81,7 @@ class ProtocolEntry(_Entry):
     ablations: Dict[Text, Arms] = {}
     contrasts: Annotated[List[Pair], AfterValidator(_all_different)] = []
     margin: Annotated[Optional[PositiveFloat], Field(allow_inf_nan=False)] = None
+    stability: bool = False
 
 
 def read_protocol_file(path: str) -> ProtocolEntry:

@@ -128,6 +128,7 @@ class Results:
             "validation": protocol.validation,
             "test": protocol.test,
             **({"margin": protocol.margin} if protocol.margin else {}),
+            **({"stability": True} if protocol.stability else {}),
             **({"contrasts": [list(x) for x in protocol.contrasts]} if protocol.contrasts else {}),
             "arms": [
                 {
@@ -161,6 +162,8 @@ class Results:
         taught_by = self.protocol.teacher_of(*key)
         if taught_by:
             entry["teacher_seed"] = taught_by[1]
+        if "diverged" in done:
+            entry["diverged"] = done["diverged"]
         return {
             **entry,
             "config_sha256": done["digest"],

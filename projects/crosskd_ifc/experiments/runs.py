@@ -4,6 +4,7 @@ Each run is an ordinary ``tools/train_net.py`` run in a folder of its own. A fin
 ``run.json`` there, with its results and a digest of all that they depend on.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,6 +27,7 @@ from ..config import distillation_requested, teacher_configs
 from ..data import shapes
 from ..data.cards import fill_in_class_count
 from ..modeling.attach import load_teacher_config
+from ..training.non_finite import DIVERGED
 from ..weights.state_dicts import is_missing
 from .child_process import RunFailed, RunStopped, StepCounter, claim_folder, supervise
 
@@ -51,6 +53,7 @@ class Run:
         folder: its OUTPUT_DIR.
         opts: KEY VALUE overrides.
         needs: runs whose results this one starts from, such as its teacher's.
+        may_diverge: whether a loss that isn't finite is a result, an AP of 0, and no failure.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Run:
     folder: str
     opts: List[str] = dataclasses.field(default_factory=list)
     needs: Sequence["Run"] = ()
+    may_diverge: bool = False
     _built: Tuple[tuple, Optional[CfgNode]] = dataclasses.field(
         default=((), None), init=False, repr=False, compare=False
     )
@@ -190,7 +194,8 @@ def train(
         the last quarter), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
         process, 0 where there is no /proc), "versions", "hardware", "digest", and SHA-256s:
         "inputs_sha256", see :meth:`Run.inputs`, "weights_sha256" of the final weights' file,
-        "needs_sha256" of those of the runs it needs.
+        "needs_sha256" of those of the runs it needs. Of a run that diverged and may, "diverged",
+        the iteration, and an AP of 0.
 
     Raises:
         RunFailed: if the training ended with an error.
@@ -210,6 +215,8 @@ def train(
         write_json(run.path("started.json"), state)
         needs = [file_sha256(needed.weights) for needed in run.needs]
         command = command_of(run, train_net, arguments)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(run.path(DIVERGED))
         counter = StepCounter(run.path("metrics.json"), run.cfg().SOLVER.MAX_ITER)
         start = time.monotonic()
         try:
@@ -226,14 +233,17 @@ def train(
             write_json(run.path("started.json"), {**state, "seconds": seconds})
         if status != 0 and stop is not None and stop.is_set():
             raise RunStopped(f"{run.name} was stopped")
-        if status != 0:
+        diverged = read_json(run.path(DIVERGED)) if status != 0 and run.may_diverge else None
+        if status != 0 and not diverged:
             with open(run.path("console.log"), errors="replace") as f:
                 tail = "".join(f.readlines()[-12:])
             raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
-        done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **_collect(run)}
+        found = _collect(run) if diverged is None else _collect_diverged(run, diverged["iteration"])
+        done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **found}
         done.update(versions=versions(), hardware=hardware(run.cfg().MODEL.DEVICE, threads))
         done.update(inputs_sha256=inputs or None, needs_sha256=needs)
-        done["weights_sha256"] = file_sha256(run.weights)
+        if diverged is None:
+            done["weights_sha256"] = file_sha256(run.weights)
         write_json(run.path("run.json"), done)
         return done
 
@@ -259,10 +269,20 @@ def _collect(run: Run) -> Dict[str, Any]:
             "AP50": _score(last[f"{key}50"]),
             "curve": [[i, _score(points[i][key])] for i in sorted(points)],
         }
-    first = splits[cfg.DATASETS.TEST[0]]
+    return _content(splits, steps, lines, _statistics(lines))
+
+
+def _collect_diverged(run: Run, iteration: int) -> Dict[str, Any]:
+    nothing = {"AP": 0.0, "AP50": 0.0, "curve": [[iteration, 0.0]]}
+    splits = dict.fromkeys(run.cfg().DATASETS.TEST, nothing)
+    return {**_content(splits, iteration, _metrics(run), {}), "diverged": iteration}
+
+
+def _content(splits: Dict[str, dict], steps: int, lines: List[dict], statistics: Dict[str, float]):
+    first = next(iter(splits.values()))
     times = [line["time"] for line in lines if "time" in line]
     return {
-        "statistics": _statistics(lines),
+        "statistics": statistics,
         "AP": first["AP"],
         "AP50": first["AP50"],
         "splits": splits,

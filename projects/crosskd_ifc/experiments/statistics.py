@@ -124,6 +124,17 @@ def pooled_deviation(differences: Iterable[Difference]) -> Optional[float]:
     return math.sqrt(squares / sum(len(x) - 1 for x in samples))
 
 
+def deviation_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Tuple[float, float, float]:
+    """The ratio of two standard deviations, and its 95 % interval by the F distribution.
+
+    For independent, normal samples of two or more values with some spread; pairing isn't used.
+    """
+    ratio = float(np.std(ours, ddof=1) / np.std(theirs, ddof=1))
+    freedom = len(ours) - 1, len(theirs) - 1
+    high, low = (stats.f.ppf(q, *freedom) for q in (LEVEL / 2, 1 - LEVEL / 2))
+    return ratio, ratio / math.sqrt(low), ratio / math.sqrt(high)
+
+
 def power(difference: float, deviation: float, n: int) -> float:
     """The probability that a paired t test (two-sided, at 5 %) finds a difference.
 

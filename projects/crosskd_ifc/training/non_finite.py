@@ -8,6 +8,9 @@ from torch import nn
 
 from ..modeling.student import unwrap
 
+# In OUTPUT_DIR of a run whose loss was not finite: {"iteration", "what"}.
+DIVERGED = "diverged.json"
+
 
 class LastStepRecorder:
     """Remembers the images and the losses of a model's last training step."""

@@ -17,6 +17,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDete
 from detectron2.utils import comm
 from torch import nn
 
+from ..common.files import write_json
 from ..common.random_state import same_random_state
 from ..config import distillation_requested, teacher_configs
 from ..data.mapper import SampleError, build_mapper
@@ -29,7 +30,7 @@ from .averaging import WeightAverage
 from .best import BestWeights
 from .checkpointer import SafeCheckpointer
 from .errors import message_in_traceback
-from .non_finite import LastStepRecorder
+from .non_finite import DIVERGED, LastStepRecorder
 from .preemption import (
     StopAfterStep,
     StoppableLoader,
@@ -104,6 +105,9 @@ class CrossKDTrainer(DefaultTrainer):
         except FloatingPointError as error:
             self._resume_state.set_back(self.iter - 1, before)
             what = self._watch.explain(self.model, self.iter, error)
+            if comm.is_main_process():
+                path = os.path.join(self.cfg.OUTPUT_DIR, DIVERGED)
+                write_json(path, {"iteration": self.iter, "what": what})
             raise FloatingPointError(f"{what} {self._save_before_step()}") from error
         except SampleError as error:
             if comm.get_world_size() > 1:  # the others are in the step already
