@@ -233,6 +233,15 @@ def test_the_table_of_the_demo_is_that_of_the_recorded_run():
         assert f"| {title} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read("docs", "results.md")
 
 
+def test_the_demo_on_another_processor_is_told_as_recorded():
+    runs = {
+        run["arm"]: run["AP"]
+        for run in json.loads(read("benchmarks", "demo", "results.json"))["runs"]
+    }
+    told = [f"{runs[arm]:.1f}" for arm in ("teacher", "student", "crosskd", "crosskd_ifc")]
+    assert "had {}, {}, {} and {} AP".format(*told) in readme()
+
+
 def test_the_demo_is_seed_1_of_the_comparison():
     table = results("shapes_faster_rcnn")
     for arm, run in json.loads(read("benchmarks", "demo", "demo_seed_1.json"))["runs"].items():
