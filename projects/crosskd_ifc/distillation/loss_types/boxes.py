@@ -25,7 +25,8 @@ def score_gap(cross_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch
     """``max over k of |sigmoid(teacher_k) - sigmoid(cross_k)|``, without gradient.
 
     Args:
-        cross_logits, teacher_logits: (..., K) with independent scores of the classes.
+        cross_logits: (..., K) with independent scores of the classes.
+        teacher_logits: the same of the teacher.
 
     Returns:
         (...), in [0, 1].

@@ -97,7 +97,8 @@ def dist(
         cross_logits: (R, K) logits that learn.
         teacher_logits: (R, K) target logits.
         temperature: T > 0.
-        inter, intra: weights of the relations within rows and within columns.
+        inter: weight of the relations within rows.
+        intra: weight of those within columns.
 
     Returns:
         Scalar loss.
@@ -140,7 +141,8 @@ def decoupled_kl(
         teacher_logits: (R, K) target logits.
         targets: (R,) column of each row's ground truth.
         temperature: T > 0.
-        alpha, beta: weights of the target's and of the other classes' part.
+        alpha: weight of the target's part.
+        beta: weight of the other classes' part.
         normalizer: the divisor of the sum over rows.
 
     Returns:
