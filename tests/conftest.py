@@ -20,15 +20,25 @@ def _no_network_or_home(monkeypatch, tmp_path):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(autouse=True)
-def _clean_catalogs():
-    """Forget the data sets that a test registers: the next one may use their names."""
+def _forget_new_data_sets():
     before = set(DatasetCatalog), set(MetadataCatalog)
     yield
     for name in set(DatasetCatalog) - before[0]:
         DatasetCatalog.remove(name)
     for name in set(MetadataCatalog) - before[1]:
         MetadataCatalog.remove(name)
+
+
+@pytest.fixture(autouse=True)
+def _clean_catalogs():
+    """Forget the data sets that a test registers: the next one may use their names."""
+    yield from _forget_new_data_sets()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _clean_catalogs_of_module():
+    """The same for those that a fixture of a module registers."""
+    yield from _forget_new_data_sets()
 
 
 @pytest.fixture(autouse=True)

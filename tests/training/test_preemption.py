@@ -159,9 +159,13 @@ def test_a_sigterm_before_there_are_processes_ends_the_one_that_would_start_them
 def test_a_process_that_starts_no_others_is_ended_by_a_sigterm_at_its_start(gpus, monkeypatch):
     handlers = []
     monkeypatch.setattr(sys, "argv", ["train_net", "--num-gpus", gpus])
-    launching.invoke(
-        lambda _: None, setup=lambda _: handlers.append(signal.getsignal(signal.SIGTERM))
-    )
+    earlier = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pytest-xdist has one of its own
+    try:
+        launching.invoke(
+            lambda _: None, setup=lambda _: handlers.append(signal.getsignal(signal.SIGTERM))
+        )
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     assert handlers == [signal.SIG_DFL]
 
 

@@ -316,7 +316,8 @@ def test_the_script_tells_how_to_use_each_format(tmp_path, images, capsys):
     run, _ = make("FCOS", tmp_path / "run")
     assert main([run, str(tmp_path / "lazy")]) == 0
     printed = capsys.readouterr().out
-    snippet = [line.strip() for line in printed.split("installed:")[1].splitlines()]
+    code = printed.split("installed:")[1].split("Or look")[0]
+    snippet = [line.strip() for line in code.splitlines()]
     scope = {"image": torch.zeros(3, 140, 64)}
     exec("\n".join(snippet), scope)
     assert scope["detections"].has("pred_boxes")

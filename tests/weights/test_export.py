@@ -286,7 +286,8 @@ def test_script_prints_what_was_written_and_how_to_use_it(run, tmp_path, capsys)
     assert main(run, out) == 0
     printed = capsys.readouterr().out
     assert str(out / "model.pth") in printed and "CrossKDRCNN -> GeneralizedRCNN" in printed
-    snippet = [line.strip() for line in printed.split("installed:")[1].splitlines()]
+    code = printed.split("installed:")[1].split("Or look")[0]
+    snippet = [line.strip() for line in code.splitlines()]
     scope = {"image": tiny_batch()[0]["image"].permute(1, 2, 0).numpy()}
     exec("\n".join(snippet), scope)
     assert scope["detections"].has("pred_boxes")
