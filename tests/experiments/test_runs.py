@@ -186,6 +186,26 @@ def test_other_weights_of_a_given_teacher_make_another_run(train, tmp_path):
     assert run.result() is None
 
 
+def test_a_folder_whose_config_names_files_beside_it_can_be_moved(tmp_path, monkeypatch):
+    found = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        for name in ("own.py", "teacher.pth"):
+            (folder / name).write_text("")
+        (folder / "teacher.yaml").write_text("MODEL: {CROSSKD: {IMPORTS: [own.py]}}")
+        (folder / "config.yaml").write_text(
+            "MODEL: {META_ARCHITECTURE: CrossKDRCNN, WEIGHTS: '', CROSSKD: {IMPORTS: [own.py], "
+            "TEACHER: {CONFIG_FILE: teacher.yaml, WEIGHTS: teacher.pth}}}"
+        )
+        for place in (tmp_path, folder):  # from there the names are as they are written
+            monkeypatch.chdir(place)
+            run = Run("a run", str(folder / "config.yaml"), "run")
+            found.append((run.digest(), run.inputs()))
+    assert len(set(found)) == 1 and all(found[0])
+    (folder / "teacher.pth").write_text("others")
+    assert run.inputs() != found[0][1]
+
+
 def test_other_weights_to_start_from_make_another_run(train, tmp_path):
     weights = tmp_path / "R-18.pth"
     weights.write_text("first")

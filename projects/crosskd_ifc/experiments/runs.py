@@ -93,8 +93,7 @@ class Run:
         settings = _settings(self.cfg())
         if self.needs:
             settings.pop("MODEL.CROSSKD.TEACHER.WEIGHTS", None)
-        text = json.dumps([settings, *(run.digest() for run in self.needs)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return self._sha256([settings, *(run.digest() for run in self.needs)])
 
     def inputs(self) -> Optional[str]:
         """A digest of what the settings only name: dataset cards, files of IMPORTS, the weights
@@ -126,7 +125,13 @@ class Run:
             settings = _teacher_file(one) if lazy else _settings(teacher)
             key = f"teacher_{i + 1}" if i else "teacher"
             found[key] = [settings, weights, file_sha256(weights)]
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+        return self._sha256(found)
+
+    def _sha256(self, content: Any) -> str:
+        """Of what JSON can hold; files beside the config count by their names alone."""
+        folder = os.path.dirname(os.path.abspath(find_config(self.config, key=self.name)[0]))
+        text = json.dumps(content, sort_keys=True).replace(os.path.join(folder, ""), "")
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def weights(self) -> str:
