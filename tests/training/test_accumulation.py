@@ -7,7 +7,7 @@ from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 from test_dense import pair
 
-from crosskd_ifc import ConfigError
+from crosskd_ifc import ConfigError, Teacher
 from crosskd_ifc.training.accumulation import accumulating
 from crosskd_ifc.training.non_finite import LastStepRecorder
 from crosskd_ifc.training.preflight import check_training_config
@@ -116,6 +116,20 @@ def test_a_loss_that_is_not_finite_is_told_with_the_images_of_its_part():
         step(model, batch, 2)
     told = watch.explain(model, 0, caught.value)
     assert "loss_cls" in told and "0.png, 1.png" in told and "2.png" not in told
+
+
+@pytest.mark.parametrize("spoilt, told", [(None, "are finite"), (1, "not finite: teacher_2/p2")])
+def test_of_several_teachers_the_one_that_is_not_finite_is_named(spoilt, told):
+    teachers = [Teacher(tiny_model(seed=i), student_format="BGR") for i in range(2)]
+    model = torch.nn.Identity()
+    model.forward = lambda batch: {"loss_cls_kd": torch.tensor(float("nan"))}
+    model.teachers, model.teacher = teachers, teachers[0]
+    if spoilt is not None:
+        with torch.no_grad():
+            teachers[spoilt].model.backbone.fpn_output2.bias.fill_(float("nan"))
+    watch = LastStepRecorder(model)
+    model(BATCH)
+    assert told in watch.explain(model, 0, FloatingPointError("x"))
 
 
 def _spoil_first():

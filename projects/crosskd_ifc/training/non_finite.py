@@ -52,11 +52,15 @@ class LastStepRecorder:
         return f"{what}. Images: {images or 'none'}.{about}"
 
     def _about_teacher(self, model: nn.Module, batch: List[Dict[str, Any]]) -> str:
-        teacher = getattr(unwrap(model), "teacher", None)
-        if teacher is None or not batch:
+        teachers = getattr(unwrap(model), "teachers", ())
+        if not teachers or not batch:
             return ""
-        features = teacher.features(batch)
-        bad = [k for k, v in features.items() if not torch.isfinite(v).all()]
+        features = {
+            f"teacher_{i}/{k}" if i > 1 else k: v
+            for i, teacher in enumerate(teachers, 1)
+            for k, v in teacher.features(batch).items()
+        }
+        bad = _not_finite(features)
         if bad:
             return f" The teacher's own features of them are not finite: {', '.join(bad)}."
         return " The teacher's own features of them are finite."
