@@ -4,12 +4,14 @@ in whole runs on a handful of pictures."""
 import gc
 import logging
 import shutil
+import sys
 import types
 
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_cfg, tiny_model
 from test_train_net import TRAINABLE, files, metrics, run, write_config  # noqa: F401
 
@@ -19,6 +21,7 @@ from crosskd_ifc.training.best import BestWeights
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer
 from crosskd_ifc.training.preflight import check_best_metric, check_training_config
 from crosskd_ifc.training.schedule import TeacherEvaluation
+from crosskd_ifc.training.wandb_writer import WandbWriter
 from crosskd_ifc.weights.export import export_student
 
 EMA = ("SOLVER.EMA_DECAY", 0.75)
@@ -69,8 +72,20 @@ def averages(out):
     for name in [f"model_{i:07d}" for i in range(3)] + ["model_final"]:
         weights = load(out / f"{name}.pth")["model"]
         old = found[-1] if found else weights
-        found.append({k: (0.75 * old[k] + 0.25 * v).to(v.dtype) for k, v in weights.items()})
+        is_mean = {k: v.is_floating_point() for k, v in weights.items()}
+        found.append({k: 0.75 * old[k] + 0.25 * v if is_mean[k] else v for k, v in weights.items()})
     return found
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9995, 0.9999])
+def test_whole_numbers_such_as_the_indices_of_a_swin_transformer_are_no_means(decay):
+    model = torch.nn.Linear(1, 1)
+    model.register_buffer("relative_position_index", torch.arange(600))
+    hook = WeightAverage(model, decay)
+    hook.trainer = types.SimpleNamespace(model=model)
+    for _ in range(3):
+        hook.after_step()
+    assert torch.equal(hook.weights()["relative_position_index"], torch.arange(600))
 
 
 def test_the_average_is_that_of_the_weights_after_each_step(whole):
@@ -250,6 +265,24 @@ def test_scalars_go_to_weights_and_biases_offline(files, tmp_path, monkeypatch):
     found = list(out.glob("wandb/offline-run-*"))
     assert all(x.name.endswith(first) for x in found)
     assert any(b"total_loss" in x.read_bytes() for x in out.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("mode, resume", [(None, None), ("online", "allow")])
+def test_a_resumed_run_goes_on_online_and_does_not_replace_what_is_there(
+    tmp_path, monkeypatch, mode, resume
+):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    starts = []
+    run = types.SimpleNamespace(log=lambda *_, **__: None)
+    service = types.SimpleNamespace(init=lambda **options: starts.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    for start in (0, 5):
+        with EventStorage(start):
+            WandbWriter(tiny_cfg("OUTPUT_DIR", str(tmp_path))).write()
+    first, second = starts
+    assert first["id"] == second["id"] and second["resume"] == first["resume"] == resume
 
 
 def test_without_the_package_it_is_one_error(monkeypatch):

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
 import torch
 from detectron2.engine import HookBase
@@ -33,7 +33,7 @@ class WeightAverage(HookBase):
         alone = model.without_teacher() if isinstance(model, Student) else contextlib.nullcontext()
         with alone:
             self._average = AveragedModel(
-                model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+                model, multi_avg_fn=_moving_average(decay), use_buffers=True
             )
         self._average.requires_grad_(False).eval()
 
@@ -73,3 +73,17 @@ class WeightAverage(HookBase):
             self._average.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"its average of the weights doesn't fit: {error}") from error
+
+
+def _moving_average(decay: float) -> Callable[..., None]:
+    """torch's, which rounds the means of whole numbers down; these are taken as they are now."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averages, values, count):  # lists of tensors of one type
+        if averages[0].is_floating_point():
+            average(averages, values, count)
+        else:
+            for mean, value in zip(averages, values):
+                mean.copy_(value)
+
+    return update

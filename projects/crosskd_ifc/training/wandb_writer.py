@@ -55,11 +55,14 @@ class WandbWriter(EventWriter):
                 f.write(uuid.uuid4().hex[:8].encode())
         with open(path) as f:
             name = f.read()
+        mode = os.environ.get("WANDB_MODE", "offline")
         return wandb.init(
             project=self._cfg.WANDB.PROJECT,
             dir=folder,
             id=name,
             name=os.path.basename(os.path.abspath(folder)),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
+            # Online, a run of the same id would replace the first one; offline it isn't known.
+            resume=None if mode == "offline" else "allow",
             config=yaml.safe_load(self._cfg.dump()),
         )
