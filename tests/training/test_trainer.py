@@ -1,5 +1,6 @@
 """The trainer's own parts: schedule, evaluators, data, refusals, and every config in configs/."""
 
+import contextlib
 import glob
 import json
 import os
@@ -22,7 +23,7 @@ from crosskd_ifc.data.cards import register_card
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.runs import Run
 from crosskd_ifc.modeling.attach import load_teacher_config
-from crosskd_ifc.training.preflight import check_training_config
+from crosskd_ifc.training.preflight import check_keypoint_sigmas, check_training_config
 from crosskd_ifc.training.preflight_data import check_classes
 from crosskd_ifc.training.schedule import DistillationSchedule, scale_schedule
 
@@ -381,3 +382,25 @@ def test_without_adapters_the_optimizer_is_detectron2s():
     assert [[id(p) for p in g["params"]] for g in ours] == [
         [id(p) for p in g["params"]] for g in stock
     ]
+
+
+def test_keypoints_are_evaluated_with_the_configs_sigmas(tmp_path):
+    note = {"bbox": [1, 1, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    record = {"file_name": "a.png", "image_id": 1, "height": 8, "width": 8, "annotations": [note]}
+    DatasetCatalog.register("three_points", lambda: [record])
+    MetadataCatalog.get("three_points").set(thing_classes=["a"], evaluator_type="coco")
+    try:
+        cfg = tiny_cfg("TEST.KEYPOINT_OKS_SIGMAS", (0.1, 0.2, 0.3))
+        evaluator = CrossKDTrainer.build_evaluator(cfg, "three_points", str(tmp_path))
+    finally:
+        DatasetCatalog.remove("three_points")
+        MetadataCatalog.remove("three_points")
+    assert tuple(evaluator._kpt_oks_sigmas) == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("count, sigmas, is_good", [(17, 0, 1), (3, 3, 1), (3, 0, 0), (17, 3, 0)])
+def test_keypoints_without_a_sigma_each_are_refused_before_training(count, sigmas, is_good):
+    opts = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", count)
+    cfg = tiny_cfg(*opts, "TEST.KEYPOINT_OKS_SIGMAS", (0.1,) * sigmas)
+    with contextlib.nullcontext() if is_good else pytest.raises(ConfigError, match="OKS_SIGMAS"):
+        check_keypoint_sigmas(cfg)

@@ -203,6 +203,22 @@ def check_best_metric(cfg: CfgNode) -> None:
         )
 
 
+def check_keypoint_sigmas(cfg: CfgNode) -> None:
+    """Refuse keypoints that COCO's evaluation would stumble over after the training.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17  # COCO's person
+    if cfg.MODEL.KEYPOINT_ON and count != sigmas:
+        raise ConfigError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {len(cfg.TEST.KEYPOINT_OKS_SIGMAS)} values, but "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count}; give one for each keypoint (() "
+            "stands for COCO's 17)"
+        )
+
+
 def check_class_count(cfg: CfgNode, name: str, classes: Sequence[str] = ()) -> None:
     """Refuse a model of other classes: fewer fail deep inside the loss, more in the evaluator.
 

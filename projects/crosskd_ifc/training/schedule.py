@@ -158,6 +158,7 @@ def evaluate_teacher(
     cfg.INPUT.FORMAT = teacher.input_format
     cfg.DATASETS = ours.DATASETS
     cfg.DATALOADER = ours.DATALOADER
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = ours.TEST.KEYPOINT_OKS_SIGMAS  # of the data
     cfg.OUTPUT_DIR = os.path.join(ours.OUTPUT_DIR, folder)
     return test(cfg, _StudentTasks(teacher, student))
 

@@ -39,7 +39,12 @@ from .preemption import (
     save_iteration,
     stopping_on_sigterm,
 )
-from .preflight import check_best_metric, check_training_config, evaluator_type
+from .preflight import (
+    check_best_metric,
+    check_keypoint_sigmas,
+    check_training_config,
+    evaluator_type,
+)
 from .preflight_data import check_classes, check_same_everywhere, check_test_data
 from .records import usable_records
 from .resume import ResumeState
@@ -79,8 +84,9 @@ class CrossKDTrainer(DefaultTrainer):
         check_training_config(cfg)
         # A subclass with evaluators of its own knows other types and fields.
         if type(self).build_evaluator.__func__ is CrossKDTrainer.build_evaluator.__func__:
-            for name in cfg.DATASETS.TEST:
-                evaluator_type(name)
+            kinds = [evaluator_type(name) for name in cfg.DATASETS.TEST]
+            if "coco" in kinds:
+                check_keypoint_sigmas(cfg)
             check_best_metric(cfg)
             check_test_data(cfg)
 
@@ -250,7 +256,10 @@ class CrossKDTrainer(DefaultTrainer):
             return PascalVOCDetectionEvaluator(dataset_name)
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         # A VOC card is converted each time: a cached file of an earlier run could be stale.
-        return COCOEvaluator(dataset_name, output_dir=folder, allow_cached_coco=False)
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        return COCOEvaluator(
+            dataset_name, output_dir=folder, allow_cached_coco=False, kpt_oks_sigmas=sigmas
+        )
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
