@@ -340,6 +340,18 @@ def test_the_table_of_fcos_is_that_of_the_recorded_runs(arm):
     assert f"| {TITLES[arm]} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read("docs", "results.md")
 
 
+def test_the_two_divisors_of_fcos_are_told_as_recorded():
+    table = results("fcos_divisor")
+    told = "has {} AP, plain CrossKD {} with weights 0.4 and 0.75, and {} with 0.253 and 0.475"
+    summaries = [
+        describe_sample(list(table.scores(arm).values()))
+        for arm in ("student", "crosskd", "published")
+    ]
+    cells = [f"{found.mean:.1f} ± {found.deviation:.1f}" for found in summaries]
+    assert told.format(*cells) in readme()
+    assert f"The difference is {tell(table.difference('published', 'crosskd'))}." in readme()
+
+
 def costs(name, *, speed):
     """Cells of a table of docs/performance.md, from the recorded measurement."""
     found = json.loads(read("benchmarks", "step_cost", f"{name}.json"))
@@ -352,7 +364,11 @@ def costs(name, *, speed):
     return cells + [f"{peak['distillation'] - peak['student']:.0f}", f"{peak['teacher']:.0f}"]
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn", "faster_rcnn_through", "retinanet", "fcos"])
+COSTS = ["faster_rcnn", "faster_rcnn_through", "retinanet", "fcos"]
+COSTS += ["faster_rcnn_taps", "faster_rcnn_anchored"]
+
+
+@pytest.mark.parametrize("name", COSTS)
 def test_the_costs_of_a_step_are_the_measured_ones(name):
     cells = costs(f"{name}_R50_R18_cpu", speed=False)
     assert f"| {' | '.join(cells)} |" in read("docs", "performance.md")
