@@ -13,11 +13,11 @@ from tabulate import tabulate
 from ..common.files import replacing
 from .figures import draw_curves, draw_differences
 from .protocol import TEACHER
+from .stability import stability
 from .statistics import (
     Difference,
     describe_sample,
     detectable_difference,
-    deviation_ratio,
     pooled_deviation,
     seeds_needed,
 )
@@ -60,7 +60,7 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
         differences = _differences(table, section)
         lines += ["Paired differences of AP:", "", differences, ""] if differences else []
         lines += _power(table, section)
-        lines += _stability(table, section) if content.get("stability") else []
+        lines += stability(table, section) if content.get("stability") else []
         logged = _statistics(table, section)
         lines += [_LOGGED, "", logged, ""] if logged else []
     if any(len(runs) > 1 for arm in table.arms for runs in table.current(arm).values()):
@@ -170,44 +170,6 @@ def _power(table: Table, section: Section) -> List[str]:
         f"pooled): {n} {unit}s show",
         f"a true one of {shown:.1f} AP in 80 % of such comparisons; one of 1 AP takes {needed} "
         f"{unit}s.",
-        "",
-    ]
-
-
-def _stability(table: Table, section: Section) -> List[str]:
-    """How often the students of a section diverge, and how much the AP of the others varies."""
-    runs = {
-        arm: [run for found in table.current(arm).values() for run in found]
-        for arm in section.arms
-        if arm != TEACHER
-    }
-    known = [run["AP"] for found in runs.values() for run in found]
-    if not known:
-        return []
-    least = float(np.median(known)) / 3
-    sound = {
-        arm: [run["AP"] for run in found if "diverged" not in run and run["AP"] >= least]
-        for arm, found in runs.items()
-    }
-    rows = []
-    for arm, scores in sound.items():
-        spread = describe_sample(scores).deviation if scores else None
-        ratios = []
-        for other in table.arms[arm]["versus"]:
-            samples = scores, sound.get(other, [])
-            if all(len(x) > 1 and np.ptp(x) > 0 for x in samples):
-                ratio = "{:.2f} ({:.2f} to {:.2f})".format(*deviation_ratio(*samples))
-                ratios.append(f"{ratio} of `{other}`")
-        n = len(runs[arm])
-        cells = [f"{n - len(scores)} of {n}", "" if spread is None else f"{spread:.2f}"]
-        rows.append([f"`{arm}`", *cells, "; ".join(ratios)])
-    headers = ["arm", "diverged", "std. dev. of AP", "its ratio, with 95 % interval"]
-    return [
-        "Stability: a run has diverged if a loss was not finite, or its AP is below "
-        f"{least:.1f}, a third",
-        "of the median here. The deviation is that of the other runs.",
-        "",
-        tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
     ]
 
