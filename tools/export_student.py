@@ -16,7 +16,7 @@ import shlex
 import sys
 from typing import List, Optional
 
-from crosskd_ifc.common.command_line import tool_parser
+from crosskd_ifc.common.command_line import tool_command, tool_parser
 from crosskd_ifc.weights.export import FORMATS, export_student
 
 YACS = """\
@@ -29,7 +29,7 @@ Use it wherever detectron2 is installed:
     cfg.merge_from_file({config!r})
     detections = DefaultPredictor(cfg)(image)["instances"]  # image as from cv2.imread
 
-Or look at what it finds: python tools/predict.py {out} PHOTOS
+Or look at what it finds: {predict} {out} PHOTOS
 """
 LAZY = """\
 Use it wherever detectron2 is installed:
@@ -42,7 +42,7 @@ Use it wherever detectron2 is installed:
     DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
     detections = model([{{"image": image}}])[0]["instances"]  # resized as cfg.input says
 
-Or look at what it finds: python tools/predict.py {out} PHOTOS
+Or look at what it finds: {predict} {out} PHOTOS
 """
 FILE = "docs/deploy.md has a program that runs it without detectron2 and torch.\n"
 
@@ -77,7 +77,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if options["int8"]:
         print("In int8 it finds something else: measure its AP by tools/evaluate_export.py\n")
     usage = FILE if same != "exactly" else LAZY if done.architecture[1] == "FCOS" else YACS
-    print(usage.format(config=done.config, out=shlex.quote(out)))
+    predict = tool_command("predict")
+    print(usage.format(config=done.config, out=shlex.quote(out), predict=predict))
     return 0
 
 

@@ -16,7 +16,7 @@ import sys
 from typing import List, Optional
 
 import crosskd_ifc  # noqa: F401  registers the built-in data sets
-from crosskd_ifc.common.command_line import tool_parser
+from crosskd_ifc.common.command_line import tool_command, tool_parser
 from crosskd_ifc.data.check import check_dataset
 from crosskd_ifc.data.histograms import draw_histograms
 from crosskd_ifc.data.layouts import LAYOUTS
@@ -81,9 +81,10 @@ def main(argv: Optional[List[str]] = None) -> int:
             near = not args.ignore_near_duplicates
             print(make_card(args.folder, args.output, near_duplicates=near, **options))
             card = shlex.quote(args.output)
+            command = tool_command("prepare_data")
             print("\nNext, in this order:")
-            print(f"  python tools/prepare_data.py check {card}")
-            print(f"  python tools/prepare_data.py configs {card} --output FOLDER")
+            print(f"  {command} check {card}")
+            print(f"  {command} configs {card} --output FOLDER")
             return 0
         if args.command == "configs":
             options = dict(teacher=args.teacher, student=args.student, detector=args.detector)
