@@ -398,6 +398,19 @@ def test_runs_of_another_machine_can_be_included(case, tmp_path_factory, monkeyp
         case.results.include(wrong.path)
 
 
+def test_a_file_that_has_grown_can_be_included_again(case, tmp_path_factory, monkeypatch):
+    case.do([("teacher", 1), ("crosskd_ifc", 1)])
+    monkeypatch.setenv("BONUS", "1")
+    other = Case(tmp_path_factory.mktemp("other"))
+    other.do([("teacher", 1), ("crosskd_ifc", 1)])
+    assert case.results.include(other.path) == 2
+    other.do([("fc2", 1)])
+    assert case.results.include(other.path) == 1
+    found = {(r["arm"], r.get("replicate", 1)) for r in case.all_recorded()}
+    both = {("teacher", n) for n in (1, 2)} | {("crosskd_ifc", n) for n in (1, 2)}
+    assert found == both | {("fc2", 2)}  # it belongs to the second
+
+
 def table_of(*runs):
     """A table of runs (arm, seed, replicate, AP)."""
     names = dict.fromkeys(arm for arm, *_ in runs)
@@ -681,6 +694,6 @@ def test_a_teacher_and_its_student_train_and_are_reported(tiny, tmp_path, capsys
     assert tiny("--report-only") == [] and os.path.exists("out/report.md")
     capsys.readouterr()
     assert tiny() == []
-    assert "2 runs, 0 to do" in capsys.readouterr().out
+    assert "2 runs, to do: 0" in capsys.readouterr().out
     with open("out/results.json") as f:
         assert json.load(f) == first

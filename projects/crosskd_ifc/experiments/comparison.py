@@ -143,7 +143,7 @@ class Comparison:
         """
         self.collect()
         todo = plan(self.runs, selected, self.results)
-        self.say(f"{self.results.protocol.name}: {len(selected)} runs, {len(todo)} to do")
+        self.say(f"{self.results.protocol.name}: {len(selected)} runs, to do: {_count(todo)}")
         self.check(todo)
         return self.train(todo)
 
@@ -214,6 +214,12 @@ class Comparison:
                 os.remove(path)
         minutes = result["seconds"] / 60
         self.say(f"{self.runs[key].name}: AP {result['AP']:.1f} in {minutes:.1f} min")
+
+
+def _count(todo: Sequence[Key]) -> str:
+    """How many runs, and how many of them are teachers: those may not be among the selected."""
+    teachers = sum(arm == TEACHER for arm, _ in todo)
+    return f"{len(todo)}" + (f", {teachers} of them teachers" if teachers else "")
 
 
 class _Lines:

@@ -72,7 +72,8 @@ class Results:
         with self._rewriting():
             before = len(self.entries)
             for entries in groups.values():
-                self._put(entries, [])
+                there = [o for o in self.entries for e in entries if _is_same_run(e, o)]
+                self._put(entries, sorted({_number(other) for other in there}))
             return len(self.entries) - before
 
     def _put(self, entries: List[dict], preferred: List[int]) -> None:
