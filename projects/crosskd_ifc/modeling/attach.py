@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..common.config_files import find_config, merge_from_file, merge_from_list
 from ..common.lazy_config import instantiate_model, is_lazy, load_lazy_config
+from ..common.lazy_detectors import config_of, dataset_names, input_format_of, student_config
 from ..common.paths import tried
 from ..common.random_state import same_random_state
 from ..config import ConfigError, add_crosskd_ifc_config, saying, teacher_configs
@@ -23,7 +24,6 @@ from ..distillation.teacher import Teacher, padded_square
 from ..weights.reading import MisfitError, StrictReader
 from ..weights.state_dicts import is_missing
 from .building import explained
-from .lazy import config_of, dataset_names, input_format_of, student_config
 from .student import Offer
 
 logger = logging.getLogger(__name__)

@@ -10,14 +10,14 @@ from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf
 
 from ..common.config_files import LAZY_CONFIG, merge_from_list
-from ..config import ConfigError, distillation_requested
-from ..modeling.lazy import (
+from ..common.lazy_detectors import (
     config_of_node,
     dataset_names,
     input_format_of,
     merge_settings,
     select,
 )
+from ..config import ConfigError, distillation_requested
 from .checkpointer import CheckpointError
 from .errors import SetupError
 
