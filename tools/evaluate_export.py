@@ -43,6 +43,8 @@ def parse(argv: Optional[List[str]] = None):
     parser.add_argument("--card", nargs="+", default=[], help="dataset cards to register")
     parser.add_argument("--checkpoint", default="", help="compare with this checkpoint's AP")
     parser.add_argument("--config-file", default="", help="the config it was trained with")
+    overrides = "of a LazyConfig (.py), in its syntax: those of its training"
+    parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help=overrides)
     tolerance = dict(type=float, metavar="AP", help="the most that may differ [0.1; int8 1]")
     parser.add_argument("--tolerance", **tolerance)
     parser.add_argument(
@@ -97,7 +99,7 @@ def _aps(args, problems: List[str]) -> Dict[str, Any]:
     content = {"images": len(dataset_records(args.dataset)), "bytes": sizes, "results": found}
     if not args.checkpoint:
         return content
-    wanted = evaluate_checkpoint(args.checkpoint, args.dataset, args.config_file)
+    wanted = evaluate_checkpoint(args.checkpoint, args.dataset, args.config_file, args.overrides)
     _print(args.checkpoint, wanted)
     for folder, (kind, results) in zip(args.EXPORTED, found.items()):
         default = _TOLERANCE.get(kind, 0.1)
@@ -112,8 +114,9 @@ def _print(name: str, results: dict) -> None:
 
 
 def _speeds(args) -> Dict[str, Any]:
-    checkpoints = {"teacher": (args.teacher, ""), "checkpoint": (args.checkpoint, args.config_file)}
-    checkpoints = {name: paths for name, paths in checkpoints.items() if paths[0]}
+    checkpoints = {"teacher": (args.teacher,)} if args.teacher else {}
+    if args.checkpoint:
+        checkpoints["checkpoint"] = (args.checkpoint, args.config_file, args.overrides)
     records = dataset_records(args.dataset)[: args.images]
     seconds = measure_in_turns(load_detectors(args.EXPORTED, checkpoints, records), args.speed)
     found = {name: images_per_second(x, len(records)) for name, x in seconds.items()}

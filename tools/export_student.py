@@ -5,7 +5,7 @@
     python tools/export_student.py output/model_final.pth student-onnx --format onnx
 
 Takes seconds. OUT is a folder to make. IN's config is the one in it, the
-config.yaml beside it, or --config-file.
+config.yaml beside it, or --config-file. A LazyConfig is code: name its .py file.
 Before OUT appears, what is in it has found what the student finds: exactly, in stock detectron2; up
 to rounding, as one file in its own runtime. Nothing is overwritten without --force. See
 docs/deploy.md.
@@ -50,9 +50,11 @@ FILE = "docs/deploy.md has a program that runs it without detectron2 and torch.\
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = tool_parser(__file__, __doc__)
-    parser.add_argument("IN", help="a checkpoint written by tools/train_net.py")
+    parser.add_argument("IN", help="a checkpoint written by train_net.py")
     parser.add_argument("OUT", help="a folder to make")
     parser.add_argument("--config-file", default="", help="the config IN was trained with")
+    overrides = "of a LazyConfig (.py), in its syntax: those of its training"
+    parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help=overrides)
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="what to write")
     parser.add_argument("--images", nargs="+", default=[], help="compare on [DATASETS.TEST's]")
     size = dict(nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="fixed input [any]")
@@ -76,7 +78,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     print(f"Left out: {', '.join(done.dropped) or 'nothing'}\n")
     if options["int8"]:
         print("In int8 it finds something else: measure its AP by tools/evaluate_export.py\n")
-    usage = FILE if same != "exactly" else LAZY if done.architecture[1] == "FCOS" else YACS
+    usage = FILE if same != "exactly" else LAZY if done.is_lazy else YACS
     predict = tool_command("predict")
     print(usage.format(config=done.config, out=shlex.quote(out), predict=predict))
     return 0

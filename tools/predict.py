@@ -51,7 +51,11 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--device", default=default, help="that the models run on")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of the config"
+        "--opts",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="overrides of the config (KEY=VALUE, if it is a LazyConfig)",
     )
     args = parser.parse_args(argv)
     if args.no_pictures and not args.json:
@@ -65,13 +69,18 @@ def main(args: argparse.Namespace) -> int:
     """Returns the exit status."""
     folder = "" if args.no_pictures else args.output
     sources = find_sources(args.inputs, excluded=folder)
-    device = ["MODEL.DEVICE", args.device]
-    student = load_detector(args.weights, config_file=args.config_file, opts=[*device, *args.opts])
+    device = args.device
+    student = load_detector(
+        args.weights, config_file=args.config_file, opts=args.opts, device=device
+    )
     detectors = {"student": student}
     if args.teacher == "config":
-        detectors = {"teacher": load_configured_teacher(student, device), **detectors}
+        detectors = {
+            "teacher": load_configured_teacher(student, ["MODEL.DEVICE", device]),
+            **detectors,
+        }
     elif args.teacher:
-        teacher = load_detector(args.teacher, config_file=args.teacher_config, opts=device)
+        teacher = load_detector(args.teacher, config_file=args.teacher_config, device=device)
         detectors = {"teacher": teacher, **detectors}
     done = predict(
         detectors,

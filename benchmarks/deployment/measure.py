@@ -27,6 +27,8 @@ STUDENTS = {
     "cascade_rcnn": ("Cascade R-CNN", "cascade_rcnn_R_18_shapes", ()),
     "retinanet": ("RetinaNet", "retinanet_R_18_shapes", SHORTER),
     "fcos": ("FCOS", "fcos_R_18_shapes", ()),
+    "mobilenet": ("Faster R-CNN, MobileNetV3", "faster_rcnn_mobilenetv3_large_shapes", ()),
+    "efficientnet": ("Faster R-CNN, EfficientNet-B0", "faster_rcnn_efficientnet_b0_shapes", ()),
 }
 TEACHER = "teacher", "faster_rcnn_R_34_shapes", ()
 FORMATS = {"torchscript": (), "onnx": (), "int8": ("--int8",)}

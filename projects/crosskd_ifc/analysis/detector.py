@@ -14,9 +14,11 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..common.config_files import find_config, load_config, merge_from_list
+from ..common.lazy_config import is_lazy
 from ..config import ConfigError, class_count, teacher_configs
 from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
+from ..weights.lazy_student import build_lazy_student
 from ..weights.metadata import read_metadata
 from ..weights.reading import MisfitError, StrictReader
 from ..weights.stock import read_exported_fcos
@@ -64,20 +66,29 @@ class Detector:
         return time.perf_counter()
 
 
-def load_detector(weights: str, *, config_file: str = "", opts: Sequence = ()) -> Detector:
+def load_detector(
+    weights: str, *, config_file: str = "", opts: Sequence = (), device: str = ""
+) -> Detector:
     """Build and load a detector; no teacher is needed.
 
     Args:
         weights: a folder that ``tools/export_student.py`` wrote or that a training ran in, or a
             file of weights.
         config_file: that the weights belong to; empty for the one beside them: ``config.yaml``, or
-            for ``x.pth`` an ``x.yaml``.
-        opts: KEY, VALUE, ... on top of it.
+            for ``x.pth`` an ``x.yaml``. A LazyConfig (.py) is code, and is run.
+        opts: KEY, VALUE, ... on top of it; of a LazyConfig KEY=VALUE, ...
+        device: to run on; empty for the config's.
 
     Raises:
         ConfigError: if weights or config can't be found, read or combined.
     """
     file, config = _find(weights, config_file)
+    names = read_metadata(os.path.dirname(file)).get("classes")
+    if is_lazy(config_file):
+        student = build_lazy_student(config_file, opts)
+        student.cfg.MODEL.DEVICE = device or student.cfg.MODEL.DEVICE
+        return _loaded(student.model, student.cfg, file, names)
+    opts = [*(["MODEL.DEVICE", device] if device else []), *opts]
     if config_file:
         cfg = load_config(config_file, opts)
     else:
@@ -87,7 +98,7 @@ def load_detector(weights: str, *, config_file: str = "", opts: Sequence = ()) -
         else:
             key = "the config beside the weights,"
             cfg = load_config(config, opts, key=key, opts_key="--opts", found=True)
-    return _build(cfg, file, read_metadata(os.path.dirname(file)).get("classes"))
+    return _build(cfg, file, names)
 
 
 def load_configured_teacher(detector: Detector, opts: Sequence = ()) -> Detector:
@@ -133,19 +144,29 @@ def _find(weights: str, config_file: str) -> Tuple[str, str]:
 
 
 def _build(cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
-    cfg.MODEL.WEIGHTS = weights
-    cfg.freeze()
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"the device is {cfg.MODEL.DEVICE!r}, but there is no GPU here")
+    _check_device(cfg)
     try:
         model = build_model(cfg)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__} {error}"
         raise ConfigError(f"{weights}: its config builds no model: {reason}") from error
+    return _loaded(model, cfg, weights, names)
+
+
+def _loaded(model: nn.Module, cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
+    cfg.MODEL.WEIGHTS = weights
+    cfg.freeze()
+    _check_device(cfg)
+    model.to(cfg.MODEL.DEVICE)
     load_strictly(model, weights)
     names = names or class_names(cfg, load=True)
     count = class_count(cfg)[1]
     return Detector(model, cfg, names or [str(i) for i in range(count)])
+
+
+def _check_device(cfg: CfgNode) -> None:
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"the device is {cfg.MODEL.DEVICE!r}, but there is no GPU here")
 
 
 def load_strictly(model: nn.Module, weights: str) -> None:

@@ -233,8 +233,7 @@ def load_config_text(text: str, *, source: str) -> CN:
     if lazy:
         raise ConfigError(
             f"{source}: it is of a run of tools/lazyconfig_train_net.py, whose model is code, in "
-            f"{lazy}. The weights load as they are (but for fusion.*) in that file's model with "
-            "detectron2's stock classes in place of CrossKD's"
+            f"{lazy}. Name that file by --config-file"
         )
     return cfg
 

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import tempfile
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Sequence
 
 from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
@@ -43,17 +43,19 @@ def evaluate_deployed(folder: str, dataset: str) -> Results:
     return _evaluate(model, dataset, model.info.mapper())
 
 
-def evaluate_checkpoint(checkpoint: str, dataset: str, config_file: str = "") -> Results:
+def evaluate_checkpoint(
+    checkpoint: str, dataset: str, config_file: str = "", overrides: Sequence[str] = ()
+) -> Results:
     """The same of a training checkpoint, in detectron2 on the CPU.
 
     Args:
-        checkpoint, config_file: as for :func:`export_student`.
+        checkpoint, config_file, overrides: as for :func:`export_student`.
         dataset: name of a registered data set.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: as :func:`export_student`.
     """
-    student = load_student(checkpoint, config_file)
+    student = load_student(checkpoint, config_file, overrides)
     return _evaluate(student.model, dataset, DatasetMapper(student.cfg, is_train=False))
 
 

@@ -1,26 +1,30 @@
 """The student alone, for stock detectron2 or as one file, verified before it appears."""
 
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig
 from torch import nn
 
 from ..common.config_files import load_config, load_config_text
 from ..common.files import refuse_overwriting, staging_folder, write_json
+from ..common.lazy_config import is_lazy
 from ..common.paths import resolve_path
 from ..common.user_code import refuse_user_code
+from ..config import ConfigError
 from .deployed import INFO_NAME, DeployedModel, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
+from .lazy_student import build_lazy_student, check_is_of_run
 from .metadata import METADATA_NAME, describe_detector
 from .quantizing import quantize
 from .reading import load_weights, save_safetensors
 from .samples import calibration_images, sample_images
 from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
-from .stock import build_student, is_fcos, load_stock, stock_config, write_config
+from .stock import build_student, lazy_stock_config, load_stock, stock_config, write_config
 
 FORMATS = ("detectron2", *GRAPH_NAMES)
 _WEIGHTS, _CONFIG, _SAFETENSORS = "model.pth", "config.yaml", "model.safetensors"
@@ -35,6 +39,7 @@ class Export(NamedTuple):
         weights: absolute path of the weights, or of the one file that is the model.
         config: absolute path of the file that says how to use it.
         architecture: of the checkpoint's own config, and what it is now.
+        is_lazy: whether ``config`` is a LazyConfig.
         parameters: their number.
         detections: how many were compared in the verification.
         dropped: what the checkpoint holds beside the student.
@@ -43,6 +48,7 @@ class Export(NamedTuple):
     weights: str
     config: str
     architecture: Tuple[str, str]
+    is_lazy: bool
     parameters: int
     detections: int
     dropped: List[str]
@@ -50,12 +56,19 @@ class Export(NamedTuple):
 
 class Student(NamedTuple):
     """What :func:`load_student` found: the student's config, the file that it is from, the model,
-    and what the checkpoint holds beside it."""
+    what the checkpoint holds beside it, and of a LazyConfig its ``model`` of stock classes."""
 
     cfg: CfgNode
     config_path: str
     model: nn.Module
     dropped: List[str]
+    node: Optional[DictConfig] = None
+
+    def stock_config(self, weights: str) -> Union[CfgNode, DictConfig]:
+        """For stock detectron2, with weights at this path."""
+        if self.node is None:
+            return stock_config(self.cfg, weights)
+        return lazy_stock_config(self.node, self.cfg, weights)
 
 
 def export_student(
@@ -63,6 +76,7 @@ def export_student(
     out: str,
     *,
     config_file: str = "",
+    overrides: Sequence[str] = (),
     format: str = "detectron2",
     images: Sequence[str] = (),
     size: Optional[Tuple[int, int]] = None,
@@ -82,10 +96,11 @@ def export_student(
     Args:
         checkpoint: ``.pth`` or ``.safetensors`` file; of a distilled or a plain model.
         out: a folder to make. ``detectron2``: with ``model.pth``, ``metadata.json`` and
-            ``config.yaml`` (of FCOS, a LazyConfig); else with ``model.ts`` or ``model.onnx``, and
-            ``model.json``.
+            ``config.yaml`` (a LazyConfig, if it is of FCOS or the student was of one); else with
+            ``model.ts`` or ``model.onnx``, and ``model.json``.
         config_file: of the checkpoint's training; empty for the one in the checkpoint, or, if it
-            holds none, the ``config.yaml`` beside it.
+            holds none, the ``config.yaml`` beside it. A LazyConfig (.py) is code, and is run.
+        overrides: of a LazyConfig, in its syntax: those of its training.
         format: one of ``FORMATS``.
         images: files to verify a ``torchscript`` or ``onnx`` file with; empty for the first ones of
             the config's DATASETS.TEST.
@@ -114,26 +129,27 @@ def export_student(
         raise ValueError(f"--size is {size[0]} x {size[1]}, expected at least 1 x 1")
     if format != "detectron2" and safetensors:
         raise ValueError("--safetensors is for --format detectron2")
-    cfg, config_path, student, dropped = load_student(checkpoint, config_file)
+    found = load_student(checkpoint, config_file, overrides)
+    cfg, student = found.cfg, found.model
     out = os.path.abspath(out)
     for path in (out, *(os.path.join(out, name) for name in _NAMES)):
-        refuse_overwriting(path, sources=[checkpoint, config_path], force=force)
+        refuse_overwriting(path, sources=[checkpoint, found.config_path], force=force)
     is_new = not os.path.lexists(out)
     with staging_folder(os.path.dirname(out) if is_new else out) as staging:
         folder = os.path.join(staging, "student")
         PathManager.mkdirs(folder)
         if format == "detectron2":
-            stock = stock_config(cfg, os.path.join(out, _WEIGHTS))
-            now = "FCOS" if is_fcos(cfg) else stock.MODEL.META_ARCHITECTURE
+            stock = found.stock_config(os.path.join(out, _WEIGHTS))
+            as_lazy = not isinstance(stock, CfgNode)
             names = _WEIGHTS, _CONFIG
             torch.save({"model": student.state_dict()}, os.path.join(folder, _WEIGHTS))
             write_config(stock, os.path.join(folder, _CONFIG))
             write_json(os.path.join(folder, METADATA_NAME), describe_detector(cfg))
             if safetensors:
                 save_safetensors(student.state_dict(), os.path.join(folder, _SAFETENSORS))
-            detections = _verify_stock(cfg, student, folder)
+            detections, now = _verify_stock(student, folder, as_lazy)
         else:
-            now, names = format, (GRAPH_NAMES[format], INFO_NAME)
+            now, as_lazy, names = format, False, (GRAPH_NAMES[format], INFO_NAME)
             info = describe(cfg, format, size)
             samples = sample_images(cfg, info, images)
             write_graph(student, info, samples[0], folder)
@@ -144,19 +160,27 @@ def export_student(
     weights, config = (os.path.join(out, name) for name in names)
     parameters = sum(p.numel() for p in student.parameters())
     architecture = (cfg.MODEL.META_ARCHITECTURE, now)
-    return Export(weights, config, architecture, parameters, detections, dropped)
+    return Export(weights, config, architecture, as_lazy, parameters, detections, found.dropped)
 
 
-def load_student(checkpoint: str, config_file: str = "") -> Student:
+def load_student(checkpoint: str, config_file: str = "", overrides: Sequence[str] = ()) -> Student:
     """A checkpoint's student on the CPU, in evaluation mode.
 
     Args:
-        checkpoint, config_file: as for :func:`export_student`.
+        checkpoint, config_file, overrides: as for :func:`export_student`.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: as there.
     """
     content = load_weights(checkpoint)
+    if is_lazy(config_file):
+        lazy = build_lazy_student(config_file, overrides)
+        check_is_of_run(lazy, checkpoint)
+        state, dropped = _student_state(content, lazy.model, checkpoint)
+        lazy.model.load_state_dict(state)
+        return Student(lazy.cfg, lazy.path, lazy.model, dropped, lazy.node)
+    if overrides:
+        raise ConfigError("--overrides are for a LazyConfig; give its .py file by --config-file")
     cfg, config_path = _load_config(content, checkpoint, config_file)
     model = build_student(cfg)
     state, dropped = _student_state(content, model, checkpoint)
@@ -217,10 +241,11 @@ def _move(folder: str, out: str, is_new: bool) -> None:
 
 
 @torch.no_grad()
-def _verify_stock(cfg: CfgNode, student: nn.Module, folder: str) -> int:
-    """Compare the written model with the student; returns the number of equal detections."""
+def _verify_stock(student: nn.Module, folder: str, as_lazy: bool) -> Tuple[int, str]:
+    """Compare the written model with the student; returns the number of equal detections, and the
+    name of the written model's class."""
     paths = (os.path.join(folder, name) for name in (_CONFIG, _WEIGHTS))
-    models = load_stock(*paths, lazy=is_fcos(cfg)), student
+    models = load_stock(*paths, lazy=as_lazy), student
     for module in (module for model in models for module in model.modules()):
         if hasattr(module, "test_score_thresh"):
             module.test_score_thresh = -1.0  # so that there is something to compare
@@ -231,7 +256,7 @@ def _verify_stock(cfg: CfgNode, student: nn.Module, folder: str) -> int:
         raise ValueError(
             "the exported model's detections differ from the student's; nothing was written"
         )
-    return sum(map(len, found))
+    return sum(map(len, found)), type(models[0]).__name__
 
 
 def _equal(a: Instances, b: Instances) -> bool:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..common.config_files import check_yaml, default_config, merge_from_list
-from ..common.lazy_config import is_saved_lazy
+from ..common.lazy_config import explain, is_saved_lazy
 from ..config import ConfigError, remove_crosskd_ifc_config
 from .reading import load_weights
 
@@ -190,11 +190,22 @@ def _yacs_config(content: Mapping[str, Any]) -> CfgNode:
 def load_stock(config: str, weights: str, *, lazy: bool) -> nn.Module:
     """The model that stock detectron2 makes of these two files, on the CPU, in evaluation mode.
 
+    Args:
+        config: a file that :func:`write_config` wrote.
+        weights: the file of its weights.
+        lazy: whether the config is a LazyConfig.
+
     Raises:
-        ConfigError: if it has parts that aren't stock detectron2's.
+        ConfigError: if it has parts that aren't stock detectron2's, or can't be read again.
     """
     if lazy:
-        model = instantiate(LazyConfig.load(config).model).eval()
+        try:
+            model = instantiate(LazyConfig.load(config).model).eval()
+        except Exception as error:  # what LazyConfig.save couldn't write
+            raise ConfigError(
+                "the student's LazyConfig can't be written as YAML, since it holds more than calls "
+                f"of named functions and plain values: {explain(error)}"
+            ) from error
     else:
         cfg = get_cfg()
         cfg.merge_from_file(config, allow_unsafe=False)
@@ -248,9 +259,20 @@ def _lazy_config(cfg: CfgNode, weights: str) -> DictConfig:
         pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
         pixel_std=list(cfg.MODEL.PIXEL_STD),
     )
+    return lazy_stock_config(detector, cfg, weights)
+
+
+def lazy_stock_config(model: DictConfig, cfg: CfgNode, weights: str) -> DictConfig:
+    """A LazyConfig with what whoever runs the model has to know.
+
+    Args:
+        model: its node, of stock classes.
+        cfg: says how its images are read.
+        weights: path of its weights.
+    """
     image = {"format": cfg.INPUT.FORMAT}
     image.update(min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST)
     return OmegaConf.create(
-        {"model": detector, "train": {"init_checkpoint": weights}, "input": image},
+        {"model": model, "train": {"init_checkpoint": weights}, "input": image},
         flags={"allow_objects": True},
     )

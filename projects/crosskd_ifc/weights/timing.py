@@ -14,7 +14,7 @@ _WARMUP = 3  # rounds; TorchScript compiles in the first ones
 
 
 def load_detectors(
-    exported: Sequence[str], checkpoints: Mapping[str, Tuple[str, str]], records: Sequence[dict]
+    exported: Sequence[str], checkpoints: Mapping[str, Tuple[Any, ...]], records: Sequence[dict]
 ) -> Dict[str, Callable[[], Any]]:
     """For each detector a function that runs it on the same images, one after the other.
 
@@ -23,16 +23,15 @@ def load_detectors(
 
     Args:
         exported: folders that :func:`export_student` wrote.
-        checkpoints: name -> a training checkpoint, run in detectron2 on the CPU, and its config
-            file, as for :func:`export_student`.
+        checkpoints: name -> arguments of :func:`load_student`; run in detectron2 on the CPU.
         records: the images, in detectron2's format.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: as :func:`evaluate_checkpoint`.
     """
     detectors: Dict[str, Any] = {}
-    for name, paths in checkpoints.items():
-        student = load_student(*paths)
+    for name, arguments in checkpoints.items():
+        student = load_student(*arguments)
         detectors[name] = student.model, DatasetMapper(student.cfg, is_train=False)
     for folder in exported:
         model = DeployedModel(folder)

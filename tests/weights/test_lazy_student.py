@@ -1,0 +1,203 @@
+"""A LazyConfig's student is exported as its YAML twin is: a model of stock detectron2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch.fcos import FCOS
+
+from crosskd_ifc import ConfigError
+from crosskd_ifc.analysis.detector import load_detector
+from crosskd_ifc.common.lazy_config import load_lazy_config
+from crosskd_ifc.weights.deployed import DeployedModel
+from crosskd_ifc.weights.evaluating import evaluate_checkpoint
+from crosskd_ifc.weights.export import export_student
+
+# A shrunk zoo model; `crosskd` would be read by the training only.
+RCNN = """
+from crosskd_ifc import CrossKDRCNN, CrossKDROIHeads
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+import detectron2.data.transforms as T
+from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+
+model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+model._target_, model.roi_heads._target_ = CrossKDRCNN, CrossKDROIHeads
+stages = model.backbone.bottom_up.stages
+stages.depth = 18
+del stages["stride_in_1x1"]
+model.backbone.out_channels = model.proposal_generator.head.in_channels = 16
+heads = model.roi_heads
+heads.num_classes = 3
+heads.box_head.input_shape.channels = 16
+heads.box_head.fc_dims = [16, 16]
+heads.box_predictor.input_shape.channels = 16
+heads.box_predictor.test_score_thresh = 0.01
+for key in ("mask_in_features", "mask_pooler", "mask_head"):
+    del heads[key]
+crosskd = dict(TEACHER=dict(CONFIG_FILE="x.yaml"))
+resize = L(T.ResizeShortestEdge)(short_edge_length=[64], max_size=96)
+dataloader = dict(test=L(build_detection_test_loader)(
+    dataset=L(get_detection_dataset_dicts)(names="crosskd_shapes_test", filter_empty=False),
+    mapper=L(DatasetMapper)(is_train=False, augmentations=[resize], image_format="BGR"),
+))
+"""
+FCOS_CONFIG = """
+from crosskd_ifc import CrossKDFCOS
+from detectron2 import model_zoo
+
+model = model_zoo.get_config("common/models/fcos.py").model
+model._target_ = CrossKDFCOS
+model.update(num_classes=3, input_format="RGB", test_score_thresh=0.0)
+dataloader = dict(test=dict(mapper=dict(augmentations=[])))
+"""
+
+WITHOUT_THIS_PACKAGE = """
+import sys
+sys.modules["crosskd_ifc"] = None
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+cfg = LazyConfig.load(sys.argv[1])
+model = instantiate(cfg.model).eval()
+DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+with torch.no_grad():
+    found = model([{"image": torch.load(sys.argv[2])}])[0]["instances"]
+torch.save(found.scores, sys.argv[3])
+"""
+
+
+class Run:
+    """A LazyConfig file, and what a training by it leaves."""
+
+    def __init__(self, folder, text, *overrides):
+        self.config, self.folder = str(folder / "config.py"), folder / "run"
+        Path(self.config).write_text(text)
+        config = load_lazy_config(self.config, overrides, key="test")
+        torch.manual_seed(0)
+        self.model = instantiate(config.model).eval()
+        weights = {**self.model.state_dict(), "fusion.adapters.fc1.weight": torch.zeros(3)}
+        self.checkpoint = str(self.folder / "model_final.pth")
+        self.folder.mkdir()
+        torch.save({"model": weights, "iteration": 3}, self.checkpoint)
+        LazyConfig.save(config, str(self.folder / "config.yaml"))
+
+    def export(self, out, **options):
+        return export_student(self.checkpoint, str(out), config_file=self.config, **options)
+
+    @torch.no_grad()
+    def detect(self, image):
+        return self.model([{"image": image}])[0]["instances"]
+
+
+@pytest.fixture
+def image():
+    g = torch.Generator().manual_seed(3)
+    return torch.randint(0, 256, (3, 96, 128), generator=g, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("text, kind", [(RCNN, GeneralizedRCNN), (FCOS_CONFIG, FCOS)])
+def test_it_becomes_a_model_that_stock_detectron2_builds(text, kind, image, tmp_path):
+    run = Run(tmp_path, text)
+    done = run.export(tmp_path / "out")
+    assert done.is_lazy and done.architecture[1] == kind.__name__ and done.detections > 0
+    assert done.dropped == ["iteration", "fusion.adapters.fc1.weight"]
+    built = LazyConfig.load(done.config)
+    assert type(instantiate(built.model)) is kind
+    assert built.train.init_checkpoint == done.weights
+    assert dict(built.input) == (
+        {"format": "BGR", "min_size": 64, "max_size": 96}
+        if kind is GeneralizedRCNN
+        else {"format": "RGB", "min_size": 0, "max_size": 0}
+    )
+    torch.save(image, tmp_path / "image.pth")
+    files = [done.config, str(tmp_path / "image.pth"), str(tmp_path / "scores.pth")]
+    command = [sys.executable, "-c", WITHOUT_THIS_PACKAGE, *files]
+    result = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "scores.pth"), run.detect(image).scores)
+
+
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+def test_it_becomes_one_file(format, image, tmp_path):
+    run = Run(tmp_path, RCNN)
+    done = run.export(tmp_path / "out", format=format)
+    assert done.detections > 0 and not done.is_lazy
+    deployed = DeployedModel(str(tmp_path / "out"))
+    assert (deployed.info.shortest_edge, deployed.info.longest_edge) == (64, 96)
+    assert deployed.info.channels == "BGR" and len(deployed.info.classes) == 3
+    (found,) = deployed([{"image": image}])
+    torch.testing.assert_close(found["instances"].scores, run.detect(image).scores)
+
+
+def test_predict_runs_it_from_the_file_that_the_user_names(tmp_path):
+    run = Run(tmp_path, RCNN)
+    picture = np.random.RandomState(0).randint(0, 256, (64, 96, 3), dtype="uint8")
+    wanted = run.detect(torch.from_numpy(picture).permute(2, 0, 1).float())
+    run.export(tmp_path / "out")
+    for weights in (str(run.folder), str(tmp_path / "out")):
+        found = load_detector(weights, config_file=run.config, device="cpu").detect(picture)
+        assert torch.equal(found.scores, wanted.scores) and len(found) > 0
+        with pytest.raises(ConfigError, match="LazyConfig"):
+            load_detector(weights)
+    opts = ["+model.roi_heads.box_predictor.test_topk_per_image=7"]
+    fewer = load_detector(str(run.folder), config_file=run.config, opts=opts, device="cpu")
+    assert len(fewer.detect(picture)) == 7
+
+
+def test_overrides_of_the_training_are_asked_for(tmp_path):
+    override = "model.pixel_mean=[1.0,2.0,3.0]"  # the weights fit without it
+    run = Run(tmp_path, RCNN, override)
+    with pytest.raises(
+        ConfigError, match=r"model.pixel_mean.0 is 103.53, but the run had 1.0 .*--o"
+    ):
+        run.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert run.export(tmp_path / "out", overrides=[override]).detections > 0
+    os.remove(run.folder / "config.yaml")  # nothing to compare with
+    assert run.export(tmp_path / "other").detections > 0
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (RCNN.replace("[resize]", "[resize, resize]"), "augmentations is not one ResizeShortest"),
+        (RCNN.replace("[64]", "[64, 80]"), "augmentations is not one ResizeShortestEdge of one"),
+        (RCNN.replace("dataloader =", "unused ="), "dataloader.test.mapper.augmentations is not"),
+        (FCOS_CONFIG.replace('input_format="RGB", ', ""), "channel order of the images"),
+        (RCNN.replace("num_classes = 3", "num_classes = 4"), "doesn't fit the model of its conf"),
+        ("model = 3", "defines no `model`"),
+    ],
+)
+def test_a_file_that_does_not_tell_enough_is_one_error(text, message, tmp_path):
+    run = Run(tmp_path, RCNN)
+    os.remove(run.folder / "config.yaml")
+    Path(run.config).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        run.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_overrides_are_for_a_lazyconfig(tmp_path):
+    with pytest.raises(ConfigError, match="--overrides are for a LazyConfig"):
+        export_student(Run(tmp_path, RCNN).checkpoint, str(tmp_path / "out"), overrides=["a=1"])
+
+
+def test_the_checkpoints_ap_can_be_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("crosskd_ifc.weights.evaluating.dataset_records", few_records)
+    text = RCNN.replace("num_classes = 3", "num_classes = 8")
+    run = Run(tmp_path, text)
+    found = evaluate_checkpoint(run.checkpoint, "crosskd_shapes_test", run.config)
+    assert 0 <= found["bbox"]["AP"] < 5
+
+
+def few_records(name):
+    from detectron2.data import DatasetCatalog
+
+    return DatasetCatalog.get(name)[:4]
