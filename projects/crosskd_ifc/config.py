@@ -139,6 +139,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # Log every so many iterations how the gradients of distillation and detection agree; 0: never.
     # Such a step has two partial backward passes more; see docs/options.md for the measured cost.
     _C.DIAGNOSTICS.GRAD_PERIOD = 0
+    # Log the norm of the whole gradient and how much it varies; without a teacher, too.
+    _C.DIAGNOSTICS.GRAD_NORM = False
 
 
 def remove_crosskd_ifc_config(cfg: CN) -> None:

@@ -60,6 +60,7 @@ def whole(files, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("whole")
     learned = ("MODEL.CROSSKD.FUSION.NAME", "attention", "TEST.BEST_METRIC", "ema/bbox/AP")
     opts = (*EMA, *learned, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1)
+    opts += ("MODEL.CROSSKD.DIAGNOSTICS.GRAD_NORM", True)
     config, out = write_config(files, folder, *opts)
     with Evaluations() as found:
         run(config)
@@ -101,6 +102,7 @@ def test_the_average_is_that_of_the_weights_after_each_step(whole):
 
 def test_it_is_evaluated_and_loads_in_stock_detectron2_and_exports(whole, tmp_path):
     config, out, evaluations = whole
+    assert all(x["crosskd/grad_norm"] > 0 for x in metrics(out) if "total_loss" in x)
     average = out / "model_final_ema.pth"
     model = build_model(tiny_cfg(*TRAINABLE, architecture="GeneralizedRCNN"))
     model.load_state_dict(load(average)["model"])

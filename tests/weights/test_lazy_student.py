@@ -184,6 +184,14 @@ def test_a_file_that_does_not_tell_enough_is_one_error(text, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_class_below_one_of_this_package_is_refused(tmp_path):
+    own = "class Own(CrossKDRCNN):\n    pass\n\nmodel._target_ = Own\nstages ="
+    run = Run(tmp_path, RCNN.replace("stages =", own, 1))
+    with pytest.raises(ConfigError, match="without stock counterpart: Own|can't be written as YA"):
+        run.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_overrides_are_for_a_lazyconfig(tmp_path):
     with pytest.raises(ConfigError, match="--overrides are for a LazyConfig"):
         export_student(Run(tmp_path, RCNN).checkpoint, str(tmp_path / "out"), overrides=["a=1"])

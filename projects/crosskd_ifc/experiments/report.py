@@ -28,6 +28,7 @@ _STATISTICS = (
     *("agreement_cross_head", "agreement_student", "fused_length", "fused_cosine"),
     *("grad_cosine_pyramid", "grad_ratio_pyramid"),
     *("grad_cosine_shared", "grad_ratio_shared"),  # of records before there was one place for all
+    *("grad_norm", "grad_norm_variation"),
 )
 _NAMES = {"fused_length": "norm ratio"}  # of the combined feature to the teacher's
 _LOGGED = "Logged in the last quarter of the training, means over the seeds (docs/options.md):"

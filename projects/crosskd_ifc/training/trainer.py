@@ -30,6 +30,7 @@ from .averaging import WeightAverage
 from .best import BestWeights
 from .checkpointer import SafeCheckpointer
 from .errors import message_in_traceback
+from .grad_norm import GradientNorm
 from .non_finite import DIVERGED, LastStepRecorder
 from .preemption import (
     StopAfterStep,
@@ -73,6 +74,8 @@ class CrossKDTrainer(DefaultTrainer):
         check_classes(cfg)  # some data sets know their classes only now
         stream = getattr(self._trainer.data_loader, "stream", None)
         check_same_everywhere(cfg, len(stream.records) if stream else 0)
+        if cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_NORM:
+            self._trainer.register_hooks([GradientNorm()])
         self._watch = LastStepRecorder(self.model, passes=cfg.SOLVER.ACCUMULATE)
 
     def check_config(self, cfg: CfgNode) -> None:

@@ -118,6 +118,7 @@ def _calls(node: Any) -> Iterator[DictConfig]:
 def _make_stock(node: DictConfig) -> None:
     kind = _located(node)
     stock = _STOCK.get(getattr(kind, "__name__", ""))
+    # A user's class of the same name, or below one of these, stays what it is.
     if stock is None or kind.__module__.split(".")[0] != __name__.split(".")[0]:
         return
     node._target_ = stock

@@ -211,13 +211,17 @@ def load_stock(config: str, weights: str, *, lazy: bool) -> nn.Module:
         cfg.merge_from_file(config, allow_unsafe=False)
         model = build_student(cfg)
     classes = map(type, model.modules())
-    ours = {c.__name__ for c in classes if c.__module__.split(".")[0] == __name__.split(".")[0]}
+    ours = {c.__name__ for c in classes if any(map(_is_ours, c.__mro__))}
     if ours:
         raise ConfigError(
             f"the config's model has parts without stock counterpart: {', '.join(ours)}"
         )
     model.load_state_dict(load_weights(weights)["model"])
     return model
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def _lazy_config(cfg: CfgNode, weights: str) -> DictConfig:
