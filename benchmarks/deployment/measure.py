@@ -72,7 +72,7 @@ def measure(args):
         words += ["--json", f"benchmarks/deployment/{name}_{args.what}.json"]
         if args.what == "speed":
             words += ["--speed", str(args.rounds), "--threads", str(args.threads)]
-        else:  # what int8 costs is the question; of the others tests/weights/test_deploy_page.py asks
+        else:  # what int8 costs is the question; the test of docs/deploy.md looks at the others
             words += ["--tolerance", "5"]
         if args.what == "speed" and name == "faster_rcnn":
             _, config, opts = TEACHER
