@@ -111,7 +111,7 @@ def _calls(node: Any) -> Iterator[DictConfig]:
         yield node
     keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
     for key in keys:
-        if not OmegaConf.is_interpolation(node, key):
+        if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
             yield from _calls(node[key])
 
 
