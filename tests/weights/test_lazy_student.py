@@ -159,6 +159,8 @@ def test_overrides_of_the_training_are_asked_for(tmp_path):
     ):
         run.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="but the run had 1.0"):
+        load_detector(str(run.folder), config_file=run.config, device="cpu")
     assert run.export(tmp_path / "out", overrides=[override]).detections > 0
     os.remove(run.folder / "config.yaml")  # nothing to compare with
     assert run.export(tmp_path / "other").detections > 0

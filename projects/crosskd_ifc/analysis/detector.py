@@ -18,7 +18,7 @@ from ..common.lazy_config import is_lazy
 from ..config import ConfigError, class_count, teacher_configs
 from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
-from ..weights.lazy_student import build_lazy_student
+from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
 from ..weights.reading import MisfitError, StrictReader
 from ..weights.stock import read_exported_fcos
@@ -83,9 +83,12 @@ def load_detector(
         ConfigError: if weights or config can't be found, read or combined.
     """
     file, config = _find(weights, config_file)
-    names = read_metadata(os.path.dirname(file)).get("classes")
+    exported = read_metadata(os.path.dirname(file))
+    names = exported.get("classes")
     if is_lazy(config_file):
         student = build_lazy_student(config_file, opts)
+        if not (exported or opts):
+            check_is_of_run(student, file)
         student.cfg.MODEL.DEVICE = device or student.cfg.MODEL.DEVICE
         return _loaded(student.model, student.cfg, file, names)
     opts = [*(["MODEL.DEVICE", device] if device else []), *opts]

@@ -99,7 +99,8 @@ def check_is_of_run(student: LazyStudent, checkpoint: str) -> None:
         key, ours, theirs = found
         raise ConfigError(
             f"--config-file {student.path}: {key} is {ours}, but the run had {theirs} "
-            f"({beside}); repeat the run's overrides in --overrides"
+            f"({beside}); repeat the run's overrides in --overrides. If the difference is meant, "
+            "take a copy of the checkpoint in another folder"
         )
 
 
@@ -147,6 +148,11 @@ def _fill_in(cfg: CfgNode, config: DictConfig, model: nn.Module, path: str) -> N
     cfg.DATASETS.TEST = tuple(dataset_names(config, "test"))
     predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", model)
     predictor = predictor[0] if isinstance(predictor, nn.ModuleList) else predictor
+    if not hasattr(predictor, "test_score_thresh") or not hasattr(predictor, "test_nms_thresh"):
+        raise ConfigError(
+            f"{path}: {type(predictor).__name__} has no test_score_thresh and test_nms_thresh, as "
+            "detectron2's box predictors and dense detectors have"
+        )
     head = cfg.MODEL[head_section(cfg)]
     head.SCORE_THRESH_TEST = float(predictor.test_score_thresh)
     head.NMS_THRESH_TEST = float(predictor.test_nms_thresh)
