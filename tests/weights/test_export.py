@@ -276,7 +276,7 @@ def test_wrong_input_is_one_clear_error(run, tmp_path):
 
 
 def test_parts_without_stock_counterpart_are_refused(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(stock.STOCK_NAMES, "ROI_HEADS.NAME", {})
+    monkeypatch.delitem(stock.STOCK_CLASSES, "CrossKDROIHeads")
     with pytest.raises(ConfigError, match="CrossKDROIHeads"):
         export.export_student(run, str(tmp_path / "student"))
 

@@ -90,7 +90,9 @@ def load_detector(
         if not (exported or opts):
             check_is_of_run(student, file)
         student.cfg.MODEL.DEVICE = device or student.cfg.MODEL.DEVICE
-        return _loaded(student.model, student.cfg, file, names)
+        _check_device(student.cfg)
+        model = student.model.to(student.cfg.MODEL.DEVICE)
+        return _loaded(model, student.cfg, file, names)
     opts = [*(["MODEL.DEVICE", device] if device else []), *opts]
     if config_file:
         cfg = load_config(config_file, opts)
@@ -159,8 +161,6 @@ def _build(cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
 def _loaded(model: nn.Module, cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
     cfg.MODEL.WEIGHTS = weights
     cfg.freeze()
-    _check_device(cfg)
-    model.to(cfg.MODEL.DEVICE)
     load_strictly(model, weights)
     names = names or class_names(cfg, load=True)
     count = class_count(cfg)[1]

@@ -172,20 +172,19 @@ def load_student(checkpoint: str, config_file: str = "", overrides: Sequence[str
     Raises:
         ConfigError, FileNotFoundError, ValueError: as there.
     """
-    content = load_weights(checkpoint)
+    content, node = load_weights(checkpoint), None
     if is_lazy(config_file):
         lazy = build_lazy_student(config_file, overrides)
         check_is_of_run(lazy, checkpoint)
-        state, dropped = _student_state(content, lazy.model, checkpoint)
-        lazy.model.load_state_dict(state)
-        return Student(lazy.cfg, lazy.path, lazy.model, dropped, lazy.node)
-    if overrides:
+        cfg, config_path, model, node = lazy.cfg, lazy.path, lazy.model, lazy.node
+    elif overrides:
         raise ConfigError("--overrides are for a LazyConfig; give its .py file by --config-file")
-    cfg, config_path = _load_config(content, checkpoint, config_file)
-    model = build_student(cfg)
+    else:
+        cfg, config_path = _load_config(content, checkpoint, config_file)
+        model = build_student(cfg)
     state, dropped = _student_state(content, model, checkpoint)
     model.load_state_dict(state)
-    return Student(cfg, config_path, model, dropped)
+    return Student(cfg, config_path, model, dropped, node)
 
 
 def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:

@@ -8,11 +8,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
 import yaml
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -22,16 +18,8 @@ from ..common.config_files import check_yaml, find_config
 from ..common.lazy_config import instantiate_model, is_saved_lazy, load_lazy_config
 from ..common.lazy_detectors import config_of_node, dataset_names, input_format_of, select
 from ..config import ConfigError, head_section
+from .stock import STOCK_CLASSES, is_ours
 
-# This project's classes -> what they are in evaluation.
-_STOCK = {
-    "CrossKDRCNN": GeneralizedRCNN,
-    "CrossKDRetinaNet": RetinaNet,
-    "CrossKDFCOS": FCOS,
-    "CrossKDRPN": RPN,
-    "CrossKDROIHeads": StandardROIHeads,
-    "CrossKDCascadeROIHeads": CascadeROIHeads,
-}
 _AUGMENTATIONS = "dataloader.test.mapper.augmentations"
 
 
@@ -118,9 +106,9 @@ def _calls(node: Any) -> Iterator[DictConfig]:
 
 def _make_stock(node: DictConfig) -> None:
     kind = _located(node)
-    stock = _STOCK.get(getattr(kind, "__name__", ""))
+    stock = STOCK_CLASSES.get(getattr(kind, "__name__", ""))
     # A user's class of the same name, or below one of these, stays what it is.
-    if stock is None or kind.__module__.split(".")[0] != __name__.split(".")[0]:
+    if stock is None or not is_ours(kind):
         return
     node._target_ = stock
     if stock is FCOS:

@@ -9,10 +9,13 @@ from typing import Any, Mapping, Optional, Union
 import yaml
 from detectron2.config import CfgNode, LazyCall, LazyConfig, get_cfg, instantiate
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model, build_resnet_backbone
+from detectron2.modeling import GeneralizedRCNN, build_model, build_resnet_backbone
 from detectron2.modeling.backbone import FPN, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -22,15 +25,17 @@ from ..common.lazy_config import explain, is_saved_lazy
 from ..config import ConfigError, remove_crosskd_ifc_config
 from .reading import load_weights
 
-# Config key -> this project's classes and the stock ones that they are in evaluation.
-STOCK_NAMES = {
-    "META_ARCHITECTURE": {"CrossKDRCNN": "GeneralizedRCNN", "CrossKDRetinaNet": "RetinaNet"},
-    "PROPOSAL_GENERATOR.NAME": {"CrossKDRPN": "RPN"},
-    "ROI_HEADS.NAME": {
-        "CrossKDROIHeads": "StandardROIHeads",
-        "CrossKDCascadeROIHeads": "CascadeROIHeads",
-    },
+# This project's classes -> the stock ones that they are in evaluation.
+STOCK_CLASSES = {
+    "CrossKDRCNN": GeneralizedRCNN,
+    "CrossKDRetinaNet": RetinaNet,
+    "CrossKDFCOS": FCOS,
+    "CrossKDRPN": RPN,
+    "CrossKDROIHeads": StandardROIHeads,
+    "CrossKDCascadeROIHeads": CascadeROIHeads,
 }
+# Config keys that name them.
+_NAMING = ("META_ARCHITECTURE", "PROPOSAL_GENERATOR.NAME", "ROI_HEADS.NAME")
 # Arguments of stock FCOS that it keeps under the same names.
 _FCOS_SETTINGS = (
     *("head_in_features", "num_classes", "center_sampling_radius", "focal_loss_alpha"),
@@ -90,10 +95,11 @@ def stock_config(cfg: CfgNode, weights: str) -> Union[CfgNode, DictConfig]:
     ours.defrost()
     remove_crosskd_ifc_config(ours)
     stock.merge_from_other_cfg(ours)
-    for key, names in STOCK_NAMES.items():
+    for key in _NAMING:
         *nodes, leaf = key.split(".")
         node = functools.reduce(operator.getitem, nodes, stock.MODEL)
-        node[leaf] = names.get(node[leaf], node[leaf])
+        if node[leaf] in STOCK_CLASSES:
+            node[leaf] = STOCK_CLASSES[node[leaf]].__name__
     stock.MODEL.WEIGHTS = weights
     # Whoever trains on with this config must not write into the student's own folder.
     stock.OUTPUT_DIR = get_cfg().OUTPUT_DIR
@@ -211,7 +217,7 @@ def load_stock(config: str, weights: str, *, lazy: bool) -> nn.Module:
         cfg.merge_from_file(config, allow_unsafe=False)
         model = build_student(cfg)
     classes = map(type, model.modules())
-    ours = {c.__name__ for c in classes if any(map(_is_ours, c.__mro__))}
+    ours = {c.__name__ for c in classes if any(map(is_ours, c.__mro__))}
     if ours:
         raise ConfigError(
             f"the config's model has parts without stock counterpart: {', '.join(ours)}"
@@ -220,7 +226,8 @@ def load_stock(config: str, weights: str, *, lazy: bool) -> nn.Module:
     return model
 
 
-def _is_ours(kind: type) -> bool:
+def is_ours(kind: type) -> bool:
+    """Whether a class is of this package."""
     return kind.__module__.split(".")[0] == __name__.split(".")[0]
 
 
