@@ -90,9 +90,9 @@ def test_the_table_of_results_is_that_of_the_recorded_runs(number):
     assert list(rows_of_the_comparison())[number] in read("docs", "results.md").splitlines()
 
 
-def readme():
-    """Of docs/results.md, which has the numbers that once were the README's."""
-    return " ".join(read("docs", "results.md").split())
+def told_in_results():
+    """Of docs/results.md and docs/more_results.md, which have the numbers of the comparisons."""
+    return " ".join((read("docs", "results.md") + read("docs", "more_results.md")).split())
 
 
 def results(name):
@@ -110,7 +110,9 @@ def test_all_pairs_together_are_told_as_recorded():
     assert all(low < 0 < high for low, high in (f.interval for f in found))
     pairs = dict(enumerate(value for f in found for value in f.values.values()))
     found = paired_difference(pairs, dict.fromkeys(pairs, 0.0))
-    assert f"Over all {len(pairs)} pairs of seeds the difference is {tell(found)}" in readme()
+    assert (
+        f"Over all {len(pairs)} pairs of seeds the difference is {tell(found)}" in told_in_results()
+    )
 
 
 def test_the_seeds_that_one_ap_takes_are_told_as_recorded():
@@ -118,7 +120,7 @@ def test_the_seeds_that_one_ap_takes_are_told_as_recorded():
     found = [[f for _, _, f in table.differences(table.sections()[0])] for table in tables]
     needed = [seeds_needed(pooled_deviation(each), 1.0) for each in found]
     told = "a difference of 1 AP takes {}, {}, {}, {} and {} seeds".format(*needed)
-    assert told in readme()
+    assert told in told_in_results()
 
 
 def mean_ap(table, arm):
@@ -133,17 +135,20 @@ def test_what_learned_weights_give_is_told_as_recorded():
         f"`FUSION.NAME weighted` gets {mean_ap(table, 'weighted')} AP over the five seeds there, "
     )
     text += f"{tell(from_mean)} from `mean`, "
-    assert text + f"{tell(from_crosskd)} from plain CrossKD" in readme()
+    assert text + f"{tell(from_crosskd)} from plain CrossKD" in told_in_results()
     runs = json.loads(read("benchmarks", "taps", "shapes_faster_rcnn.json"))["runs"]
     weights = [run["weights"] for run in runs if "weights" in run]
     (shares,) = {tuple(f"{each[tap]:.1f}" for tap in ("fc2", "fc1")) for each in weights}
-    assert "it learns to take {} of fc2 and {} of fc1 (seeds 3 to 5)".format(*shares) in readme()
+    assert (
+        "it learns to take {} of fc2 and {} of fc1 (seeds 3 to 5)".format(*shares)
+        in told_in_results()
+    )
     validated = table.difference("weighted", "crosskd_ifc", "AP_val")
-    assert f"by which settings are chosen, it is {tell(validated)}" in readme()
+    assert f"by which settings are chosen, it is {tell(validated)}" in told_in_results()
     found = results("bccd_faster_rcnn").difference("weighted", "crosskd_ifc")
-    assert f"on the small photos it is {tell(found)} from `mean`" in readme()
+    assert f"on the small photos it is {tell(found)} from `mean`" in told_in_results()
     doubled = f"with both loss weights doubled it stays at {mean_ap(table, 'both_doubled')}"
-    assert doubled in readme() and len(table.scores("both_doubled")) == 5
+    assert doubled in told_in_results() and len(table.scores("both_doubled")) == 5
 
 
 def test_other_losses_settings_are_told_as_recorded():
@@ -153,13 +158,16 @@ def test_other_losses_settings_are_told_as_recorded():
     assert all(len(each.values) == 3 for each in found)
     means = [each.mean for each in found]
     told = f"end between {min(means):+.1f} and {max(means):+.1f} from the default"
-    assert told in readme()
+    assert told in told_in_results()
 
 
 def test_sum_and_mean_are_told_as_recorded():
     table = results("shapes_faster_rcnn")
     found = table.difference("sum", "crosskd_ifc")
-    assert f"`sum` is {tell(found)} from it (five seeds)" in readme() and len(found.values) == 5
+    assert (
+        f"`sum` is {tell(found)} from it (five seeds)" in told_in_results()
+        and len(found.values) == 5
+    )
 
 
 def test_what_is_good_everywhere_is():
@@ -169,7 +177,7 @@ def test_what_is_good_everywhere_is():
         best = max(ap[arm] for arm in COMPARED if arm != "teacher")
         for arm, values in behind.items():
             values.append(best - ap[arm])
-    assert f"within {max(behind['crosskd']):.1f} AP of it" in readme()
+    assert f"within {max(behind['crosskd']):.1f} AP of it" in told_in_results()
     assert max(behind["crosskd_ifc"]) < 0.7
 
 
@@ -179,7 +187,7 @@ def test_what_longer_training_gives_is_told_as_recorded():
     gains = [table.difference(f"{arm}_2x", "student_2x") for arm in ARMS_2X]
     text = f"gets {mean_ap(table, 'student_2x')} AP, more than its teachers; plain CrossKD adds "
     text += "{} to that, CrossKD-IFC {}, fc2 alone {}, on three seeds".format(*map(tell, gains))
-    assert text in readme() and all(len(gain.values) == 3 for gain in gains)
+    assert text in told_in_results() and all(len(gain.values) == 3 for gain in gains)
 
 
 def test_every_distilled_student_is_better_than_the_plain_one():
@@ -200,18 +208,20 @@ def test_what_distilling_closes_of_the_gap_is_told_as_recorded():
             assert round(gap.mean) == 1 and round(gain.mean) == 2 and gain.interval[0] < 0
     assert far == [True, True, False, True, False]
     told = f"{min(gaps)} to {max(gaps)} AP behind its teacher, CrossKD-IFC closes "
-    assert told + f"{min(closed):.0f} to {max(closed):.0f} %" in readme()
+    assert told + f"{min(closed):.0f} to {max(closed):.0f} %" in told_in_results()
 
 
 def test_the_other_losses_are_told_as_recorded():
     head, pkd = differences("student_head", "crosskd"), differences("feature", "crosskd")
     assert all(low < 0 < high for low, high in (f.interval for f in head[1:3]))
     behind = [-round(f.mean) for f in (head[0], *head[3:])]
-    assert f"elsewhere it is {min(behind)} to {max(behind)} AP behind in the mean" in readme()
+    assert (
+        f"elsewhere it is {min(behind)} to {max(behind)} AP behind in the mean" in told_in_results()
+    )
     assert all(low < 0 < high for low, high in (f.interval for f in (pkd[0], pkd[4])))
     assert all(f.interval[1] < 0 for f in pkd[1:4])
     told = "it is {:.1f}, {:.1f} and {:.1f} AP behind on the small photos"
-    assert told.format(*(-f.mean for f in pkd[1:4])) in readme()
+    assert told.format(*(-f.mean for f in pkd[1:4])) in told_in_results()
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -230,7 +240,9 @@ def test_the_table_of_the_demo_is_that_of_the_recorded_run():
     runs = json.loads(read("benchmarks", "demo", "demo_seed_1.json"))["runs"]
     assert list(runs) == ["teacher", "student", "crosskd", "crosskd_ifc"]
     for title, run in zip(names, runs.values()):
-        assert f"| {title} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read("docs", "results.md")
+        assert f"| {title} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read(
+            "docs", "more_results.md"
+        )
 
 
 def test_the_demo_on_another_processor_is_told_as_recorded():
@@ -239,7 +251,7 @@ def test_the_demo_on_another_processor_is_told_as_recorded():
         for run in json.loads(read("benchmarks", "demo", "results.json"))["runs"]
     }
     told = [f"{runs[arm]:.1f}" for arm in ("teacher", "student", "crosskd", "crosskd_ifc")]
-    assert "had {}, {}, {} and {} AP".format(*told) in readme()
+    assert "had {}, {}, {} and {} AP".format(*told) in told_in_results()
 
 
 def test_the_demo_is_seed_1_of_the_comparison():
@@ -249,7 +261,7 @@ def test_the_demo_is_seed_1_of_the_comparison():
     runs = [runs[0] for seed, runs in table.current("teacher").items() if seed > 1]
     teachers = [run["AP"] for run in runs]  # of the demo's machine
     told = f"those of the other four have {min(teachers):.1f} to {max(teachers):.1f}"
-    assert told in readme()
+    assert told in told_in_results()
 
 
 def test_what_was_repeated_is_told_as_recorded():
@@ -266,7 +278,7 @@ def test_what_was_repeated_is_told_as_recorded():
             photos["other_processor"],
         )
     ]
-    assert "differs by up to {:.1f} and {:.1f} (".format(*largest) in readme()
+    assert "differs by up to {:.1f} and {:.1f} (".format(*largest) in told_in_results()
 
 
 def test_what_an_inheriting_start_gives_is_told_as_recorded():
@@ -278,7 +290,7 @@ def test_what_an_inheriting_start_gives_is_told_as_recorded():
     more = [round(paired_difference(alone, random.scores(arm)).mean) for arm in arms]
     told = f"by {min(gains)} to {max(gains)} AP on each of three seeds, "
     told += f"in the mean {min(more)} to {max(more)} AP more than any of the losses"
-    assert len(gains) == 3 and told in readme()
+    assert len(gains) == 3 and told in told_in_results()
 
 
 def logged(name, arm, key):
@@ -291,17 +303,17 @@ def test_what_the_logs_say_is_told_as_recorded():
         [logged(name, arm, "fused_cosine") for name in PROTOCOLS[:3]]
         for arm in ("crosskd", "crosskd_ifc")
     )
-    assert f"have a cosine of {pooled[0]} with the teacher's" in readme()
-    assert f"fc features of CrossKD-IFC's students have one of {combined[0]}," in readme()
+    assert f"have a cosine of {pooled[0]} with the teacher's" in told_in_results()
+    assert f"fc features of CrossKD-IFC's students have one of {combined[0]}," in told_in_results()
     told = "({} and {} at 160x120, {} and {} at 640x480)"
-    assert told.format(pooled[1], combined[1], pooled[2], combined[2]) in readme()
+    assert told.format(pooled[1], combined[1], pooled[2], combined[2]) in told_in_results()
     length = float(logged("shapes_faster_rcnn", "sum", "fused_length"))
-    assert f"it stays near 2 ({length:.1f})" in readme()
+    assert f"it stays near 2 ({length:.1f})" in told_in_results()
     arms = [f"{arm}_gradients" for arm in ("crosskd_ifc", "student_head", "crosskd")]
     cosines = [logged("shapes_faster_rcnn", arm, "grad_cosine_shared") for arm in arms]
     told = "cosine is {} for CrossKD-IFC and {} for prediction mimicking "
     told += "(both at fc2), and {} for plain CrossKD"
-    assert told.format(*cosines) in readme()
+    assert told.format(*cosines) in told_in_results()
 
 
 def test_what_a_tap_is_worth_alone_is_told_as_recorded():
@@ -315,7 +327,7 @@ def test_what_a_tap_is_worth_alone_is_told_as_recorded():
     told = "the mean gives {} AP, fc1 alone {} and fc2 alone {}; a student trained with fc2 alone"
     keys = ("cross_head", "cross_head_fc1", "cross_head_fc2")
     told = told.format(*(ap("crosskd_ifc", key) for key in keys))
-    assert f"{told} gives {ap('fc2', 'cross_head')} from it" in readme()
+    assert f"{told} gives {ap('fc2', 'cross_head')} from it" in told_in_results()
 
 
 def test_the_table_of_other_classes_is_that_of_the_recorded_runs():
@@ -323,21 +335,23 @@ def test_the_table_of_other_classes_is_that_of_the_recorded_runs():
     distilled = recorded("other_classes", "seeds.json", arm="other_classes")
     for title, runs in (("plain", plain), ("CrossKD-IFC, teacher of other classes", distilled)):
         row = f"| student R18, {title} | {mean(runs, 'AP')} | {each(runs)} |"
-        assert row in read("docs", "results.md")
+        assert row in read("docs", "more_results.md")
 
 
 @pytest.mark.parametrize("arm", TITLES)
 def test_the_table_of_masks_is_that_of_the_recorded_runs(arm):
     runs = recorded("mask_rcnn", "seeds.json", arm=arm)
     cells = f"{mean(runs, 'mask_AP')} | {each(runs, 'mask_AP')} | {mean(runs, 'AP')}"
-    assert f"| Mask R-CNN {TITLES[arm]} | {cells} |" in read("docs", "results.md")
+    assert f"| Mask R-CNN {TITLES[arm]} | {cells} |" in read("docs", "more_results.md")
 
 
 @pytest.mark.parametrize("arm", TITLES)
 def test_the_table_of_fcos_is_that_of_the_recorded_runs(arm):
     runs = recorded("dense", "quick.json", arm=arm)
     (run,) = [run for run in runs if run["detector"] == "fcos"]
-    assert f"| {TITLES[arm]} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read("docs", "results.md")
+    assert f"| {TITLES[arm]} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read(
+        "docs", "more_results.md"
+    )
 
 
 def test_the_two_divisors_of_fcos_are_told_as_recorded():
@@ -348,8 +362,10 @@ def test_the_two_divisors_of_fcos_are_told_as_recorded():
         for arm in ("student", "crosskd", "published")
     ]
     cells = [f"{found.mean:.1f} ± {found.deviation:.1f}" for found in summaries]
-    assert told.format(*cells) in readme()
-    assert f"The difference is {tell(table.difference('published', 'crosskd'))}." in readme()
+    assert told.format(*cells) in told_in_results()
+    assert (
+        f"The difference is {tell(table.difference('published', 'crosskd'))}." in told_in_results()
+    )
 
 
 def costs(name, *, speed):
@@ -508,7 +524,7 @@ def test_a_figure_of_the_docs_is_the_recorded_one(name):
 
 
 DOCS = sorted(glob.glob(os.path.join(ROOT, "docs", "*.md")))
-PAGES = ["README.md", "tools/README.md", "configs/datasets/README.md"]
+PAGES = ["README.md", "tools/README.md", "configs/README.md", "configs/datasets/README.md"]
 
 
 @pytest.mark.parametrize("document", PAGES + [os.path.relpath(page, ROOT) for page in DOCS])
@@ -525,3 +541,25 @@ def test_files_that_a_document_names_exist(document):
 
 def test_the_front_page_is_short():
     assert os.path.getsize(os.path.join(ROOT, "README.md")) <= 8000
+
+
+def test_the_list_of_configs_has_every_folder_and_every_kind_of_name():
+    text = read("configs", "README.md")
+    told = [
+        re.compile(name.replace("*", ".*")) for name in re.findall(r"`([\w*.-]*\*[\w.]*)`", text)
+    ]
+    for folder, _, names in os.walk(os.path.join(ROOT, "configs")):
+        names = [name for name in names if name.endswith((".yaml", ".py"))]
+        inside = os.path.relpath(folder, os.path.join(ROOT, "configs"))
+        if names and inside != ".":
+            assert f"| `{inside}` |" in text
+        if inside not in ("datasets", os.path.join("quick", "options")):
+            assert not [n for n in names if not any(pattern.match(n) for pattern in told)]
+
+
+def test_the_example_of_a_protocol_can_be_run(tmp_path):
+    (example,) = re.findall(r"```yaml\n(.*?)```", read("docs", "comparisons.md"), re.DOTALL)
+    (tmp_path / "p.yaml").write_text(example)
+    protocol = load_protocol(str(tmp_path / "p.yaml"))
+    assert list(protocol.arms) == ["teacher", "student", "crosskd", "temperature_1"]
+    assert protocol.contrasts == (("crosskd", "student"),) and protocol.margin == 0.5

@@ -26,7 +26,7 @@ from crosskd_ifc.experiments.results import Results
 
 def build_parser():
     parser = tool_parser(__file__, __doc__)
-    parser.add_argument("protocol", help="YAML file, see tools/README.md")
+    parser.add_argument("protocol", help="YAML file, see docs/comparisons.md")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
     parser.add_argument("--arms", nargs="+", help="only these, and the teachers that they need")
     add_executor_options(parser)

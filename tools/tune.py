@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
 
 def parse_args(argv=None):
     parser = tool_parser(__file__, __doc__)
-    parser.add_argument("protocol", help="YAML file, see tools/README.md")
+    parser.add_argument("protocol", help="YAML file, see docs/comparisons.md")
     parser.add_argument("arm", help="one of its arms")
     several = dict(nargs=3, action="append", default=[], metavar=("KEY", "LOW", "HIGH"))
     parser.add_argument("--log", help="numbers, each ratio as likely as another", **several)

@@ -200,8 +200,8 @@ def test_the_table_of_options_names_every_key_with_its_default():
     with open(path) as f:
         rows = dict(re.findall(r"^\| `([A-Z_.]+)` \| `([^`]*)`", f.read(), re.MULTILINE))
     others = (leaves(cfg.MODEL[node], f"MODEL.{node}.") for node in ("FCOS", "TIMM"))
-    training = ("SOLVER.EMA_DECAY", "SOLVER.ACCUMULATE", "TEST.BEST_METRIC", "WANDB.PROJECT")
-    more = ((key, dict(leaves(cfg))[key]) for key in training)
+    training = ("DATASETS.CARDS", "SOLVER.EMA_DECAY", "SOLVER.ACCUMULATE", "TEST.BEST_METRIC")
+    more = ((key, dict(leaves(cfg))[key]) for key in (*training, "WANDB.PROJECT"))
     for key, value in itertools.chain(leaves(cfg.MODEL.CROSSKD), *others, more):
         shown = f'"{value}"' if isinstance(value, str) else str(value)
         assert rows.pop(key) == shown, key

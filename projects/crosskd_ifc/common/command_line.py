@@ -47,10 +47,14 @@ def tool_command(name: str) -> str:
 def tool_parser(file: str, description: str) -> argparse.ArgumentParser:
     """The parser of a tool, whose description names tools as they are started in a checkout."""
     name = os.path.splitext(os.path.basename(file))[0]
-    told = re.sub(r"python tools/(\w+)\.py", lambda match: tool_command(match[1]), description)
     return argparse.ArgumentParser(
-        prog=tool_command(name), description=told, formatter_class=HelpFormatter
+        prog=tool_command(name), description=as_started(description), formatter_class=HelpFormatter
     )
+
+
+def as_started(text: str) -> str:
+    """A text with its tools named as they are started here: in a checkout, or as commands."""
+    return re.sub(r"python tools/(\w+)\.py", lambda match: tool_command(match[1]), text)
 
 
 def run_tool(main: Callable[[], Any], *, resumes: bool = False, tells_more: bool = False) -> Any:

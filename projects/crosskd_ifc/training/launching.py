@@ -10,16 +10,21 @@ from typing import Any, Callable
 from detectron2.engine import default_argument_parser, launch
 from torch.multiprocessing import ProcessRaisedException
 
-from ..common.command_line import HelpFormatter
+from ..common.command_line import HelpFormatter, as_started
 from ..config import ConfigError
 from .errors import CLEAR_ERRORS, message_in_traceback
 from .preemption import passing_on_sigterm
 from .torchrun import is_one_of_torchruns, run_in_torchrun
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's arguments, and --timeout."""
+def argument_parser(description: str = "") -> argparse.ArgumentParser:
+    """detectron2's arguments, and --timeout.
+
+    Args:
+        description: of the tool, in place of detectron2's examples, which are of YAML configs.
+    """
     parser = default_argument_parser()
+    parser.description, parser.epilog = as_started(description), None
     parser.formatter_class = HelpFormatter
     # detectron2's port is the same for all runs of a user, so that two could not run at once.
     parser.set_defaults(dist_url="auto")
@@ -41,7 +46,7 @@ def invoke(main: Callable, setup: Callable) -> None:
         setup: arguments -> anything; raises what ``main`` would refuse. Called once before
             processes are started, so that a mistake shows once.
     """
-    args = argument_parser().parse_args()
+    args = argument_parser(sys.modules[main.__module__].__doc__ or "").parse_args()
     try:
         _launch(main, setup, args)
     except CLEAR_ERRORS as error:
