@@ -27,12 +27,13 @@ from crosskd_ifc.experiments.results import Results
 def build_parser():
     parser = tool_parser(__file__, __doc__)
     parser.add_argument("protocol", help="YAML file, see docs/comparisons.md")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
-    parser.add_argument("--arms", nargs="+", help="only these, and the teachers that they need")
+    several = dict(nargs="+", action="extend")
+    parser.add_argument("--seeds", type=int, help="only these of the protocol's", **several)
+    parser.add_argument("--arms", help="only these, and the teachers that they need", **several)
     add_executor_options(parser)
     parser.add_argument("--runs", help="folder for runs; default: output/compare/NAME")
     parser.add_argument("--output", help="folder for the report; default: benchmarks/NAME")
-    parser.add_argument("--include", nargs="+", default=[], help="results.json of other machines")
+    parser.add_argument("--include", default=[], help="results.json of other machines", **several)
     parser.add_argument("--discard-weights", action="store_true", help="of finished students")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     return parser
@@ -88,8 +89,10 @@ def main(args):
             discard_weights=args.discard_weights,
         )
         failed = comparison.do(select(protocol, runs, arms=args.arms, seeds=args.seeds))
-    if results.entries:  # else nothing to tell
+    if results.entries:
         print(f"Report: {write_report(results.content(), output)}")
+    else:
+        print(f"No report: there are no runs in {path} yet")
     return list(failed.values())
 
 

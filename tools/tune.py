@@ -45,7 +45,9 @@ def parse_args(argv=None):
         "--choice", nargs="+", action="append", default=[], metavar="KEY VALUE", help="any values"
     )
     parser.add_argument("--budget", type=int, required=True, help="runs, pruned ones too")
-    parser.add_argument("--seeds", type=int, nargs="+", help="of each trial; default: the first")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", action="extend", help="of each trial; default: the first"
+    )
     add_executor_options(parser)
     parser.add_argument("--runs", help="folder for runs; default: output/compare/NAME")
     parser.add_argument("--output", help="folder of the search; default: output/tune/NAME_ARM")
@@ -79,8 +81,13 @@ def main(args):
 def search_in(folder, protocol, args):
     space, seeds = space_of(args), args.seeds or [*protocol.seeds[:1]]
     runs_folder = args.runs or os.path.join("output", "compare", protocol.name)
+    known = args.arm in protocol.arms  # else TrialRuns says so
     study = open_study(
-        os.path.join(folder, "study.journal"), space, seed=args.sampler_seed, jobs=args.jobs
+        os.path.join(folder, "study.journal"),
+        space,
+        runs={str(s): protocol.run(args.arm, s, "").digest() for s in seeds if known},
+        seed=args.sampler_seed,
+        jobs=args.jobs,
     )
     runs = TrialRuns(
         study,

@@ -13,11 +13,14 @@ import yaml
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
+from crosskd_ifc.experiments.child_process import RunFailed
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, plan, select
+from crosskd_ifc.experiments.figures import _common_points
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import report_text, write_report
 from crosskd_ifc.experiments.results import Results
 from crosskd_ifc.experiments.runs import train
+from crosskd_ifc.experiments.stability import stability
 from crosskd_ifc.experiments.tables import Table
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
@@ -342,13 +345,16 @@ def test_runs_that_diverge_are_counted_where_the_protocol_asks(tmp_path):
     case.do()
     told = case.results.content()
     assert told["stability"] is True
-    scores = {"student": [10, 12, 14, 3], "crosskd_ifc": [11, 12, 13, 0]}  # the median is 11.5
+    scores = {
+        "student": [10, 12, 14, 3],
+        "crosskd_ifc": [11, 12, 13, 0],
+    }  # median but for the 0: 12
     for run in told["runs"]:
         if run["arm"] in scores:
             run["AP"] = scores[run["arm"]][run["seed"] - 1]
     told["runs"][-1]["diverged"] = 7
     text = " ".join(report_text(told).split())
-    assert "AP is below 3.8, a third of the median" in text
+    assert "AP is below 4.0, a third of the median" in text
     assert "| `student` | 1 of 4 | 2.00 | |" in text
     # Of three values each: F(2, 2) at 97.5 % is 39, its root 6.24.
     assert "| `crosskd_ifc` | 1 of 4 | 1.00 | 0.50 (0.08 to 3.12) of `student` |" in text
@@ -411,11 +417,12 @@ def test_a_file_that_has_grown_can_be_included_again(case, tmp_path_factory, mon
     assert found == both | {("fc2", 2)}  # it belongs to the second
 
 
-def table_of(*runs):
-    """A table of runs (arm, seed, replicate, AP)."""
+def table_of(*runs, versus=()):
+    """A table of runs (arm, seed, replicate, AP, and the teacher's weights where they are
+    known)."""
     names = dict.fromkeys(arm for arm, *_ in runs)
-    arms = [{"arm": name, "title": name, "group": "", "versus": []} for name in names]
-    keys = ("arm", "seed", "replicate", "AP")
+    arms = [{"arm": n, "title": n, "group": "", "versus": [*versus]} for n in names]
+    keys = ("arm", "seed", "replicate", "AP", "teacher_sha256")
     entries = [dict(zip(keys, run), AP50=0.0, curve=[]) for run in runs]
     return Table({"arms": arms, "runs": entries})
 
@@ -429,7 +436,27 @@ def test_replicates_are_paired_by_number_and_averaged_by_seed():
     assert found.values == {1: 1.0, 2: -2.0} and found.pairs == 2
     # Without a number in common the difference is that of the means.
     table = table_of(("a", 1, 1, 10.0), ("a", 1, 2, 20.0), ("b", 1, 3, 11.0))
-    assert table.difference("a", "b").values == {1: 4.0}
+    found = table.difference("a", "b")
+    assert found.values == {1: 4.0} and found.pairs == 0
+
+
+def test_runs_that_learned_from_the_same_teacher_are_paired_whatever_their_numbers():
+    first = [("a", 1, 1, 10.0, "A"), ("a", 1, 2, 20.0, "B"), ("a", 1, 3, 14.0, "A")]
+    table = table_of(*first, ("b", 1, 1, 17.0, "B"), ("b", 1, 2, 11.0, "A"))
+    found = table.difference("a", "b")
+    assert found.values == {1: (3.0 + 1.0) / 2} and found.pairs == 2
+    # With no teacher in common there is no pair, though the numbers agree.
+    table = table_of(("a", 1, 1, 10.0, "A"), ("b", 1, 1, 17.0, "B"))
+    assert table.difference("a", "b").pairs == 0
+
+
+def test_a_run_that_only_repeats_another_still_has_its_pair():
+    plain = [("a", 1, 1, 11.0), ("a", 1, 2, 11.0)]
+    table = table_of(*plain, ("b", 1, 1, 13.0), ("b", 1, 2, 16.0))
+    found = table.difference("b", "a")
+    assert found.values == {1: 3.5} and found.pairs == 2
+    table = table_of(*plain, ("b", 1, 1, 13.0), ("b", 1, 2, 13.0))
+    assert table.difference("b", "a").pairs == 1  # all of it only repeats
 
 
 def test_a_run_that_repeats_another_to_the_last_digit_counts_once():
@@ -567,6 +594,68 @@ def test_weights_of_students_can_be_discarded(case):
     assert kept == [("teacher", 1)] and case.todo(seeds=[1]) == []
 
 
+def test_a_student_whose_weights_another_process_has_discarded_is_not_trained_again(case):
+    todo = case.todo(seeds=[1])
+    other = Case(case.folder)  # with the same plan
+    case.do(todo, discard_weights=True)
+    order = case.order()
+    assert other.do(todo, discard_weights=True) == {}
+    assert case.order() == order and len(case.all_recorded()) == len(order)
+
+
+def test_a_student_under_way_starts_anew_if_its_teacher_was_trained_again(case, monkeypatch):
+    case.do([("teacher", 1)])
+    run, script = case.runs["crosskd_ifc", 1], str(case.folder / "script.py")
+    monkeypatch.setenv("FAILING", "crosskd_ifc_1")
+    with pytest.raises(RunFailed):
+        train(run, script)
+    (case.folder / "runs" / "crosskd_ifc_1" / "of the first teacher").touch()
+    with open(case.runs["teacher", 1].weights, "w") as f:
+        f.write("others")
+    monkeypatch.delenv("FAILING")
+    train(run, script)
+    assert "of the first teacher" not in os.listdir(run.folder)
+
+
+def test_a_contrast_has_no_verdict_before_all_its_planned_seeds_are_there(tmp_path):
+    case = Case(tmp_path, seeds=[1, 2, 3], contrasts=[["crosskd_ifc", "student"]], margin=0.5)
+    for seeds, verdict in (([1, 2], "2 of 3 seeds"), ([3], "unresolved")):
+        case.do(case.todo(arms=["student", "crosskd_ifc"], seeds=seeds))
+        recorded = case.results.content()
+        for i, run in enumerate(recorded["runs"]):
+            run["AP"] = 10 + 3 * (run["arm"] == "crosskd_ifc") + i % 2
+        text = " ".join(report_text(recorded).split())
+        assert f"| {verdict} |" in text
+        assert ("as long as planned seeds are missing" in text) == (seeds == [1, 2])
+
+
+def test_a_report_without_a_run_of_today_s_arms_is_one_error(case):
+    case.do([("student", 1)])
+    later = Case(case.folder, arms={"renamed": {"config": PLAIN}}, ablations=None, teacher=None)
+    with pytest.raises(ConfigError, match="test: no run in results.json is of an arm"):
+        write_report(later.results.content(), str(case.folder / "out"))
+
+
+def test_diverged_runs_count_each_and_stay_out_of_curves_and_of_the_median():
+    runs = [("a", 1, 1, 0.0), ("a", 1, 2, 0.0), ("a", 2, 1, 30.0), ("a", 3, 1, 28.0)]
+    runs += [("b", s, 1, 31.0 + s) for s in (1, 2, 3)]
+    table = table_of(*runs, ("c", 1, 1, 0.2), ("c", 2, 1, 0.0), versus=["b"])
+    for name, entries in table.runs.items():
+        for found in entries.values():
+            for run in found:
+                run["curve"] = [[7, 0.0]] if run["AP"] == 0 else [[220, run["AP"]]]
+                run.update({"diverged": 7} if run["AP"] == 0 else {})
+    assert len(table.current("a")[1]) == 2
+    assert _common_points(table, "a", {1, 2, 3}) == {"iterations": [220], "AP": [[30.0], [28.0]]}
+    (section,) = table.sections()
+    text = " ".join(" ".join(stability(table, section)).split())
+    assert "below 10.3" in text  # a third of 31, the median of 30, 28, 32, 33, 34 and 0.2
+    assert "| `a` | 2 of 4 |" in text and "| `c` | 2 of 2 |" in text
+    # An arm that differences are taken to has a ratio, also from another table.
+    lines = stability(table, section._replace(arms=["a"]))
+    assert "of `b`" in " ".join(lines)
+
+
 def test_what_can_not_run_here_is_refused_before_anything_runs(tmp_path):
     case = Case(tmp_path, test="no_such_data")
     comparison = Comparison(case.runs, case.results, "")
@@ -600,8 +689,8 @@ def test_a_report_opens_with_the_contrasts_that_were_named_beforehand(tmp_path):
     # 4.1 +- 0.1 times the quantile of one degree of freedom at 0.025 / 2, and at 0.05
     row = "| `crosskd_ifc` minus `student` | +4.1 | +1.6 to +6.6 | +3.5 to +4.7 | 2 | helps |"
     assert row in text and text.index("## Contrasts") < text.index("## Main arms")
-    assert "The 2 named before the runs" in text and "inside of ±0.5 AP" in text
-    assert "1 of them have no runs yet" in text
+    assert "The 2 that the protocol names" in text and "inside of ±0.5 AP" in text
+    assert "1 of them have no runs of today's settings" in text
 
 
 def test_what_shared_teachers_can_show_is_told_of_teachers(tmp_path):
@@ -650,6 +739,16 @@ def load_tool():
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     return tool
+
+
+def test_an_option_that_takes_several_values_may_be_repeated():
+    words = ["p.yaml", "--include", "a.json", "b.json", "--include", "c.json"]
+    words += ["--seeds", "1", "--seeds", "2", "3", "--arms", "x", "--arms", "y"]
+    words += ["--executor", "local", "--cluster", "a=1", "--cluster", "b=2"]
+    args = load_tool().parse_args(words)
+    assert (args.include, args.seeds) == (["a.json", "b.json", "c.json"], [1, 2, 3])
+    assert (args.arms, args.cluster) == (["x", "y"], ["a=1", "b=2"])
+    assert load_tool().parse_args(["p.yaml"]).include == []
 
 
 def test_the_command_of_a_report_has_the_path_and_the_options_of_its_runs():

@@ -76,6 +76,25 @@ def test_a_folder_with_a_search_of_something_else_is_refused(tmp_path):
         open_study(path, {WEIGHT: FloatDistribution(0.01, 10, log=True)})
 
 
+def test_a_search_whose_seeds_or_settings_changed_is_refused(tmp_path):
+    path = str(tmp_path / "study.journal")
+    open_study(path, SPACE, runs={"1": "settings"})
+    open_study(path, SPACE, runs={"1": "settings"})
+    with pytest.raises(ConfigError, match="is of a search with other settings; .*--output"):
+        open_study(path, SPACE, runs={"1": "others"})
+    with pytest.raises(ConfigError, match="is of a search of the seeds 1; .*--output"):
+        open_study(path, SPACE, runs={"1": "settings", "2": "settings"})
+
+
+def test_what_was_under_way_is_put_back_once(tmp_path):
+    path = str(tmp_path / "study.journal")
+    with pytest.raises(KeyboardInterrupt):
+        search(open_study(path, SPACE), SPACE, Objective(stopping=(1,)), trials=6, start=BAD)
+    for _ in range(3):
+        study = open_study(path, SPACE)
+    assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
+
+
 def test_ranges_are_whole_numbers_only_where_both_ends_are():
     assert number_range("K", "1", "8", log=False) == IntDistribution(1, 8)
     assert number_range("K", "1", "8.0", log=True) == FloatDistribution(1, 8, log=True)
@@ -188,6 +207,14 @@ def test_the_first_trial_is_the_arm_as_it_stands(tmp_path):
         "MODEL.CROSSKD.FUSION.IN_FEATURES": "['fc1', 'fc2']",
     }
     assert tool.runs.start({WEIGHT: FloatDistribution(0.01, 10)}) is None, "outside of the search"
+    for key, low, high, reason in (
+        (WEIGHT, "0", "5", "must have a point"),
+        ("SOLVER.IMS_PER_BATCH", "1.0", "4.0", "must be whole"),
+        ("MODEL.CROSSKD.MIMIC", "1", "2", "isn't a number; search it with --choice"),
+        ("SEED", "1", "2", "is set by the protocol"),
+    ):
+        with pytest.raises(ConfigError, match=f"{key} .*{reason}"):
+            tool.runs.start({key: number_range(key, low, high, log=False)})
     with pytest.raises(ConfigError, match="LOSS.CLS_WAIT: the config has no such key"):
         tool.runs.start({"MODEL.CROSSKD.LOSS.CLS_WAIT": FloatDistribution(0, 1)})
 

@@ -16,11 +16,10 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from ..common.files import read_json
 from ..config import ConfigError
 from .child_process import RunFailed, RunStopped, StepCounter, supervise
-from .runs import Run, command_of, train
+from .runs import Run, command_of, state_digest, train
 
 _TIMEOUTS = 1000  # so often a job that is out of its time is put back into the queue
 _PERIOD = 1.0  # seconds between two looks at a job
-_STOP = "stop_requested"  # a file in the run's folder
 _PATIENCE = 600  # seconds until another machine must have begun a run
 
 
@@ -65,12 +64,12 @@ class Job:
         return train(self.run, self.train_net, on_progress=self._look, **options)
 
     def _look(self, *_) -> None:
-        if os.path.exists(self.run.path(_STOP)):
+        if os.path.exists(_stop_file(self.run)):
             self._stop.set()
 
     def _help(self, arguments: Sequence[str]) -> None:
         """The part of a run that another machine has begun."""
-        digest, start = self.run.digest() + (self.run.inputs() or ""), time.monotonic()
+        digest, start = state_digest(self.run), time.monotonic()
         while (read_json(self.run.path("started.json")) or {}).get("digest") != digest:
             if time.monotonic() - start > _PATIENCE:
                 raise RunFailed(f"{self.run.name}: the first machine hasn't begun")
@@ -123,8 +122,9 @@ class ClusterTrain:
         defaults = {"timeout_min": 60 * 24, "gpus_per_node": gpus, **shape}
         try:
             self._executor.update_parameters(**{**defaults, **parameters})
-        except (NameError, TypeError, ValueError) as error:
-            raise ConfigError(f"--cluster: {error}") from error
+        except (AssertionError, NameError, TypeError, ValueError) as error:
+            given = " ".join(f"{key}={value}" for key, value in parameters.items())
+            raise ConfigError(f"--cluster {given}: {error or 'a wrong value'}") from error
         self._lock = threading.Lock()  # submitit's executors have one caller
 
     def __call__(
@@ -144,7 +144,7 @@ class ClusterTrain:
         counter = StepCounter(run.path("metrics.json"), run.cfg().SOLVER.MAX_ITER)
         stop = stop or threading.Event()
         with contextlib.suppress(FileNotFoundError):  # of one that was killed
-            os.remove(run.path(_STOP))
+            os.remove(_stop_file(run))
         with self._lock:
             job = self._executor.submit(Job(run, train_net, **options))
         try:
@@ -154,8 +154,9 @@ class ClusterTrain:
                     raise RunStopped(f"{run.name} was stopped")
             done = job.results()[0]
         except (FailedJobError, UncompletedJobError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise RunFailed(f"{run.name} failed in job {job.job_id}: {reason}") from error
+            reason = str(error).strip().splitlines()[0]
+            where = f"job {job.job_id} ({job.paths.stderr})"
+            raise RunFailed(f"{run.name} failed in {where}: {reason}") from error
         finally:
             self._end(job, run, counter)
         if isinstance(done, str):
@@ -168,15 +169,20 @@ class ClusterTrain:
         if job.done():
             return
         if job.state == "RUNNING":
-            os.makedirs(run.folder, exist_ok=True)
-            with open(run.path(_STOP), "w"):
+            with open(_stop_file(run), "w"):
                 pass
             end = time.monotonic() + counter.grace()
             while not job.done() and time.monotonic() < end:
                 time.sleep(_PERIOD)
-            os.remove(run.path(_STOP))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(_stop_file(run))
         if not job.done():
             job.cancel()
+
+
+def _stop_file(run: Run) -> str:
+    """What tells a job to stop. Beside the run's folder, which may be moved aside."""
+    return f"{os.path.normpath(run.folder)}.stop_requested"
 
 
 def _place(job: submitit.JobEnvironment) -> Sequence[str]:

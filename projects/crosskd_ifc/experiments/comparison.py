@@ -198,7 +198,8 @@ class Comparison:
 
     def _one(self, key: Key) -> dict:
         run = self.runs[key]
-        if run.result() is not None and not has_weights(run):  # they are needed, else it were done
+        # Students need it. A student's own weights may be gone: another process has done it.
+        if key[0] == TEACHER and run.result() is not None and not has_weights(run):
             move_aside(run.folder)
 
         def report(done: int, *_) -> None:

@@ -17,7 +17,8 @@ class Contrast(NamedTuple):
         equivalence: the 90 % interval. That it lies inside of +-margin is the same as that two
             one-sided tests at 5 % each (TOST; Schuirmann, 1987) refuse a difference beyond it.
         verdict: "helps" or "hurts" where ``corrected`` leaves out 0; else "no effect worth having"
-            where ``equivalence`` lies inside of the margin; else "unresolved".
+            where ``equivalence`` lies inside of the margin; else "unresolved". As long as planned
+            seeds are missing there is none: who looks after each seed finds an effect too often.
     """
 
     arm: str
@@ -29,7 +30,9 @@ class Contrast(NamedTuple):
 
 
 def judge(
-    named: Sequence[Tuple[str, str, Optional[Difference]]], margin: Optional[float]
+    named: Sequence[Tuple[str, str, Optional[Difference]]],
+    margin: Optional[float],
+    planned: Sequence[int] = (),
 ) -> List[Contrast]:
     """Judge the contrasts of a protocol together.
 
@@ -39,17 +42,21 @@ def judge(
     Args:
         named: (arm, reference, difference) of all of them.
         margin: of the equivalence tests, in AP; None for none.
+        planned: how many seeds each of them is to have; () if that isn't known.
     """
     p_values = [1.0 if d is None or d.p is None else d.p for _, _, d in named]
     found = []
-    for (arm, reference, difference), level in zip(named, holm(p_values)):
+    wanted = planned or [0] * len(named)
+    for (arm, reference, difference), level, seeds in zip(named, holm(p_values), wanted):
         if difference is None:
             continue
         corrected = equivalence = None
         if difference.interval is not None:
             corrected = t_interval(difference.units, level)
             equivalence = t_interval(difference.units, 2 * LEVEL)
-        verdict = _verdict(corrected, equivalence, margin)
+        there = len(difference.values)
+        verdict = f"{there} of {seeds} seeds" if there < seeds else ""
+        verdict = verdict or _verdict(corrected, equivalence, margin)
         found.append(Contrast(arm, reference, difference, corrected, equivalence, verdict))
     return found
 

@@ -25,6 +25,7 @@ def add_executor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="for the executor: timeout_min=240 slurm_partition=gpu cpus_per_task=8 ...",

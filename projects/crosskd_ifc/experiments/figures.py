@@ -121,8 +121,13 @@ def _curves(axis, table: Table, section: Section) -> None:
 
 def _common_points(table: Table, name: str, seeds: Set[int]) -> Dict[str, List]:
     """{"iterations", "AP" (one list for each of ``seeds``, the mean of its replicates)} at the
-    iterations that all have."""
-    found = [runs for seed, runs in table.current(name).items() if seed in seeds]
+    iterations that all have that haven't diverged."""
+    found = [
+        [run for run in runs if "diverged" not in run]
+        for seed, runs in table.current(name).items()
+        if seed in seeds
+    ]
+    found = [runs for runs in found if runs]
     curves = [[dict(map(tuple, run["curve"])) for run in runs] for runs in found]
     common = sorted(set.intersection(*(set(c) for each in curves for c in each))) if curves else []
     if not common:

@@ -134,7 +134,8 @@ class Protocol:
         if name not in self.taught:
             return None
         theirs = self.arms[TEACHER].seeds
-        return TEACHER, theirs[self.seeds.index(seed) % len(theirs)]
+        own = seed in theirs
+        return TEACHER, seed if own else theirs[self.seeds.index(seed) % len(theirs)]
 
 
 def load_protocol(path: str) -> Protocol:

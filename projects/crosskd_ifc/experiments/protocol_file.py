@@ -18,7 +18,7 @@ from pydantic import (
 from ..config import ConfigError
 from ..data.files import read_yaml
 
-_OWN_KEYS = ("SEED", "OUTPUT_DIR", "DATASETS.TEST")  # set by the protocol's other keys
+OWN_KEYS = ("SEED", "OUTPUT_DIR", "DATASETS.TEST")  # set by the protocol's other keys
 
 
 def _all_different(values: List[Any]) -> List[Any]:
@@ -28,8 +28,8 @@ def _all_different(values: List[Any]) -> List[Any]:
 
 
 def _no_key_of_the_protocol(key: str) -> str:
-    if key in _OWN_KEYS:
-        raise ValueError(f"expected config keys other than {', '.join(_OWN_KEYS)}")
+    if key in OWN_KEYS:
+        raise ValueError(f"expected config keys other than {', '.join(OWN_KEYS)}")
     return key
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from tabulate import tabulate
 
 from ..common.files import replacing
+from ..config import ConfigError
 from .figures import draw_curves, draw_differences
 from .protocol import TEACHER
 from .stability import stability
@@ -40,9 +41,14 @@ def write_report(content: dict, folder: str) -> str:
     Args:
         content: of ``results.json``, with at least one run.
         folder: folder to write to.
+
+    Raises:
+        ConfigError: if no run is of an arm that the protocol has.
     """
     table = Table(content)
     os.makedirs(folder, exist_ok=True)
+    if not table.sections():
+        raise ConfigError(f"{content['name']}: no run in results.json is of an arm of the protocol")
     draw_curves(table, os.path.join(folder, "curves.png"))
     has_differences = draw_differences(table, os.path.join(folder, "differences.png"))
     path = os.path.join(folder, "report.md")
@@ -67,7 +73,8 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
     if any(len(runs) > 1 for arm in table.arms for runs in table.current(arm).values()):
         lines += [
             "Runs of a seed that were made again, on another machine or with another version of",
-            "the code, are averaged first; a difference is that of runs made together.",
+            "the code, are averaged first; a difference is that of runs made together, if there",
+            "are any.",
             "",
         ]
     outdated = sum(bool(run.get("outdated")) for run in content["runs"])
@@ -112,17 +119,18 @@ def _contrasts(table: Table) -> List[str]:
         for c in table.contrasts()
     ]
     headers = ["contrast", "AP", "corrected interval", "90 % interval", "n", "verdict"]
-    text = (
-        f"The {len(named)} named before the runs, with Holm's correction for as many tests at 5 %:"
-    )
+    text = f"The {len(named)} that the protocol names; Holm's correction for as many tests at 5 %:"
     lines = ["## Contrasts", "", text]
     lines += ['"helps" and "hurts": the corrected interval leaves out 0.']
     if margin is not None:
         lines += [
-            f'"no effect worth having": else, the 90 % interval lies inside of ±{margin:g} AP.'
+            '"no effect worth having": else, the 90 % interval (not corrected) lies inside of '
+            f"±{margin:g} AP."
         ]
+    if any(c.verdict.endswith(" seeds") for c in table.contrasts()):
+        lines += ["There is no verdict as long as planned seeds are missing."]
     if len(rows) < len(named):
-        lines += [f"{len(named) - len(rows)} of them have no runs yet."]
+        lines += [f"{len(named) - len(rows)} of them have no runs of today's settings."]
     return [*lines, "", tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
 
 
@@ -137,7 +145,8 @@ def _results(table: Table, section: Section) -> str:
         if not set(seeds) & set(table.runs[name]):
             continue
         current = [runs for seed, runs in table.current(name).items() if seed in seeds]
-        row = [f"`{name}`", table.arms[name]["title"], _with_runs(current)]
+        title = table.arms[name]["title"].replace("|", "\\|")
+        row = [f"`{name}`", title, _with_runs(current)]
         row += [_mean(table.scores(name, key), seeds) for key in ("AP", "AP50")]
         row += [" / ".join(_cell(table, name, seed) for seed in seeds)]
         row += [_mean(table.scores(name, "AP_val"), seeds)] if with_validation else []
@@ -202,10 +211,11 @@ def _interval(found: Optional[Tuple[float, float]]) -> str:
 
 
 def _n(found: Difference) -> str:
-    """How many seeds; how many teachers where they share them, and pairs of runs where more."""
+    """How many seeds; how many teachers where they share them, and how many pairs of runs that
+    belong together where these are more or fewer."""
     seeds = len(found.values)
     more = [f"{found.teachers} teachers"] if found.teachers < seeds else []
-    more += [f"{found.pairs} pairs"] if found.pairs > seeds else []
+    more += [f"{found.pairs} pairs"] if found.pairs != seeds else []
     return f"{seeds} ({', '.join(more)})" if more else str(seeds)
 
 
@@ -242,7 +252,8 @@ def _provenance(content: dict) -> List[str]:
     lines.append(f"and restarts {hours:.1f} hours. With {_versions(runs)},")
     lines.append(f"on {_hardware(runs)}.")
     if any(run["arm"] == TEACHER for run in runs):
-        if all(_teacher_seed(run) == run["seed"] for run in runs):
+        current = [run for run in runs if not run.get("outdated")]
+        if all(_teacher_seed(run) == run["seed"] for run in current):
             lines.append("Each seed has its own teacher.")
         else:
             lines += [

@@ -130,7 +130,7 @@ class Results:
             "test": protocol.test,
             **({"margin": protocol.margin} if protocol.margin else {}),
             **({"stability": True} if protocol.stability else {}),
-            **({"contrasts": [list(x) for x in protocol.contrasts]} if protocol.contrasts else {}),
+            **(_contrasts(protocol) if protocol.contrasts else {}),
             "arms": [
                 {
                     "arm": arm.name,
@@ -211,8 +211,17 @@ class Results:
             f.write(("{\n" + ",\n".join(blocks) + "\n}\n").encode())
 
 
+def _contrasts(protocol: Protocol) -> dict:
+    """The named differences, and how many seeds each is to have."""
+    seeds = {arm.name: set(arm.seeds) for arm in protocol.arms.values()}
+    return {
+        "contrasts": [list(pair) for pair in protocol.contrasts],
+        "planned_seeds": [len(seeds[a] & seeds[b]) for a, b in protocol.contrasts],
+    }
+
+
 def _is_flat(value) -> bool:
-    return not isinstance(value, list)
+    return not isinstance(value, list) or all(isinstance(x, int) for x in value)
 
 
 def _key(entry: dict) -> Key:

@@ -163,6 +163,13 @@ def is_same_input(recorded: Optional[str], present: Optional[str]) -> bool:
     return recorded is None or present is None or recorded == present
 
 
+def state_digest(run: Run) -> str:
+    """A digest of what the state of an unfinished run depends on: also the very weights of the
+    runs that it needs, which may have been trained again since."""
+    weights = (file_sha256(needed.weights) for needed in run.needs)
+    return "".join([run.digest(), run.inputs() or "", *weights])
+
+
 def command_of(run: Run, train_net: str, arguments: Sequence[str]) -> List[str]:
     """The command that starts a run or goes on with it; arguments as of :func:`train`."""
     command = [sys.executable, train_net, "--resume", *arguments]
@@ -211,12 +218,12 @@ def train(
         return done
     run = run.read_again()  # the child is about to
     digest, inputs = run.digest(), run.inputs() or ""
-    with claim_folder(run.folder, name=run.name, digest=digest + inputs, stop=stop) as log:
+    with claim_folder(run.folder, name=run.name, digest=state_digest(run), stop=stop) as log:
         done = run.result()  # of the process that we waited for
         if done is not None:
             return done
         earlier = (read_json(run.path("started.json")) or {}).get("seconds", 0.0)
-        state = {"digest": digest + inputs, "seconds": earlier}
+        state = {"digest": state_digest(run), "seconds": earlier}
         write_json(run.path("started.json"), state)
         needs = [file_sha256(needed.weights) for needed in run.needs]
         command = command_of(run, train_net, arguments)

@@ -13,21 +13,21 @@ from .tables import Section, Table
 def stability(table: Table, section: Section) -> List[str]:
     """How often the students of a section diverge, and how much the AP of the others varies; lines
     of the report."""
+    arms = [arm for arm in section.arms if arm != TEACHER]
     runs = {
         arm: [run for found in table.current(arm).values() for run in found]
-        for arm in section.arms
-        if arm != TEACHER
+        for arm in dict.fromkeys([*arms, *section.references])
     }
-    known = [run["AP"] for found in runs.values() for run in found]
-    if not known:
+    ended = [run["AP"] for arm in arms for run in runs[arm] if "diverged" not in run]
+    if not any(runs[arm] for arm in arms):
         return []
-    least = float(np.median(known)) / 3
+    least = float(np.median(ended)) / 3 if ended else 0.0
     sound = {
         arm: [run["AP"] for run in found if "diverged" not in run and run["AP"] >= least]
         for arm, found in runs.items()
     }
     rows = []
-    for arm, scores in sound.items():
+    for arm, scores in ((arm, sound[arm]) for arm in arms):
         spread = describe_sample(scores).deviation if scores else None
         ratios = []
         for other in table.arms[arm]["versus"]:
@@ -42,7 +42,7 @@ def stability(table: Table, section: Section) -> List[str]:
     return [
         "Stability: a run has diverged if a loss was not finite, or its AP is below "
         f"{least:.1f}, a third",
-        "of the median here. The deviation is that of the other runs.",
+        "of the median of the others here. The deviation is that of runs that haven't diverged.",
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",

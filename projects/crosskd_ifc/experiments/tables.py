@@ -20,9 +20,11 @@ class Section(NamedTuple):
 class Table:
     """What ``results.json`` holds, by arm.
 
-    The replicates of a seed are one value, their mean; the difference of two arms is that of the
-    replicates that both have, if there are any. A run that repeats another to the last digit, as on
-    one machine, tells nothing new: it counts once.
+    The replicates of a seed are one value, their mean. The difference of two arms is that of runs
+    that belong together, if there are any: that have the same number and have learned from the same
+    training of a teacher; where no number is the same, that have learned from the same one. A run
+    that repeats another to the last digit, as on one machine, tells nothing new: it counts once,
+    and so does a pair of such runs.
     """
 
     def __init__(self, content: dict):
@@ -37,10 +39,12 @@ class Table:
         """seed -> runs of an arm, without those of earlier settings and mere repetitions."""
         found: Dict[int, List[dict]] = {}
         for seed, runs in self.runs[arm].items():
-            distinct: Dict[str, dict] = {}
-            for run in runs:
+            distinct: Dict[tuple, dict] = {}
+            for number, run in enumerate(runs):
+                # Diverged runs may agree by chance: how often they occur is what counts.
+                others = number if "diverged" in run else -1
                 if not run.get("outdated"):
-                    distinct.setdefault(repr([run["AP"], run["AP50"], run["curve"]]), run)
+                    distinct.setdefault((_scores_of(run), others), run)
             if distinct:
                 found[seed] = list(distinct.values())
         return found
@@ -69,21 +73,20 @@ class Table:
 
     def difference(self, arm: str, other: str, key: str = "AP") -> Optional[Difference]:
         """``arm`` minus ``other``, None where they have no seed in common."""
-        ours, theirs = self.current(arm), self.current(other)
         values, teachers, pairs = {}, {}, 0
-        for seed in sorted(set(ours) & set(theirs)):
-            for run in (*theirs[seed], *ours[seed]):
+        for seed in sorted(set(self.current(arm)) & set(self.current(other))):
+            sides = [
+                [r for r in self.runs[name][seed] if key in r and not r.get("outdated")]
+                for name in (arm, other)
+            ]
+            for run in (*sides[1], *sides[0]):
                 if "teacher_seed" in run:
                     teachers[seed] = run["teacher_seed"]
-            first, second = (
-                {run.get("replicate", 1): run[key] for run in runs if key in run}
-                for runs in (ours[seed], theirs[seed])
-            )
-            if first and second:
-                common = set(first) & set(second)
-                means = [np.mean([x[n] for n in common or x]) for x in (first, second)]
-                values[seed] = float(means[0] - means[1])
-                pairs += max(len(common), 1)
+            if all(sides):
+                found = _pairs(*sides)
+                means = [_mean_of(pair, key) for pair in found or [sides]]
+                values[seed] = float(np.mean([ours - theirs for ours, theirs in means]))
+                pairs += len(found)
         return summarize(values, teachers)._replace(pairs=pairs) if values else None
 
     def differences(self, section: Section, key: str = "AP"):
@@ -97,7 +100,41 @@ class Table:
     def contrasts(self) -> List[Contrast]:
         """What the differences come to that the protocol has named."""
         named = [(a, b, self.difference(a, b)) for a, b in self.content.get("contrasts", [])]
-        return judge(named, self.content.get("margin"))
+        content = self.content
+        return judge(named, content.get("margin"), content.get("planned_seeds", ()))
+
+
+def _pairs(ours: List[dict], theirs: List[dict]) -> List[List[List[dict]]]:
+    """The runs of two arms and one seed that belong together, without mere repetitions."""
+    runs = [*ours, *theirs]
+    known = all("teacher_sha256" in run for run in runs)
+    numbers = {_number(run) for run in ours} & {_number(run) for run in theirs}
+    found = []
+    for teacher in dict.fromkeys(run["teacher_sha256"] if known else None for run in runs):
+        sides = [
+            [r for r in x if r.get("teacher_sha256") == teacher or not known]
+            for x in (ours, theirs)
+        ]
+        same = [[[r for r in x if _number(r) == n] for x in sides] for n in sorted(numbers)]
+        same = [pair for pair in same if all(pair)]
+        found += same or [sides] * (known and all(sides))
+    return list({repr([sorted(map(_scores_of, x)) for x in pair]): pair for pair in found}.values())
+
+
+def _mean_of(pair: List[List[dict]], key: str) -> List[float]:
+    return [
+        float(np.mean([run[key] for run in {_scores_of(run): run for run in runs}.values()]))
+        for runs in pair
+    ]
+
+
+def _number(run: dict) -> int:
+    return run.get("replicate", 1)
+
+
+def _scores_of(run: dict) -> str:
+    """What two runs share if one merely repeats the other."""
+    return repr([run["AP"], run["AP50"], run["curve"]])
 
 
 def _means(values: Dict[int, List[float]]) -> Dict[int, float]:

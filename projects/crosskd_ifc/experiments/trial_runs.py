@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import optuna
 import yaml
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from ..analysis.curves import read_metrics
 from ..common.files import replacing
@@ -27,6 +27,7 @@ from ..data.files import read_yaml
 from .child_process import RunFailed, RunStopped
 from .comparison import Comparison, all_runs, has_weights
 from .protocol import TEACHER, Protocol, load_protocol
+from .protocol_file import OWN_KEYS
 from .report import write_report
 from .results import Key, Results
 from .runs import Run, train
@@ -106,7 +107,8 @@ class TrialRuns:
         """The arm's own settings; None if they lie outside of what is searched.
 
         Raises:
-            ConfigError: for a key that isn't one of the config.
+            ConfigError: for a key that isn't one of the config, that the protocol sets, or whose
+                value isn't a number of the kind that is searched.
         """
         cfg, found = self.base.run(self.arm, self.seeds[0], "").cfg(), {}
         for key, distribution in space.items():
@@ -114,6 +116,9 @@ class TrialRuns:
                 value = functools.reduce(operator.getitem, key.split("."), cfg)
             except (KeyError, TypeError):
                 raise ConfigError(f"{key}: the config has no such key") from None
+            if key in OWN_KEYS:
+                raise ConfigError(f"{key} is set by the protocol; it can't be searched")
+            _check_kind(key, value, distribution)
             if isinstance(distribution, CategoricalDistribution):
                 same = [x for x in distribution.choices if _literal(x) == _literal(value)]
             else:
@@ -220,6 +225,16 @@ class TrialRuns:
         runs = all_runs(protocol, self.runs, device=self.device)
         file = os.path.join(self.folder, "results.json")
         return Results(protocol, file, runs, command=self.command), runs
+
+
+def _check_kind(key: str, value: Any, distribution: BaseDistribution) -> None:
+    if isinstance(distribution, CategoricalDistribution):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{key} is {value!r}, which isn't a number; search it with --choice")
+    if isinstance(value, float) == isinstance(distribution, IntDistribution):
+        kind = "have a point, as in 0.0 5.0" if isinstance(value, float) else "be whole"
+        raise ConfigError(f"{key} is {value!r}: the numbers of its range must {kind}")
 
 
 class Watch:

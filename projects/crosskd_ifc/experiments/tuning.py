@@ -38,7 +38,14 @@ def number_range(key: str, low: str, high: str, *, log: bool) -> BaseDistributio
         raise ConfigError(f"{key} from {low} to {high}: {error}") from None
 
 
-def open_study(path: str, space: Space, *, seed: int = 0, jobs: int = 1) -> optuna.Study:
+def open_study(
+    path: str,
+    space: Space,
+    *,
+    runs: Optional[Mapping[str, str]] = None,
+    seed: int = 0,
+    jobs: int = 1,
+) -> optuna.Study:
     """The study that a journal file holds, a new one if there is no file.
 
     What a process left when it ended is put back to be done first.
@@ -46,11 +53,13 @@ def open_study(path: str, space: Space, *, seed: int = 0, jobs: int = 1) -> optu
     Args:
         path: the file; its folder is made.
         space: what is searched.
+        runs: seed -> digest of the arm that is tuned, which the scores depend on.
         seed: of the sampler.
         jobs: how many trials are to run at once.
 
     Raises:
-        ConfigError: if the file is of a search of something else.
+        ConfigError: if the file is of a search of something else, of other seeds, or with other
+            settings.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     study = optuna.create_study(
@@ -69,7 +78,15 @@ def open_study(path: str, space: Space, *, seed: int = 0, jobs: int = 1) -> optu
     if found != wanted:
         raise ConfigError(f"{path} is of a search of {found}, not {wanted}; give another --output")
     study.set_user_attr("space", wanted)
+    now = dict(runs or {})
+    then = study.user_attrs.get("runs", now)
+    if then != now:
+        what = "with other settings" if set(then) == set(now) else f"of the seeds {', '.join(then)}"
+        raise ConfigError(f"{path} is of a search {what}; give another --output")
+    study.set_user_attr("runs", now)
     settled = [t.params for t in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))]
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    settled += [trial.system_attrs.get("fixed_params") for trial in waiting]
     for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.FAIL)):
         if trial.state is TrialState.RUNNING:  # of a killed process
             study.tell(trial.number, state=TrialState.FAIL)
