@@ -150,18 +150,17 @@ def _places(files: Files, base: str, entry: str, split: str) -> List[str]:
         place = os.path.normpath(os.path.join(base, name))
         if os.path.exists(place) and (place + os.sep).startswith(files.root + os.sep):
             return [place]
-    # A path of another machine: the longest end of it that is here.
-    folders = {os.path.dirname(path) for path in files.images}
-    for folder in [*folders]:
-        while len(folder := os.path.dirname(folder)) > len(files.root):
-            folders.add(folder)
-    ends = {place: common_tail(files.parts(place), path_parts(entry)) for place in folders}
-    ends.update(
-        (p, common_tail(files.parts(p), path_parts(entry))) for p in files.by_suffix[".txt"]
-    )
+    # A path of another machine: the longest end of it that is here, with its word of the split.
+    places = {*files.by_suffix[".txt"], *map(os.path.dirname, files.images)}
+    for place in [*places]:
+        while len(place := os.path.dirname(place)) > len(files.root):
+            places.add(place)
+    written = path_parts(entry)
+    ends = {place: common_tail(files.parts(place), written) for place in places}
     most = max(ends.values(), default=0)
-    longest = [place for place, count in ends.items() if count == most > 0]
-    return [place for place in longest if splits_in(files.parts(place)) <= {split}]
+    lost = split in splits_in(written) and split not in splits_in(written[len(written) - most :])
+    longest = [place for place, count in ends.items() if count == most and not lost]
+    return [place for place in longest if most and splits_in(files.parts(place)) <= {split}]
 
 
 def _members(result: PhotoFolder, files: Files, place: str) -> Iterator[str]:
