@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..common.files import refuse_overwriting, replacing
+from ..common.files import make_folder_of, refuse_overwriting, replacing
 from ..config import ConfigError
 from .detector import Detector
 from .drawing import bright_colors, draw_boxes
@@ -241,8 +241,8 @@ def _check_outputs(files: Sequence[str], sources: Sequence[Source], force: bool)
     inputs = [source.path for source in sources]
     for path in files:
         try:
-            refuse_overwriting(path, sources=inputs, force=force)
-            PathManager.mkdirs(os.path.dirname(path) or ".")
+            refuse_overwriting(path, sources=inputs, force=force, option="--output")
+            make_folder_of(path)
         except OSError as error:
             raise ConfigError(f"--output: {error}") from error
 
