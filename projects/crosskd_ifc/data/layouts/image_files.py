@@ -161,5 +161,6 @@ def _words(names: Tuple[str, ...]) -> Set[str]:
     return {SPLITS.get(word, word) for word in words}
 
 
+@functools.lru_cache(maxsize=10_000)
 def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0].lower()

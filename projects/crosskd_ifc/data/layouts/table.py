@@ -110,6 +110,6 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
 def _size(row: Dict[str, str]) -> Optional[Tuple[int, int]]:
     """(width, height) of the image, if a row tells it."""
     try:
-        return int(row["width"]), int(row["height"])
-    except (KeyError, ValueError):
+        return int(float(row["width"])), int(float(row["height"]))
+    except (KeyError, OverflowError, ValueError):
         return None

@@ -44,7 +44,8 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
             continue
         name = (tree.findtext("filename") or "").strip()
         images = files.matches(name, path) if name else []
-        namesakes = files.matches(_stem(path), path)
+        is_clear = images and os.path.splitext(name)[0] == _stem(path)
+        namesakes = [] if is_clear else files.matches(_stem(path), path)
         if len(images) == len(namesakes) == 1 and images[0].path != namesakes[0].path:
             if namesakes[0].closeness >= images[0].closeness:
                 result.annotated |= {images[0].path, namesakes[0].path}

@@ -89,7 +89,7 @@ def _class_names(path: str) -> Dict[int, str]:
     try:
         # An empty line has a number, too.
         found = {int(index): str(name).strip() for index, name in pairs if str(name).strip()}
-    except ValueError:
+    except (OverflowError, TypeError, ValueError):
         said = short(names)
         raise ValueError(
             f"{path}: names is {said}; expected a list of names, or number: name"
