@@ -258,5 +258,9 @@ def test_nothing_is_overwritten_without_force(files, tmp_path):
     with pytest.raises(SystemExit, match="^error: --output: .*b.png exists.* --force"):
         run(files / "student", photo, *out)
     run(files / "student", photo, *out, "--force")
+    results = ("--no-pictures", "--json", tmp_path / "r.json")
+    run(files / "student", photo, *results)
+    with pytest.raises(SystemExit, match="^error: --json: .*r.json exists; give another --json"):
+        run(files / "student", photo, *results)
     with pytest.raises(SystemExit, match="this would overwrite the input"):
         run(files / "student", photo, "--output", photo.parent, "--force")
