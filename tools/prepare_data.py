@@ -18,7 +18,7 @@ from typing import List, Optional
 import crosskd_ifc  # noqa: F401  registers the built-in data sets
 from crosskd_ifc.common.command_line import tool_command, tool_parser
 from crosskd_ifc.data.check import check_dataset
-from crosskd_ifc.data.histograms import draw_histograms
+from crosskd_ifc.data.histograms import draw_histograms, refuse_other_files
 from crosskd_ifc.data.layouts import LAYOUTS
 from crosskd_ifc.data.new_card import make_card
 from crosskd_ifc.training.recipe import BACKBONES, DETECTORS, write_configs
@@ -91,6 +91,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             options.update(pretrained=not args.from_scratch, gpus=args.gpus, force=args.force)
             print(write_configs(args.card, args.output, **options))
             return 0
+        if args.picture:
+            refuse_other_files(args.picture)
         report = check_dataset(args.target)
         if args.picture:
             draw_histograms(report, args.picture)

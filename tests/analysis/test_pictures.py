@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -65,6 +66,7 @@ def files(tmp_path_factory):
     Image.new("RGB", (60, 40), (200, 30, 90)).save(folder / "wide.jpg")
     Image.new("L", (30, 50)).save(folder / "TEST.png")
     (folder / "text.jpg").write_text("no image")
+    Image.fromarray(np.full((40, 40), 700, dtype=np.uint16)).save(folder / "16.png")
     return folder
 
 
@@ -105,8 +107,9 @@ def test_the_pictures_lie_in_the_runs_folder_and_are_replaced_only_on_demand(fil
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--images", "gone.jpg"), "--images: 'gone.jpg' can't be read: FileNotFoundError"),
-        (("--images", "{files}/text.jpg"), "--images: '.*text.jpg' can't be read"),
+        (("--images", "gone.jpg"), "--images: gone.jpg: the image is missing"),
+        (("--images", "{files}/text.jpg"), "--images: .*text.jpg: not an image"),
+        (("--images", "{files}/16.png"), "--images: .*16.png: more than 8 bits per channel"),
         (("--dataset", "nothing"), "DATASETS.TEST: no data set is called 'nothing'"),
         (("--dataset", "voc_2007_test"), "MODEL.ROI_HEADS.NUM_CLASSES is 8"),
         (("--num", "0"), "--num is 0"),
@@ -126,6 +129,7 @@ def test_the_pictures_lie_in_the_runs_folder_and_are_replaced_only_on_demand(fil
         (("MODEL.CROSSKD.ENABLED", "False"), "the config has no teacher"),
         (("MODEL.CROSSKD.NAME", "x"), "command line: Non-existent key: MODEL.CROSSKD.NAME"),
         (("--output", "{files}/text.jpg/x"), "--output: "),
+        (("--output", "{files}/text.jpg"), "--output: .*text.jpg is a file; expected a folder"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else None,
 )
@@ -143,7 +147,7 @@ def test_a_data_set_that_cannot_be_used_is_named(files):
     for load, message in (
         (lambda: 1 / 0, "data set 'broken' can't be loaded: ZeroDivisionError"),
         (lambda: [], "data set 'broken' has no images"),
-        (lambda: [lost], "data set 'broken': 'lost.jpg' can't be read: FileNotFoundError"),
+        (lambda: [lost], "data set 'broken': lost.jpg: the image is missing"),
     ):
         DatasetCatalog.register("broken", load)
         with pytest.raises(SystemExit, match=f"^error: {message}"):

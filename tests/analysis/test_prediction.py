@@ -215,6 +215,7 @@ def test_an_input_that_cannot_be_read_does_not_stop_the_others(files, tmp_path, 
         (("{files}/photos/b.png", "{files}/photos"), "there is no .*config.yaml; give --config-"),
         (("{files}/student", "gone.jpg"), "gone.jpg: no such file or folder"),
         (("{files}/student", "{files}/student"), "there is no image or video in this folder"),
+        (("{files}/run", "{files}/photos", "--device", "tpu"), "the device is 'tpu', expected cpu"),
         (("{files}/student", "camera:x"), "a camera is named camera:0"),
         (("{files}/student", "{files}/student/model.pth"), "model.pth: not one of .jpg"),
         (
@@ -239,11 +240,27 @@ def test_what_cannot_work_is_one_line(files, tmp_path, words, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_for_pictures_that_is_a_file_is_refused(files):
+    photo = files / "photos" / "b.png"
+    with pytest.raises(SystemExit, match="^error: --output: .*config.yaml is a file; expected a f"):
+        run(files / "student", photo, "--output", files / "run" / "config.yaml")
+
+
+def test_files_that_macos_puts_beside_images_are_no_images(files, tmp_path):
+    (tmp_path / "._b.png").write_bytes(b"\0\5\x16\7")
+    os.symlink(files / "photos" / "b.png", tmp_path / "b.png")
+    assert [source.name for source in find_sources([str(tmp_path)])] == ["b.png"]
+
+
 def test_nothing_is_overwritten_without_force(files, tmp_path):
     photo, out = files / "photos" / "b.png", ("--output", tmp_path)
     run(files / "student", photo, *out)
     with pytest.raises(SystemExit, match="^error: --output: .*b.png exists.* --force"):
         run(files / "student", photo, *out)
     run(files / "student", photo, *out, "--force")
+    results = ("--no-pictures", "--json", tmp_path / "r.json")
+    run(files / "student", photo, *results)
+    with pytest.raises(SystemExit, match="^error: --json: .*r.json exists; give another --json"):
+        run(files / "student", photo, *results)
     with pytest.raises(SystemExit, match="this would overwrite the input"):
         run(files / "student", photo, "--output", photo.parent, "--force")

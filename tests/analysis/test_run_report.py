@@ -160,6 +160,8 @@ def test_the_logs_alone_make_a_page(run, tmp_path):
     report([str(tmp_path / "run"), "--no-models", "--force"])
     with pytest.raises(SystemExit, match="^error: .*there are no weights.*--no-models"):
         report([str(tmp_path / "run"), "--force"])
+    report([str(tmp_path / "run"), "--no-models", "--output", str(tmp_path / "new/er/page.html")])
+    assert (tmp_path / "new/er/page.html").is_file()
 
 
 def test_a_plain_students_page_has_no_distillation(run, tmp_path):

@@ -885,6 +885,18 @@ def test_the_tool_shows_all_places_json_and_a_picture(tmp_path, tool, capsys):
     assert kinds["box without area"]["severity"] == "error"
     with Image.open(picture) as image:
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(10**6)) > 5
+    assert tool(["check", str(voc.card), "--picture", str(picture)]) == 1
+
+
+def test_the_tools_picture_replaces_no_other_file(tmp_path, tool, capsys):
+    voc = Voc(tmp_path)
+    (photo,) = voc.root.glob("JPEGImages/a.jpg")
+    Image.open(photo).save(photo.with_name("x.png"))
+    for path in (photo, photo.with_name("x.png"), voc.card):
+        before = path.read_bytes()
+        assert tool(["check", str(voc.card), "--picture", str(path)]) == 2
+        assert f"prepare_data: --picture {path}" in capsys.readouterr().err
+        assert path.read_bytes() == before
 
 
 def test_what_cant_be_checked_is_exit_status_2(tmp_path, tool, capsys):

@@ -283,6 +283,7 @@ def test_errors_of_init_say_what_to_do(tmp_path, tool, capsys, monkeypatch):
     assert "several layouts, coco, csv; choose with --layout" in said(empty, "--output", card)
     shutil.rmtree(empty / "img")
     assert "expected a file such as" in said(empty, "--output", tmp_path / "c.json")
+    assert "which needs a letter from A to Z" in said(empty, "--output", tmp_path / "数据.yaml")
     options = (empty, "--layout", "coco", "--output", card)
     assert "--split 0.8/0.3" in said(*options, "--split", "0.8/0.3")
     assert "--split a" in said(*options, "--split", "a")
@@ -292,9 +293,67 @@ def test_errors_of_init_say_what_to_do(tmp_path, tool, capsys, monkeypatch):
     assert not card.exists()
     said(*options, "--ignore-near-duplicates", status=0)
     before = listing(tmp_path)
-    assert "exists" in said(*options, "--ignore-near-duplicates")
+    assert "exists; give another --output" in said(*options, "--ignore-near-duplicates")
     assert listing(tmp_path) == before
     said(*options, "--ignore-near-duplicates", "--force", status=0)
+
+
+def test_a_json_that_init_has_not_made_is_never_replaced(tmp_path, tool, capsys):
+    coco(tmp_path)
+    own = tmp_path / "cells_annotations/train.json"
+    own.parent.mkdir()
+    (tmp_path / "instances.json").rename(own)
+    before = listing(tmp_path)
+    for options in ([], ["--force"]):
+        assert tool(["init", str(tmp_path), "--output", f"{tmp_path}/cells.yaml", *options]) == 2
+        assert f"{own} wasn't made by init" in capsys.readouterr().err
+    assert listing(tmp_path) == before
+
+
+def test_a_card_does_not_replace_the_json_of_another_one(tmp_path, tool, capsys):
+    (tmp_path / "photos").mkdir()
+    coco(tmp_path / "photos", count=4)
+    start = ["init", str(tmp_path / "photos"), "--output"]
+    assert tool([*start, f"{tmp_path}/my cells.yaml"]) == 0
+    before = listing(tmp_path)
+    assert tool([*start, f"{tmp_path}/my_cells.yaml", "--force"]) == 2
+    assert "belongs to the card my cells.yaml" in capsys.readouterr().err
+    assert listing(tmp_path) == before
+    assert tool([*start, f"{tmp_path}/my cells.yaml", "--force"]) == 0
+
+
+def test_lists_that_name_no_photo_are_refused_rather_than_left_out(tmp_path, tool, capsys):
+    (tmp_path / "photos").mkdir()
+    yolo(tmp_path / "photos")
+    (tmp_path / "photos/train").rename(tmp_path / "photos/a")
+    (tmp_path / "photos/valid").rename(tmp_path / "photos/b")
+    start = ["init", str(tmp_path / "photos"), "--output", f"{tmp_path}/c.yaml"]
+    assert tool(start) == 2
+    assert "the split in " in (said := capsys.readouterr().err) and "give --split 0.8/" in said
+    assert tool([*start, "--split", "0.5/0.5"]) == 0
+
+
+def test_no_card_is_written_for_class_names_that_none_can_have(tmp_path, tool, capsys):
+    (tmp_path / "photos").mkdir()
+    yolo(tmp_path / "photos")
+    yaml = tmp_path / "photos/data.yaml"
+    yaml.write_text(yaml.read_text().replace(str(CLASSES), "[cat, cat]"))
+    assert tool(["init", str(tmp_path / "photos"), "--output", f"{tmp_path}/c.yaml"]) == 2
+    assert "data.yaml: the class 'cat' is there twice" in capsys.readouterr().err
+    assert not list(tmp_path.glob("c*"))
+
+
+def test_the_area_of_an_outline_is_kept(tmp_path, tool):
+    coco(tmp_path, count=4)
+    content = json.loads((tmp_path / "instances.json").read_text())
+    for record, area in zip(content["annotations"], (300.5, -1, 10**6, None)):
+        record["area"] = area
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    options = ["--split", "0.9/0.1", "--ignore-near-duplicates", "--output", f"{tmp_path}/c.yaml"]
+    assert tool(["init", str(tmp_path), *options]) == 0
+    written = json.loads((tmp_path / "c_annotations/train.json").read_text())["annotations"]
+    differing = [a["area"] for a in written if a["area"] != a["bbox"][2] * a["bbox"][3]]
+    assert differing == [300.5]
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason=f"no BCCD photos in {BCCD}")

@@ -137,6 +137,13 @@ def test_a_command_can_be_pasted_whatever_the_folder_is_called(tmp_path):
     assert use[1:3] == ["tools/predict.py", export[3]]
 
 
+def test_the_commands_of_a_package_without_the_repository_are_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("crosskd_ifc.common.command_line.CHECKOUT", "")
+    told = write_configs(make_card(tmp_path), str(tmp_path / "x"), teacher="R50", student="R18")
+    commands = told[told.index("Next") :].splitlines()[1:]
+    assert len(commands) == 6 and all(x.startswith("  crosskd-") for x in commands)
+
+
 def test_an_evaluation_on_the_training_images_is_told(tmp_path):
     card = tmp_path / "card.yaml"
     make_card(tmp_path)

@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..common.config_files import find_config, load_config, merge_from_list
+from ..common.environment import device_fault
 from ..common.lazy_config import is_lazy
 from ..config import ConfigError, class_count, teacher_configs
 from ..data.class_names import class_names
@@ -168,8 +169,9 @@ def _loaded(model: nn.Module, cfg: CfgNode, weights: str, names: Optional[List[s
 
 
 def _check_device(cfg: CfgNode) -> None:
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"the device is {cfg.MODEL.DEVICE!r}, but there is no GPU here")
+    fault = device_fault(cfg.MODEL.DEVICE)
+    if fault:
+        raise ConfigError(f"the device is {cfg.MODEL.DEVICE!r}, {fault}")
 
 
 def load_strictly(model: nn.Module, weights: str) -> None:

@@ -86,7 +86,8 @@ def _walk(folder: str, excluded: str) -> Iterator[Source]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [x for x in folders if os.path.abspath(os.path.join(parent, x)) != excluded]
         for name in files:
-            if name.lower().endswith(IMAGES + VIDEOS):
+            # macOS puts ._a.jpg beside a.jpg on other systems' disks.
+            if name.lower().endswith(IMAGES + VIDEOS) and not name.startswith("._"):
                 yield _source(os.path.join(parent, name), folder)
 
 

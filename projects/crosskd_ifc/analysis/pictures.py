@@ -5,12 +5,12 @@ import random
 from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 
-from ..common.files import refuse_overwriting
+from ..common.files import make_folder_of, refuse_overwriting
 from ..config import ConfigError, class_count, distillation_requested, teacher_configs
+from ..data.mapper import SampleError, build_mapper
 from ..distillation.teacher import Teacher
 from ..modeling import classes
 from ..modeling.attach import attach_teacher
@@ -92,18 +92,13 @@ def load_inputs(cfg: CfgNode, records: Sequence[dict], source: str) -> List[dict
         and its original "height" and "width"; without "annotations".
 
     Raises:
-        ConfigError: naming the first file that can't be read.
+        ConfigError: naming the first file that training would refuse, too.
     """
-    mapper = DatasetMapper(cfg, is_train=False)
-    inputs = []
-    for record in records:
-        try:
-            inputs.append(mapper(record))
-        except Exception as error:  # image readers raise what they like
-            raise ConfigError(
-                f"{source}: {record['file_name']!r} can't be read: {_one_line(error)}"
-            ) from error
-    return inputs
+    mapper = build_mapper(cfg, is_train=False)
+    try:
+        return [mapper(record) for record in records]
+    except SampleError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
@@ -207,8 +202,8 @@ def _prepare_output(out: str, images: Sequence[str], force: bool) -> List[str]:
     files = [f"{prefix}{name}.png" for name in ("detections", "features")]
     try:
         for file in files:
-            refuse_overwriting(file, sources=images, force=force)
-        PathManager.mkdirs(os.path.dirname(prefix) or ".")
+            refuse_overwriting(file, sources=images, force=force, option="--output")
+        make_folder_of(prefix)
     except OSError as error:
         raise ConfigError(f"--output: {error}") from error
     return files

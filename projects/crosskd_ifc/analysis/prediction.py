@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..common.files import refuse_overwriting, replacing
+from ..common.files import make_folder_of, refuse_overwriting, replacing
 from ..config import ConfigError
 from .detector import Detector
 from .drawing import bright_colors, draw_boxes
@@ -76,7 +76,8 @@ def predict(
     last = list(detectors.values())[-1]
     outputs = {source: _output(source, folder) for source in sources} if folder else {}
     _refuse_same({source.path: path for source, path in outputs.items()})
-    _check_outputs([*outputs.values(), *([results] if results else [])], sources, force)
+    _check_outputs([*outputs.values()], sources, force, "--output")
+    _check_outputs([results] if results else [], sources, force, "--json")
     ids = CocoIds(last.class_names, annotations, sources if results else ())
     draw = _Drawing(detectors, threshold)
     entries: List[dict] = []
@@ -237,14 +238,16 @@ def _refuse_same(outputs: Mapping[str, str]) -> None:
             )
 
 
-def _check_outputs(files: Sequence[str], sources: Sequence[Source], force: bool) -> None:
+def _check_outputs(
+    files: Sequence[str], sources: Sequence[Source], force: bool, option: str
+) -> None:
     inputs = [source.path for source in sources]
     for path in files:
         try:
-            refuse_overwriting(path, sources=inputs, force=force)
-            PathManager.mkdirs(os.path.dirname(path) or ".")
+            refuse_overwriting(path, sources=inputs, force=force, option=option)
+            make_folder_of(path)
         except OSError as error:
-            raise ConfigError(f"--output: {error}") from error
+            raise ConfigError(f"{option}: {error}") from error
 
 
 @contextlib.contextmanager

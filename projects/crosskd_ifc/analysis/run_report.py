@@ -9,7 +9,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 
 from ..common.environment import hardware, versions
-from ..common.files import refuse_overwriting, replacing
+from ..common.files import make_folder_of, refuse_overwriting, replacing
 from ..config import ConfigError, class_count, distillation_requested, teacher_configs
 from ..data.class_names import class_names
 from ..modeling.attach import attach_teacher
@@ -90,7 +90,8 @@ def write_run_report(
     """
     record = RunRecord(folder, config_file)
     try:
-        refuse_overwriting(out, sources=(), force=force)
+        refuse_overwriting(out, sources=(), force=force, option="--output")
+        make_folder_of(out)
     except OSError as error:
         raise ConfigError(f"--output: {error}") from error
     networks = Networks(record, device) if with_models else None

@@ -51,6 +51,17 @@ def hardware(device: str, threads: int) -> str:
     return f"{line}, " + ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names))
 
 
+def device_fault(device: str) -> str:
+    """What keeps a MODEL.DEVICE from being used on this machine, or ""."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        return "expected cpu, cuda or cuda:0"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "but there is no GPU here"
+    return ""
+
+
 def _cpu_model() -> str:
     """The processor's name and a space; "" where there is no /proc."""
     try:

@@ -90,8 +90,13 @@ def write_json(path: str, content: dict) -> None:
         f.write(json.dumps(content, indent=1).encode())
 
 
-def refuse_overwriting(out: str, *, sources: Sequence[str], force: bool) -> None:
+def refuse_overwriting(
+    out: str, *, sources: Sequence[str], force: bool, option: str = "OUT"
+) -> None:
     """Refuse an ``out`` that exists, without ``force``, or that is one of the ``sources``.
+
+    Args:
+        option: what a user calls it.
 
     Raises:
         FileExistsError: naming the file.
@@ -99,9 +104,21 @@ def refuse_overwriting(out: str, *, sources: Sequence[str], force: bool) -> None
     if not os.path.lexists(out):
         return
     if any(os.path.exists(s) and os.path.exists(out) and os.path.samefile(s, out) for s in sources):
-        raise FileExistsError(f"{out}: this would overwrite the input; give another OUT")
+        raise FileExistsError(f"{out}: this would overwrite the input; give another {option}")
     if not force:
-        raise FileExistsError(f"{out} exists; give another OUT, or --force to replace it")
+        raise FileExistsError(f"{out} exists; give another {option}, or --force to replace it")
+
+
+def make_folder_of(path: str) -> None:
+    """Make the folder that a file is to lie in.
+
+    Raises:
+        OSError: if it can't be made, or is a file.
+    """
+    folder = os.path.dirname(path) or "."
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise NotADirectoryError(f"{folder} is a file; expected a folder")
+    os.makedirs(folder, exist_ok=True)
 
 
 @contextlib.contextmanager

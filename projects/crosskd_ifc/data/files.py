@@ -24,6 +24,7 @@ __all__ = [
     "inspect_image",
     "parse_xml",
     "read_coco_json",
+    "read_json",
     "read_text",
     "read_voc_annotation",
     "read_voc_lines",
@@ -62,13 +63,17 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_text(path: str) -> str:
-    """Returns the content of a UTF-8 file."""
+def read_text(path: str, *, drop_bom: bool = False) -> str:
+    """Returns the content of a UTF-8 file.
+
+    Args:
+        drop_bom: without the mark that Windows' editors begin it with. Detectron2 keeps it.
+    """
     if not PathManager.isfile(path):  # a folder, or a device that never ends
         raise ValueError(f"{path}: {'not a file' if PathManager.exists(path) else 'no such file'}")
     try:
         with PathManager.open(path, "rb") as f:
-            return f.read().decode("utf-8")
+            return f.read().decode("utf-8-sig" if drop_bom else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from error
     except OSError as error:
@@ -160,17 +165,22 @@ def read_voc_annotation(
     return size, objects
 
 
-def read_coco_json(path: str) -> Dict[str, Any]:
+def read_json(path: str, *, drop_bom: bool = False) -> Any:
+    """Returns the content of a JSON file; see :func:`read_text`."""
+    text = read_text(path, drop_bom=drop_bom)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+
+
+def read_coco_json(path: str, *, drop_bom: bool = False) -> Dict[str, Any]:
     """Returns the content of a COCO json file, which may lack annotations, as in test sets.
 
     Raises:
         ValueError: also if images, categories or annotations aren't lists (of anything).
     """
-    text = read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    content = read_json(path, drop_bom=drop_bom)
     for key in ("images", "categories", "annotations"):
         default = [] if key == "annotations" else None
         if not isinstance(content, dict) or not isinstance(content.get(key, default), list):

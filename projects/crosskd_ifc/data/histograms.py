@@ -1,13 +1,37 @@
 """A data set's class balance and box sizes as a picture: they decide anchors and image sizes."""
 
 import math
+import os
+
+from PIL import Image
 
 from ..common.plotting import pyplot, save_figure
 from .findings import Findings
 
-__all__ = ["draw_histograms"]
+__all__ = ["draw_histograms", "refuse_other_files"]
 
 _MOST_CLASSES = 40
+
+
+def refuse_other_files(path: str) -> None:
+    """Refuses a file that isn't a picture of :func:`draw_histograms`, and would be replaced.
+
+    Raises:
+        ValueError: the name doesn't end in .png.
+        FileExistsError: it is another file.
+    """
+    if not path.endswith(".png"):
+        raise ValueError(f"--picture {path}: expected a name that ends in .png")
+    if os.path.lexists(path) and "Matplotlib" not in _software(path):
+        raise FileExistsError(f"--picture {path}: this is a file that check didn't draw")
+
+
+def _software(path: str) -> str:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return str(image.info.get("Software", ""))
+    except Exception:  # no image, or one that is broken
+        return ""
 
 
 def draw_histograms(report: Findings, path: str) -> None:

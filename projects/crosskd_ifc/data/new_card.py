@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..common.files import refuse_overwriting, replacing
 from .card import load_card
-from .files import IMAGE_FORMATS
-from .layouts import MADE_HERE, Photo, PhotoFolder, read_folder
+from .files import IMAGE_FORMATS, read_json
+from .layouts import MADE_HERE, Photo, PhotoFolder, made_here, read_folder
 from .near_duplicates import MISSING, groups_of_alike, is_available, perceptual_hash
 
 __all__ = ["make_card", "split_photos"]
@@ -53,18 +53,31 @@ def make_card(
 
     Raises:
         ValueError: naming the folder, or the option, and what to do.
-        FileExistsError: the card exists.
+        FileExistsError: the card exists, or json files that aren't its own are in its way.
     """
     stem = os.path.splitext(os.path.basename(output))[0]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", stem).lstrip("_.-")
-    if not name or not output.endswith((".yaml", ".yml")):
+    if not output.endswith((".yaml", ".yml")):
         raise ValueError(f"--output {output!r}: expected a file such as cells.yaml")
+    if not name:
+        raise ValueError(
+            f"--output {output!r}: the data sets take the file's name, which needs a letter from A "
+            "to Z or a digit, as in cells.yaml"
+        )
     parts = _parts(split) if split else []
-    refuse_overwriting(output, sources=(), force=force)
+    refuse_overwriting(output, sources=(), force=force, option="--output")
+    base = os.path.dirname(os.path.realpath(output))
+    annotations = os.path.join(base, f"{name}_annotations")
+    _refuse_foreign(annotations, os.path.basename(output))
     if "$" in os.path.realpath(folder):
         raise ValueError(f"{folder}: a card takes '$' for an environment variable; rename it")
     found = read_folder(folder, layout)
     own = {photo.split for photo in found.photos} - {""}
+    if found.lists and not own and not split:
+        raise ValueError(
+            f"{folder}: the split in {found.lists[0]} names no photo that is there; correct it, or "
+            "give --split 0.8/0.1/0.1"
+        )
     if split or not own:
         if near_duplicates and not is_available():
             raise ValueError(
@@ -84,15 +97,13 @@ def make_card(
     if "train" not in splits:
         raise ValueError(f"{folder}: its lists name no photo to train on; give --split 0.8/0.1/0.1")
 
-    base = os.path.dirname(os.path.realpath(output))
-    annotations = os.path.join(base, f"{name}_annotations")
     os.makedirs(annotations, exist_ok=True)
     near = found.root == base or found.root.startswith(base + os.sep)
     entries = {}
     for split_name, photos in splits.items():
         path = os.path.join(annotations, f"{split_name}.json")
         with replacing(path) as f:
-            f.write(json.dumps(_coco(found, photos)).encode())
+            f.write(json.dumps(_coco(found, photos, os.path.basename(output))).encode())
         path = os.path.relpath(path, found.root) if near else path
         entries[split_name] = {"json": path, "images": "."}
     content = {
@@ -109,6 +120,22 @@ def make_card(
         f.write(text.encode())
     load_card(output)
     return f"{_describe(found, splits)}\nSplit: {how}\nWrote {output} and {annotations}/"
+
+
+def _refuse_foreign(folder: str, card: str) -> None:
+    """Refuses to replace a json file that wasn't made for this card."""
+    for path in (os.path.join(folder, f"{name}.json") for name in _NAMES):
+        if not os.path.lexists(path):
+            continue
+        try:
+            content = read_json(path)
+        except ValueError:
+            content = None
+        if not made_here(content):
+            raise FileExistsError(f"{path} wasn't made by init; move it, or give another --output")
+        if content["info"].get("card", card) != card:
+            other = content["info"]["card"]
+            raise FileExistsError(f"{path} belongs to the card {other}; give another --output")
 
 
 def split_photos(
@@ -164,7 +191,7 @@ def _parts(text: str) -> List[float]:
     return parts
 
 
-def _coco(found: PhotoFolder, photos: Sequence[Photo]) -> Dict[str, Any]:
+def _coco(found: PhotoFolder, photos: Sequence[Photo], card: str) -> Dict[str, Any]:
     ids = {name: i for i, name in enumerate(found.classes, 1)}
     images, annotations = [], []
     for number, photo in enumerate(photos, 1):
@@ -177,7 +204,7 @@ def _coco(found: PhotoFolder, photos: Sequence[Photo]) -> Dict[str, Any]:
                 "image_id": number,
                 "category_id": ids[thing.name],
                 "bbox": thing.box,
-                "area": thing.box[2] * thing.box[3],
+                "area": thing.area or thing.box[2] * thing.box[3],
                 "iscrowd": 1 if thing.crowd else 0,
             }
             if thing.outline:
@@ -185,7 +212,7 @@ def _coco(found: PhotoFolder, photos: Sequence[Photo]) -> Dict[str, Any]:
             annotations.append(record)
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    return {"info": MADE_HERE, **content}
+    return {"info": {**MADE_HERE, "card": card}, **content}
 
 
 def _describe(found: PhotoFolder, splits: Dict[str, List[Photo]]) -> str:

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..common.config_files import default_values, flat
+from ..common.environment import device_fault
 from ..config import (
     META_ARCHITECTURES,
     ConfigError,
@@ -246,10 +247,9 @@ def _check_device(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but there is no GPU here; add MODEL.DEVICE cpu"
-        )
+    fault = device_fault(cfg.MODEL.DEVICE)
+    if fault:
+        raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, {fault}; add MODEL.DEVICE cpu")
     if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and torch.cuda.is_available():
         raise ConfigError(
             "MODEL.DEVICE is 'cpu', but detectron2 starts its processes for the GPUs that it "

@@ -135,8 +135,8 @@ def write_configs(
     weights = os.path.join(outputs["distilled"], "model_final.pth")
     needed += [commands[name] for name in _NAMES]
     needed += [
-        shlex.join(["python", "tools/export_student.py", weights, student]),
-        shlex.join(["python", "tools/predict.py", student]) + " YOUR_OTHER_PHOTOS",
+        f"{tool_command('export_student')} {shlex.join([weights, student])}",
+        f"{tool_command('predict')} {shlex.quote(student)} YOUR_OTHER_PHOTOS",
     ]
     return "\n".join([*told, *(f"  {line}" for line in needed)])
 

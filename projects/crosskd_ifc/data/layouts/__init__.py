@@ -10,9 +10,11 @@ from collections import Counter
 from typing import Callable, Dict, Tuple
 
 from . import coco, table, voc, yolo
-from .photos import MADE_HERE, Files, Photo, PhotoFolder, Thing
+from .coco import made_here
+from .image_files import IMAGE_SUFFIXES, SPLITS, Files
+from .photos import MADE_HERE, Photo, PhotoFolder, Thing
 
-__all__ = ["LAYOUTS", "MADE_HERE", "Photo", "PhotoFolder", "Thing", "read_folder"]
+__all__ = ["LAYOUTS", "MADE_HERE", "Photo", "PhotoFolder", "Thing", "made_here", "read_folder"]
 
 # name -> (its annotation files, the reader)
 LAYOUTS: Dict[str, Tuple[Callable, Callable]] = {
@@ -44,10 +46,18 @@ def read_folder(folder: str, layout: str = "") -> PhotoFolder:
     if not layout and len(fitting) != 1:
         what = f"annotations of several layouts, {', '.join(fitting)}; choose with --layout"
         none = "no annotations: no VOC XML, COCO json, YOLO yaml and text files, or CSV of boxes"
+        none += "".join(f"\n  file that can't be read: {x}" for x in files.unreadable.values())
         raise ValueError(f"{folder}: it holds {what if fitting else none}")
+    if not files.images:
+        raise ValueError(f"{folder}: no image in it is one of {', '.join(IMAGE_SUFFIXES)}")
     result = PhotoFolder(root, layout or fitting[0])
     LAYOUTS[result.layout][1](result, files, present[result.layout])
-    _merge_copies(result)
+    result.settle()
+    for error in files.unreadable.values():
+        result.tell("file that can't be read, left out", error)
+    for image in files.images:
+        if image not in result.annotated:
+            result.tell("image without an annotation, left out", image)
     if not result.photos:
         first = "".join(f"\n  {what}: {places[0]}" for what, places in result.problems.items())
         raise ValueError(f"{folder}: no photo can be used{first}")
@@ -57,13 +67,15 @@ def read_folder(folder: str, layout: str = "") -> PhotoFolder:
         raise ValueError(f"{folder}: no photo has a box that can be used")
     for name in [name for name in result.classes if not counts[name]]:
         result.tell("class without a box, in no split", repr(name))
+    _split_by_folders(result, files)
     return result
 
 
-def _merge_copies(result: PhotoFolder) -> None:
-    seen: Dict[str, Photo] = {}
-    for photo in result.photos:
-        if photo.path in seen:
-            result.tell("image annotated twice, the first counts", photo.path)
-        seen.setdefault(photo.path, photo)
-    result.photos = [seen[path] for path in sorted(seen)]
+def _split_by_folders(result: PhotoFolder, files: Files) -> None:
+    """Where no list tells a split, folders of these names are one, if all photos lie in them."""
+    if any(photo.split for photo in result.photos):
+        return
+    found = [{SPLITS.get(x) for x in files.parts(photo.path)} - {None} for photo in result.photos]
+    if all(len(names) == 1 for names in found) and len(set().union(*found)) > 1:
+        for photo, names in zip(result.photos, found):
+            photo.split = str(*names)

@@ -1,28 +1,28 @@
-"""Photos with their objects, and the files of a folder; what the readers of all layouts share."""
+"""Photos with their objects; what the readers of all layouts share."""
 
 import math
 import os
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..mapper import SampleError, check_image
 from ..outlines import is_outline, outline_fault
+from .image_files import Match
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in any case
 MADE_HERE = {"description": "made by tools/prepare_data.py init"}  # not to be read again
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass
 class Thing:
-    """An annotated object: class name, box, and its COCO outline if it has one."""
+    """An annotated object: class name, box, its COCO outline if it has one, and the outline's area
+    if that is known."""
 
     name: str
     box: List[float]
     outline: Any = None
     crowd: int = 0
+    area: Optional[float] = None
 
 
 @dataclass
@@ -36,6 +36,20 @@ class Photo:
     split: str = ""
 
 
+class _Claim(NamedTuple):
+    """What one annotation says of an image; see :meth:`PhotoFolder.add`."""
+
+    match: Match
+    things: Sequence[Optional[Thing]]
+    where: str
+    split: str
+    said_size: Optional[Tuple[int, int]]
+    relative: bool
+
+    def says(self) -> Any:
+        return sorted((thing.name, thing.box) for thing in self.things if thing)
+
+
 @dataclass
 class PhotoFolder:
     """What a folder holds.
@@ -44,14 +58,19 @@ class PhotoFolder:
         layout: one of `LAYOUTS`.
         photos: the annotated images, each once, by path.
         classes: in the order of the folder's own list, else of the alphabet.
+        lists: the files that tell the folder's own split.
         problems: what -> where; nothing of it is among the photos.
+        annotated: the images that an annotation means, or may mean.
     """
 
     root: str
     layout: str = ""
     photos: List[Photo] = field(default_factory=list)
     classes: List[str] = field(default_factory=list)
+    lists: List[str] = field(default_factory=list)
     problems: Dict[str, List[str]] = field(default_factory=lambda: defaultdict(list))
+    annotated: Set[str] = field(default_factory=set)
+    _claims: Dict[str, List[_Claim]] = field(default_factory=lambda: defaultdict(list))
 
     def tell(self, what: str, where: str) -> None:
         """Adds a problem; paths are shown from the folder."""
@@ -59,30 +78,65 @@ class PhotoFolder:
 
     def add(
         self,
-        path: Optional[str],
-        things: Sequence[Thing],
+        matches: Sequence[Match],
+        things: Sequence[Optional[Thing]],
         *,
         where: str,
         split: str = "",
         said_size: Optional[Tuple[int, int]] = None,
         relative: bool = False,
     ) -> None:
-        """Adds a photo, if it can be used.
+        """Adds an annotation; :meth:`settle` makes photos of them.
 
         Args:
-            path: of the image; None if there is none, or more than one.
-            things: its objects; their boxes may lie outside, or have no area.
+            matches: the images that it may mean.
+            things: its objects, None for one that can't be read; their boxes may lie outside, or
+                have no area.
             where: the annotation, for problems.
             said_size: (width, height) by the annotation.
             relative: boxes and outlines are fractions of the size.
         """
-        if path is None:
-            what = "annotation without an image, or with several of its name, left out"
-            return self.tell(what, where)
+        self.annotated |= {match.path for match in matches}
+        if not matches:
+            return self.tell("annotation without an image (in its split), left out", where)
+        if len(matches) > 1:
+            paths = ", ".join(match.path for match in matches)
+            return self.tell(
+                "annotation with several images of its name, left out", f"{where}: {paths}"
+            )
+        claim = _Claim(matches[0], things, where, split, said_size, relative)
+        self._claims[matches[0].path].append(claim)
+
+    def settle(self) -> None:
+        """Makes the photos: of several annotations of an image, the closest counts."""
+        for path in sorted(self._claims):
+            claims = self._claims[path]
+            most = max(claim.match.closeness for claim in claims)
+            # One that tells the split first.
+            best = sorted(
+                (c for c in claims if c.match.closeness == most), key=lambda c: not c.split
+            )
+            if any(claim.says() != best[0].says() for claim in best):
+                places = ", ".join(claim.where for claim in best)
+                self.tell("image with several annotations, left out", f"{path}: {places}")
+                continue
+            for claim in best[1:]:
+                self.tell("image annotated twice alike, the first counts", f"{path}: {claim.where}")
+            for claim in claims:
+                if claim.match.closeness < most:
+                    where = f"{claim.where}: {path} is that of {best[0].where}"
+                    self.tell("annotation whose image is that of another one, left out", where)
+            self._use(best[0])
+
+    def _use(self, claim: _Claim) -> None:
+        """Adds a photo, if it can be used."""
+        path, where, said_size = claim.match.path, claim.where, claim.said_size
+        if claim.things and not any(claim.things):
+            return self.tell("image none of whose objects can be read, left out", path)
         try:
             size = check_image(path)
         except SampleError as error:
-            return self.tell("image that can't be used, left out", str(error).split(";")[0])
+            return self.tell("image that can't be used, left out", str(error).split("; ")[0])
         if said_size and min(said_size) > 0 and tuple(said_size) != size:
             turned = " (its EXIF tag turns it)" if said_size == size[::-1] else ""
             said = "{}x{}".format(*said_size)
@@ -90,8 +144,8 @@ class PhotoFolder:
                 "size that isn't the image's, left out",
                 f"{where}: {said}, the image is {size[0]}x{size[1]}{turned}",
             )
-        good = [self._cut(thing, size, where, relative) for thing in things]
-        self.photos.append(Photo(path, size, [thing for thing in good if thing], split))
+        good = [self._cut(thing, size, where, claim.relative) for thing in claim.things if thing]
+        self.photos.append(Photo(path, size, [thing for thing in good if thing], claim.split))
 
     def _cut(
         self, thing: Thing, size: Tuple[int, int], where: str, relative: bool
@@ -113,57 +167,6 @@ class PhotoFolder:
         if fault:
             self.tell("outline that can't be used, left out", f"{place}: {fault}")
         box = [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)]
-        return Thing(thing.name, box, None if fault else outline, thing.crowd)
-
-
-class Files:
-    """The files below a folder, by suffix, and the images by name."""
-
-    def __init__(self, root: str):
-        self.root = root
-        self.by_suffix: Dict[str, List[str]] = defaultdict(list)
-        self._by_name: Dict[str, List[str]] = defaultdict(list)
-        self.images: List[str] = []
-        for folder, folders, names in os.walk(root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                stem, suffix = os.path.splitext(name.lower())
-                path = os.path.join(folder, name)
-                if suffix in IMAGE_SUFFIXES:
-                    self.images.append(path)
-                    self._by_name[name.lower()].append(path)
-                    self._by_name[stem].append(path)
-                elif not name.startswith("."):
-                    self.by_suffix[suffix].append(path)
-
-    def image(self, name: str, near: str) -> Optional[str]:
-        """The image that a name in the annotation file ``near`` means: with its folders, by its
-        file name, or without its suffix; of several the :meth:`closest`."""
-        name = name.replace("\\", "/").strip()
-        for base in (os.path.dirname(near), self.root):
-            exact = os.path.normpath(os.path.join(base, name))
-            if exact.startswith(self.root + os.sep) and os.path.isfile(exact):
-                return exact
-        last = name.rsplit("/", 1)[-1].lower()
-        found = self._by_name.get(last) or self._by_name.get(os.path.splitext(last)[0], [])
-        return self.closest(found, near)
-
-    def closest(self, paths: Sequence[str], near: str) -> Optional[str]:
-        """The one of several files of a name whose folders have the most words in common with the
-        path ``near``, as train/images and train/labels have; None if that is not one alone."""
-        words = [self._words(os.path.dirname(path)) & self._words(near) for path in paths]
-        most = max(map(len, words), default=0)
-        best = [path for path, common in zip(paths, words) if len(common) == most]
-        return best[0] if len(best) == 1 else None
-
-    def _words(self, path: str) -> Set[str]:
-        words = re.findall(r"[^\W\d_]+|\d+", os.path.relpath(path, self.root).lower())
-        return {SPLITS.get(word, word) for word in words}
-
-
-def split_of(path: str) -> str:
-    """The split that a file's or folder's name tells, such as instances_train.json; or ""."""
-    for word in re.split(r"[^a-z]+", os.path.basename(path).lower()):
-        if word in SPLITS:
-            return SPLITS[word]
-    return ""
+        outline = None if fault else outline
+        area = thing.area if outline and 0 < (thing.area or 0) <= box[2] * box[3] else None
+        return Thing(thing.name, box, outline, thing.crowd, area)

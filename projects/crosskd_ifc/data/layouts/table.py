@@ -9,7 +9,8 @@ from collections import defaultdict
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..files import read_text
-from .photos import SPLITS, Files, PhotoFolder, Thing, split_of
+from .image_files import SPLITS, Files, split_of
+from .photos import PhotoFolder, Thing
 
 _IMAGE_COLUMNS = ("filename", "file_name", "image", "image_path", "path", "file", "image_id")
 _CLASS_COLUMNS = ("class", "label", "class_name", "category", "name")
@@ -19,16 +20,22 @@ _HEADLESS = ("path", "x1", "y1", "x2", "y2", "class")  # of keras-retinanet
 
 
 def _read_table(path: str) -> Optional[Tuple[List[Dict[str, str]], Dict[str, Any]]]:
-    """Rows of a CSV of boxes, and which columns hold what; None if it is none."""
+    """Rows of a CSV of boxes, and which columns hold what; None if it is none.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    text = io.StringIO(read_text(path, drop_bom=True), newline=None).read()  # ends lines by \n
+    first, _, others = text.partition("\n")
+    said = re.fullmatch("sep=(.)", first.strip())  # Excel's
+    text = others if said else text
+    delimiter = said[1] if said else next((d for d in ",;\t" if d in first), ",")
     try:
-        text = read_text(path).lstrip("\ufeff")
-    except ValueError:
-        return None
-    first = text.split("\n", 1)[0]
-    delimiter = next((d for d in ",;\t" if d in first), ",")
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if any(row)]
+        rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if any(row)]
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}") from error
     if not rows:
-        return None
+        raise ValueError(f"{path}: the file is empty")
     header = [name.strip().lower() for name in rows[0]]
     if len(header) == 6 and _is_number(header[1]) and os.path.splitext(header[0])[1]:
         header, body = list(_HEADLESS), rows
@@ -59,21 +66,22 @@ def _is_number(text: str) -> bool:
 
 
 def find(files: Files) -> List[str]:
-    return [path for path in files.by_suffix[".csv"] if _read_table(path)]
+    return [path for path in files.by_suffix[".csv"] if files.read(_read_table, path)]
 
 
 def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
-    annotated = set()
     for path in found:
         rows, columns = _read_table(path) or ([], {})
         keys = columns.get("corners") or columns.get("sized") or ()
         # Beyond pixels 0 and 1 nothing would be a box.
         is_relative = max(_numbers(rows, keys), default=2) < 2
-        objects: Dict[str, List[Thing]] = defaultdict(list)
+        objects: Dict[str, List[Optional[Thing]]] = defaultdict(list)
         splits: Dict[str, str] = {}
+        sizes: Dict[str, Optional[Tuple[int, int]]] = {}
         for number, row in enumerate(rows, 1):
             name = row.get(columns["image"], "")
             splits[name] = SPLITS.get(row.get("split", "").lower(), split_of(path))
+            sizes[name] = None if "width" in keys else _size(row)
             things = objects[name]  # a row without a box: an image without one
             cells = [row.get(key, "") for key in keys]
             if not any(cells):
@@ -85,13 +93,23 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
                     raise ValueError("no class")
                 things.append(Thing(row[columns["class"]], [x, y, w, h]))
             except ValueError as error:
+                things.append(None)
                 where = f"{path} row {number}: {error}"
                 result.tell("line that can't be read, left out", where)
         for name, things in objects.items():
-            image = files.image(name, path)
-            annotated.add(image)
-            place = f"{path}: {name!r}"
-            result.add(image, things, where=place, split=splits[name], relative=is_relative)
-    for image in files.images:
-        if image not in annotated:
-            result.tell("image without an annotation, left out", image)
+            result.add(
+                files.matches(name, path),
+                things,
+                where=f"{path}: {name!r}",
+                split=splits[name],
+                said_size=sizes[name],
+                relative=is_relative,
+            )
+
+
+def _size(row: Dict[str, str]) -> Optional[Tuple[int, int]]:
+    """(width, height) of the image, if a row tells it."""
+    try:
+        return int(float(row["width"])), int(float(row["height"]))
+    except (KeyError, OverflowError, ValueError):
+        return None

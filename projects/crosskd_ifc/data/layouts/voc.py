@@ -1,46 +1,99 @@
 """VOC XML files anywhere below a folder, beside their images or not."""
 
 import os
-from typing import Any, Dict, List
+import re
+from collections import defaultdict
+from typing import Any, Dict, List, Set, Tuple
 
-from ..files import parse_xml, read_voc_lines
-from .photos import Files, PhotoFolder, Thing
+from ..files import parse_xml
+from .image_files import Files
+from .photos import PhotoFolder, Thing
+
+# An image that several lists name is of the first.
+_LISTS = {"train": "train", "val": "val", "test": "test", "trainval": "train"}
+_MAIN = os.path.join(os.sep, "ImageSets", "Main", "")
 
 
 def find(files: Files) -> List[str]:
-    def is_annotation(path: str) -> bool:
-        with open(path, "rb") as f:
-            return b"<annotation" in f.read(2000)
+    def start(path: str) -> bytes:
+        try:
+            with open(path, "rb") as f:
+                found = f.read(2000)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror or error}") from error
+        if not found.strip():
+            raise ValueError(f"{path}: the file is empty")
+        return found
 
-    return [path for path in files.by_suffix[".xml"] if is_annotation(path)]
+    return [
+        path
+        for path in files.by_suffix[".xml"]
+        if b"<annotation" in (files.read(start, path) or b"")
+    ]
 
 
 def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
-    splits: Dict[str, str] = {}
-    for path in files.by_suffix[".txt"]:
-        folder, name = os.path.split(path)
-        split = {"trainval": "train"}.get(name[:-4], name[:-4])
-        if folder.endswith(os.path.join("ImageSets", "Main")) and split in ("train", "val", "test"):
-            lines = read_voc_lines(os.path.dirname(os.path.dirname(folder)), name[:-4])[1]
-            for line in lines:
-                if line.strip() and (name != "trainval.txt" or line.split()[0] not in splits):
-                    splits[line.split()[0]] = split
+    splits = _own_splits(result, files, found)
     for path in found:
         try:
             tree = parse_xml(path)
             things = [_voc_thing(element) for element in tree.iter("object")]
         except (TypeError, ValueError) as error:
-            result.tell("annotation that can't be read, left out", f"{path}: {error}")
+            said = str(error).replace(f"{path}: ", "")
+            result.tell("annotation that can't be read, left out", f"{path}: {said}")
             continue
-        stem = os.path.splitext(os.path.basename(path))[0]
-        name = tree.findtext("filename") or ""
-        image = files.image(name, path) if name.strip() else None
-        image = image or files.image(stem, path)
+        name = (tree.findtext("filename") or "").strip()
+        images = files.matches(name, path) if name else []
+        is_clear = images and os.path.splitext(name)[0] == _stem(path)
+        namesakes = [] if is_clear else files.matches(_stem(path), path)
+        if len(images) == len(namesakes) == 1 and images[0].path != namesakes[0].path:
+            if namesakes[0].closeness >= images[0].closeness:
+                result.annotated |= {images[0].path, namesakes[0].path}
+                where = f"{path}: {images[0].path}, {namesakes[0].path}"
+                what = "annotation whose <filename> is another image than its own name, left out"
+                result.tell(what, where)
+                continue
         try:
             size = int(tree.findtext("size/width", "0")), int(tree.findtext("size/height", "0"))
         except ValueError:
             size = (0, 0)
-        result.add(image, things, where=path, split=splits.get(stem, ""), said_size=size)
+        split = splits.get(path, "")
+        result.add(images or namesakes, things, where=path, split=split, said_size=size)
+
+
+def _own_splits(result: PhotoFolder, files: Files, found: List[str]) -> Dict[str, str]:
+    """Annotation file -> its split by the lists in ImageSets/Main of the data set it lies in."""
+    lists: Dict[str, List[Tuple[str, str]]] = defaultdict(list)  # data set -> (list, its name)
+    for path in files.by_suffix[".txt"]:
+        data_set, main, name = path.rpartition(_MAIN)
+        if main and name[:-4] in _LISTS:
+            lists[data_set].append((path, name[:-4]))
+            result.lists.append(path)
+    members: Dict[str, Dict[str, List[str]]] = {key: defaultdict(list) for key in lists}
+    for path in found:
+        around = [folder for folder in lists if path.startswith(folder + os.sep)]
+        if around:
+            members[max(around, key=len)][_stem(path)].append(path)
+    splits: Dict[str, str] = {}
+    for data_set, listed in lists.items():
+        for path, name in sorted(listed, key=lambda pair: list(_LISTS).index(pair[1])):
+            for line in files.lines(path):
+                names = _names_in(line) & set(members[data_set])
+                if not names:
+                    result.tell("line of a list that names no annotation", f"{path}: {line}")
+                for annotation in (a for n in names for a in members[data_set][n]):
+                    splits.setdefault(annotation, _LISTS[name])
+    return splits
+
+
+def _names_in(line: str) -> Set[str]:
+    """What an image id may be in a line, which may have a suffix, or a column of -1, 0 or 1."""
+    ids = {os.path.basename(text) for text in (line, re.sub(r"\s+-?[01]$", "", line))}
+    return ids | {os.path.splitext(name)[0] for name in ids}
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _voc_thing(element: Any) -> Thing:
