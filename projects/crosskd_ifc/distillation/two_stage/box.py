@@ -158,9 +158,8 @@ class BoxDistiller:
         return teacher.once(f"box {ours} {theirs}", lambda: self._answer(teacher, pooled()))
 
     def _pool(self, teacher: TeacherPass, boxes: List[Boxes]) -> torch.Tensor:
-        heads, features = self.teacher.model.roi_heads, teacher.features
-        with teacher.running():
-            return heads.box_pooler([features[f] for f in heads.box_in_features], boxes)
+        heads = self.teacher.model.roi_heads
+        return teacher.pooled(heads.box_pooler, heads.box_in_features, boxes)
 
     def _answer(self, teacher: TeacherPass, pooled: torch.Tensor):
         with teacher.running():
