@@ -71,6 +71,17 @@ def test_what_a_feature_loss_learns_stands_beside_the_fusions_and_shares_their_s
     assert len(group["params"]) == len(names)
 
 
+def test_without_a_cross_head_its_weight_decay_is_set_too():
+    decay = (K + "FUSION.WEIGHT_DECAY", 0.25)
+    student = student_of("RCNN", *FEATURE, L + "FEATURE_TYPE", "mgd", *STUDENT_HEAD, *decay)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, weight_decay=0.5)
+    set_fusion_weight_decay(optimizer, tiny_cfg(*decay), student)
+    (group,) = (g for g in optimizer.param_groups if g["weight_decay"] == 0.25)
+    assert set(group["params"]) == set(learned(student).values())
+    with pytest.raises(ConfigError, match="FUSION.WEIGHT_DECAY is 0.25, but MIMIC 'student_head'"):
+        student_of("RCNN", *STUDENT_HEAD, *decay)  # nothing is learned
+
+
 def test_a_feature_loss_without_learned_parameters_adds_none():
     assert not learned(student_of("RCNN", *FEATURE, L + "FEATURE_TYPE", "cwd"))
 
