@@ -187,6 +187,13 @@ def test_with_no_box_in_the_batch_dkd_and_dist_are_finite():
             (L + "CLS_TYPE", "dkd", L + "CLS_OPTS", ("alpha", 1, "alpha", 2)),
             "CLS_OPTS .* a name stands in it twice",
         ),
+        *(
+            (
+                (L + "CLS_TYPE", name, L + "CLS_OPTS", (option, -1.0)),
+                rf"CLS_OPTS \(of .*'{name}'\) is \('{option}', -1.0\): no weight may be less",
+            )
+            for name, option in (*(("dkd", x) for x in ("alpha", "beta")), ("dist", "intra"))
+        ),
         (
             (L + "CLS_TYPE", "dkd", K + "TEACHER.CLASS_MAP", ("teacher",)),
             r"CLASS_MAP.*nothing in common, but MODEL.CROSSKD.LOSS.CLS_TYPE 'dkd' compares",
