@@ -205,6 +205,16 @@ def test_settings_that_cannot_work_are_refused_by_name(opts, message):
         student_of("RCNN", *FEATURE, *opts)
 
 
+def test_a_loss_of_the_ground_truths_class_without_a_weight_needs_no_class_map():
+    teacher = (K + "TEACHER.CLASS_MAP", ("teacher",))
+    found, _ = train_losses(
+        student_of("RCNN", L + "CLS_TYPE", "dkd", L + "CLS_WEIGHT", 0.0, *teacher), tiny_batch()
+    )
+    plain, _ = train_losses(student_of("RCNN"), tiny_batch())
+    assert found["loss_cls_kd"] == 0
+    assert torch.equal(found["loss_box_reg_kd"], plain["loss_box_reg_kd"])
+
+
 def test_a_feature_type_without_a_weight_is_refused():
     message = "LOSS.FEATURE_TYPE is 'mgd', but LOSS.FEATURE_WEIGHT is 0"
     with pytest.raises(ConfigError, match=message):
