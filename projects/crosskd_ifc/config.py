@@ -85,7 +85,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # combined feature, or "standardize_taps", each before they are combined. Empty: "none", dense
     # detectors "standardize".
     _C.FUSION.ALIGN = ""
-    # Taps that enter the combined feature without gradient.
+    # Taps that enter the combined feature without gradient to the student.
     _C.FUSION.DETACH = ()
     # Weight decay of all learned adapters and fusion weights, in place of SOLVER.WEIGHT_DECAY.
     _C.FUSION.WEIGHT_DECAY = 0.0

@@ -106,6 +106,14 @@ def test_dist_ignores_what_leaves_the_correlations_as_they_are():
     assert dist(sure, unsure, temperature=1.0, inter=1.0, intra=0.0).item() < 1e-5
 
 
+def test_dist_takes_classes_that_are_never_probable_as_uncorrelated():
+    # As published: the product of two norms of 4e-8 is nothing beside the 1e-8 that is added to it.
+    sure = torch.tensor([[17.0, 0.0, 0.0], [18.0, 0.0, 0.0]])
+    settings = {"inter": 0.0, "intra": 1.0}
+    assert dist(sure, sure, temperature=1.0, **settings).item() == pytest.approx(1, abs=1e-4)
+    assert dist(sure, sure, temperature=4.0, **settings).item() / 16 < 1e-2
+
+
 def test_rows_without_spread_give_finite_gradients():
     cross = torch.zeros(1, 3, requires_grad=True)  # one row: no spread within columns, either
     dist(cross, random(1, 3).float(), temperature=1.0, inter=1.0, intra=1.0).backward()

@@ -6,9 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Instances
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, Teacher, attach_teacher
@@ -262,6 +264,33 @@ def test_a_teacher_in_bfloat16_gives_nearly_the_same_losses():
         losses, _ = train_losses(student, tiny_batch())
         results.append(losses["loss_cls_kd"].item())
     assert results[0] != results[1] and results[1] == pytest.approx(results[0], rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_teacher_in_low_precision_pools_at_the_boxes_own_coordinates(precision):
+    masks, calls = ("MODEL.MASK_ON", True), []
+    rounding = torch.finfo(getattr(torch, precision)).eps
+    student, teacher = distilling(*masks, T + "PRECISION", precision, teacher_opts=masks)
+    poolers = teacher.roi_heads.box_pooler, teacher.roi_heads.mask_pooler
+    for pooler in poolers:
+        pooler.register_forward_hook(lambda *call: calls.append(call))
+    train_losses(student, _far_to_the_right(tiny_batch(masks=True)))
+    assert {id(pooler) for pooler, *_ in calls} == set(map(id, poolers))
+    for pooler, (levels, boxes), pooled in calls:
+        expected = pooler.forward([x.float() for x in levels], boxes)
+        assert any((x.tensor[:, 0] > 1024).any() for x in boxes)
+        torch.testing.assert_close(pooled.float(), expected, rtol=rounding, atol=rounding)
+
+
+def _far_to_the_right(batch, pixels=1216):
+    """Where neighbouring numbers of bfloat16 are 8 pixels apart, those of float16 one."""
+    for x in batch:
+        old, (height, width) = x["instances"], x["image"].shape[-2:]
+        x["image"], x["width"] = F.pad(x["image"], (pixels, 0)), pixels + width
+        x["instances"] = Instances((height, pixels + width), **old.get_fields())
+        x["instances"].gt_boxes.tensor[:, ::2] += pixels
+        x["instances"].gt_masks = BitMasks(F.pad(old.gt_masks.tensor, (pixels, 0)))
+    return batch
 
 
 def test_a_stock_student_cannot_be_attached_to():

@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS as StockFCOS
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from helpers import tiny_batch, train_losses
@@ -401,3 +402,25 @@ def test_what_does_not_fit_is_refused_when_the_teacher_is_attached(case):
     opts, teacher_opts, message = REFUSED[case]
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         pair("RetinaNet", *opts, teacher_opts=teacher_opts)
+
+
+class ScaledHead(RetinaNetHead):
+    def forward(self, features):
+        logits, deltas = super().forward(features)
+        return logits, [3 * x for x in deltas]
+
+
+@pytest.mark.parametrize("mimic", ["cross_head", "student_head"])
+@pytest.mark.parametrize(
+    "whose, message",
+    [
+        ("student", "META_ARCHITECTURE: the student's head ScaledHead has a forward of its own"),
+        ("teacher", "TEACHER.CONFIG_FILE: .*can't be entered: head ScaledHead has a forward of"),
+    ],
+)
+def test_a_head_that_computes_more_than_its_layers_is_refused(whose, message, mimic):
+    cfg = dense_cfg("RetinaNet", K + "MIMIC", mimic)
+    models = {"student": build_model(cfg), "teacher": build_model(dense_cfg("RetinaNet"))}
+    models[whose].head.__class__ = ScaledHead
+    with pytest.raises(ConfigError, match=message):
+        attach_teacher(models["student"], cfg, teacher=models["teacher"])

@@ -4,7 +4,9 @@ import logging
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from helpers import distilling, tiny_cfg, tiny_model
+from test_dense import pair
 
 from crosskd_ifc import ConfigError, attach_teacher
 
@@ -145,3 +147,78 @@ def test_tensors_that_mean_something_else_are_left(opts, module, key, caplog):
     assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
     with pytest.raises(ConfigError, match=f"nothing of '{module}'.*something else: {key}"):
         distilling(I, (module,), teacher_opts=opts)
+
+
+def left_of(student, teacher, name, caplog):
+    """Whether a layer's tensors were left as they are, and the log's reason."""
+    before = {k: v.clone() for k, v in student.state_dict().items() if k.startswith(f"{name}.")}
+    with caplog.at_level(logging.INFO, "crosskd_ifc"):
+        student.inherit_weights()
+    after, theirs = student.state_dict(), teacher.state_dict()
+    changed = [k for k in before if k in theirs and not torch.equal(before[k], after[k])]
+    reason = caplog.text.partition(f"{name}.weight (it means something else: ")[2]
+    return not changed, reason.partition(" differs")[0]
+
+
+BODY = "backbone.bottom_up"
+
+
+@pytest.mark.parametrize(
+    "opts, left, kept, key",
+    [
+        (
+            ("MODEL.RESNETS.STRIDE_IN_1X1", False),
+            (f"{BODY}.res3.0.conv1", f"{BODY}.res3.0.conv2"),
+            (f"{BODY}.res3.0.conv3", f"{BODY}.res2.0.conv1", f"{BODY}.res3.1.conv1"),
+            "MODEL.RESNETS.STRIDE_IN_1X1 or RES5_DILATION",
+        ),
+        (
+            ("MODEL.FPN.FUSE_TYPE", "avg"),
+            ("backbone.fpn_lateral3", "backbone.fpn_output2"),
+            (f"{BODY}.res5.2.conv3",),
+            "MODEL.FPN.FUSE_TYPE",
+        ),
+        (
+            ("MODEL.FPN.NORM", "BN"),
+            ("backbone.fpn_lateral3", "backbone.fpn_output2"),
+            (f"{BODY}.res5.2.conv3",),
+            "MODEL.FPN.NORM",
+        ),
+        (("MODEL.RESNETS.NORM", "BN"), (), (f"{BODY}.res3.0.conv1",), ""),  # FrozenBN is one, too
+    ],
+    ids=lambda x: x[0] if x and str(x[0]).startswith("MODEL") else None,
+)
+def test_layers_that_compute_something_else_are_left(opts, left, kept, key, caplog):
+    for name in (*left, *kept):
+        caplog.clear()
+        student, teacher = distilling(I, ("backbone",), teacher_opts=opts)
+        with torch.no_grad():  # a new norm's statistics are all alike
+            for n, b in teacher.named_buffers():
+                b += 0.5 if n.endswith("running_mean") else 0
+        found = left_of(student, teacher, name, caplog)
+        assert found == ((True, key) if name in left else (False, "")), name
+
+
+def test_layers_of_another_dilation_are_left(caplog):
+    dc5 = (
+        *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.OUT_FEATURES", ["res5"]),
+        *("MODEL.RPN.IN_FEATURES", ["res5"], "MODEL.ROI_HEADS.IN_FEATURES", ["res5"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16, 32]]),
+    )
+    cfg = tiny_cfg(*dc5, I, ("backbone",))
+    student = build_model(cfg)
+    teacher = build_model(tiny_cfg(*dc5, "MODEL.RESNETS.RES5_DILATION", 2))
+    attach_teacher(student, cfg, teacher=teacher)
+    found = left_of(student, teacher, "backbone.res5.1.conv2", caplog)
+    assert found == (True, "MODEL.RESNETS.RES5_DILATION")
+
+
+@pytest.mark.parametrize("kind", ["RetinaNet", "FCOS"])
+def test_towers_with_another_norm_are_left(kind, caplog):
+    key = f"MODEL.{kind.upper()}.NORM"
+    plain, normed = (key, ""), (key, "GN")
+    # Places are counted with the norms: conv3 of the one stands where conv4 of the other does.
+    student, teacher = pair(kind, *normed, I, ("head",), teacher_opts=plain)
+    assert left_of(student, teacher, "head.cls_subnet.6", caplog) == (True, key)
+    student, teacher = pair(kind, *normed, I, ("head",), teacher_opts=normed)
+    assert left_of(student, teacher, "head.cls_subnet.6", caplog)[0] is False

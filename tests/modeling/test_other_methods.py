@@ -71,6 +71,17 @@ def test_what_a_feature_loss_learns_stands_beside_the_fusions_and_shares_their_s
     assert len(group["params"]) == len(names)
 
 
+def test_without_a_cross_head_its_weight_decay_is_set_too():
+    decay = (K + "FUSION.WEIGHT_DECAY", 0.25)
+    student = student_of("RCNN", *FEATURE, L + "FEATURE_TYPE", "mgd", *STUDENT_HEAD, *decay)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, weight_decay=0.5)
+    set_fusion_weight_decay(optimizer, tiny_cfg(*decay), student)
+    (group,) = (g for g in optimizer.param_groups if g["weight_decay"] == 0.25)
+    assert set(group["params"]) == set(learned(student).values())
+    with pytest.raises(ConfigError, match="FUSION.WEIGHT_DECAY is 0.25, but MIMIC 'student_head'"):
+        student_of("RCNN", *STUDENT_HEAD, *decay)  # nothing is learned
+
+
 def test_a_feature_loss_without_learned_parameters_adds_none():
     assert not learned(student_of("RCNN", *FEATURE, L + "FEATURE_TYPE", "cwd"))
 
@@ -176,6 +187,13 @@ def test_with_no_box_in_the_batch_dkd_and_dist_are_finite():
             (L + "CLS_TYPE", "dkd", L + "CLS_OPTS", ("alpha", 1, "alpha", 2)),
             "CLS_OPTS .* a name stands in it twice",
         ),
+        *(
+            (
+                (L + "CLS_TYPE", name, L + "CLS_OPTS", (option, -1.0)),
+                rf"CLS_OPTS \(of .*'{name}'\) is \('{option}', -1.0\): no weight may be less",
+            )
+            for name, option in (*(("dkd", x) for x in ("alpha", "beta")), ("dist", "intra"))
+        ),
         (
             (L + "CLS_TYPE", "dkd", K + "TEACHER.CLASS_MAP", ("teacher",)),
             r"CLASS_MAP.*nothing in common, but MODEL.CROSSKD.LOSS.CLS_TYPE 'dkd' compares",
@@ -185,6 +203,16 @@ def test_with_no_box_in_the_batch_dkd_and_dist_are_finite():
 def test_settings_that_cannot_work_are_refused_by_name(opts, message):
     with pytest.raises(ConfigError, match=message):
         student_of("RCNN", *FEATURE, *opts)
+
+
+def test_a_loss_of_the_ground_truths_class_without_a_weight_needs_no_class_map():
+    teacher = (K + "TEACHER.CLASS_MAP", ("teacher",))
+    found, _ = train_losses(
+        student_of("RCNN", L + "CLS_TYPE", "dkd", L + "CLS_WEIGHT", 0.0, *teacher), tiny_batch()
+    )
+    plain, _ = train_losses(student_of("RCNN"), tiny_batch())
+    assert found["loss_cls_kd"] == 0
+    assert torch.equal(found["loss_box_reg_kd"], plain["loss_box_reg_kd"])
 
 
 def test_a_feature_type_without_a_weight_is_refused():

@@ -4,6 +4,7 @@ test_dense.py, test_mask.py, test_keypoint.py and test_sigmoid_classifiers.py.""
 
 import pytest
 from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from helpers import tiny_cfg
 from test_cascade_students import student_cfg
 from test_cascade_teachers import CASCADE
@@ -43,3 +44,37 @@ def test_a_teacher_of_another_family_is_refused_with_the_reason(student, teacher
         ConfigError, match="TEACHER.CONFIG_FILE: the teacher .* (needs|no box head)"
     ):
         attach_teacher(build_model(cfg), cfg, teacher=build_model(TEACHERS[teacher]()))
+
+
+class ContextHeads(StandardROIHeads):
+    def _forward_box(self, features, proposals):
+        return super()._forward_box({k: 2 * v for k, v in features.items()}, proposals)
+
+
+class ContextCascadeHeads(CascadeROIHeads):
+    def _run_stage(self, features, proposals, stage):
+        return super()._run_stage([2 * x for x in features], proposals, stage)
+
+
+class ContextMaskHeads(StandardROIHeads):
+    def _forward_mask(self, features, instances):
+        return super()._forward_mask({k: 2 * v for k, v in features.items()}, instances)
+
+
+MASKS = ("MODEL.MASK_ON", True)
+
+
+@pytest.mark.parametrize(
+    "heads, opts, message",
+    [
+        (ContextHeads, (), "has ContextHeads with a _forward_box of their own"),
+        (ContextCascadeHeads, CASCADE, "has ContextCascadeHeads with a _run_stage of their own"),
+        (ContextMaskHeads, MASKS, "LOSS.MASK_WEIGHT: .*ContextMaskHeads .* a _forward_mask of"),
+    ],
+)
+def test_a_teacher_whose_heads_compute_more_than_their_layers_is_refused(heads, opts, message):
+    cfg = tiny_cfg(*(MASKS if heads is ContextMaskHeads else ()))
+    teacher = build_model(tiny_cfg(*opts))
+    teacher.roi_heads.__class__ = heads
+    with pytest.raises(ConfigError, match=message):
+        attach_teacher(build_model(cfg), cfg, teacher=teacher)

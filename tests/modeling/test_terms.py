@@ -1,5 +1,7 @@
 """The general loss: terms for the combined feature and for taps by themselves, in all heads."""
 
+import re
+
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
@@ -117,6 +119,27 @@ def test_a_detached_anchor_gets_no_gradient_from_the_combined_term():
     without = gradients(combined, losses_of(combined))
     assert all(without[n] is None or not without[n].any() for n in fc)
     assert without["backbone.fpn_output2.weight"].any()
+
+
+@kinds
+def test_the_adapter_of_a_detached_tap_learns_and_the_student_does_not(kind):
+    narrow = {"RCNN": ("MODEL.ROI_BOX_HEAD.FC_DIM", 12)}
+    opts = narrow.get(kind, ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FCOS.NORM", ""))
+    detach, own = TAPS[kind][1:], (0.0, 1.0, 0.0)
+    combined, both, alone = (
+        gradients(student, losses_of(student))
+        for student in (
+            student_of(kind, opts=opts, detach=detach),
+            student_of(kind, opts=opts, detach=detach, weights=own),
+            student_of(kind, opts=opts, weights=own, fused=0.0),
+        )
+    )
+    adapters = [n for n in combined if n.startswith("fusion.") and n.split(".")[-2] in detach]
+    assert adapters and all(combined[n].any() for n in adapters)
+    deeper = [n for n in combined if re.match(r"roi_heads\.box_head|head\.\w+_subnet\.[2-9]", n)]
+    assert deeper and not any(combined[n] is not None and combined[n].any() for n in deeper)
+    for n in deeper:  # those of a term of the tap's own, and no more
+        torch.testing.assert_close(both[n], alone[n], rtol=1e-4, atol=1e-6)
 
 
 @kinds

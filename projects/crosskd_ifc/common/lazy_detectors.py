@@ -127,6 +127,14 @@ def input_format_of(own: Optional[str], cfg: DictConfig, *, what: str) -> Option
     return own or read
 
 
+def unknown_input_format(what: str) -> ConfigError:
+    """The error where :func:`input_format_of` tells nothing, but has to; argument as there."""
+    return ConfigError(
+        f"{what}: neither model.input_format nor dataloader.train.mapper.image_format says the "
+        "channel order of the images; set one, such as 'BGR'"
+    )
+
+
 def dataset_names(cfg: DictConfig, split: str) -> Sequence[str]:
     """The names of the data sets of ``dataloader.train`` or ``.test``; () if they aren't known."""
     names = select(cfg, f"dataloader.{split}.dataset.names")

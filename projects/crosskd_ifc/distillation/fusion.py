@@ -118,7 +118,8 @@ class FeatureFusion(nn.Module):
             student_shapes, teacher_shapes: layer name -> (C, H, W) or (D,).
             fused_weight: of the loss on the combined feature.
             tap_weights: of the losses on each tap by itself, in the order of ``taps``; none for ().
-            detach: taps that enter the combined feature without gradient.
+            detach: taps that enter the combined feature without gradient to the student; their
+                adapters learn.
 
         Raises:
             ValueError: if a tap's shape can't be mapped, or the fusion refuses the taps.
@@ -152,7 +153,7 @@ class FeatureFusion(nn.Module):
     @property
     def reaches_all(self) -> bool:
         """Whether each learned parameter gets a gradient from the terms."""
-        return self._fused_weight > 0 and not self.detach
+        return self._fused_weight > 0
 
     def forward(
         self,
@@ -170,7 +171,8 @@ class FeatureFusion(nn.Module):
         Returns:
             The combined feature, shaped as the teacher's at the entry layer.
         """
-        return self._combined(self._at_entry(student, run_teacher), teacher)
+        taps = self._at_entry({tap: student[tap] for tap in self.taps}, run_teacher)
+        return self._combined(taps, student, teacher, run_teacher)
 
     def features(
         self,
@@ -179,22 +181,26 @@ class FeatureFusion(nn.Module):
         run_teacher: Callable[[torch.Tensor, str, str], torch.Tensor],
     ) -> List[torch.Tensor]:
         """The feature of each of the :attr:`terms`; arguments and shapes as of :meth:`forward`."""
-        taps = self._at_entry(student, run_teacher)
-        return [
-            self._combined(taps, teacher) if name == "combined" else self._aligned(x, teacher)
-            for name in self.terms
-            for x in [taps.get(name)]
-        ]
+        taps = self._at_entry({tap: student[tap] for tap in self.taps}, run_teacher)
+        found = []
+        if self._fused_weight > 0:
+            found.append(self._combined(taps, student, teacher, run_teacher))
+        return found + [self._aligned(taps[tap], teacher) for tap in self._tap_weights]
 
-    def _at_entry(self, student, run_teacher) -> Dict[str, torch.Tensor]:
-        """Each tap, adapted and routed to the entry."""
-        found = {tap: self.adapters[tap](student[tap]) for tap in self.taps}
+    def _at_entry(self, student: Mapping[str, torch.Tensor], run_teacher):
+        """Each of these taps, adapted and routed to the entry."""
+        found = {tap: self.adapters[tap](x) for tap, x in student.items()}
         if self.route == "through":
             found = {tap: run_teacher(x, tap, self.entry) for tap, x in found.items()}
         return found
 
-    def _combined(self, taps: Dict[str, torch.Tensor], teacher: torch.Tensor) -> torch.Tensor:
-        features = [x.detach() if tap in self.detach else x for tap, x in taps.items()]
+    def _combined(self, taps: Dict[str, torch.Tensor], student, teacher, run_teacher):
+        # An adapter starts at random, so it has to learn behind a detached tap, too.
+        detached = [tap for tap in self.taps if tap in self.detach]
+        learn = [tap for tap in detached if any(True for _ in self.adapters[tap].parameters())]
+        again = self._at_entry({tap: student[tap].detach() for tap in learn}, run_teacher)
+        cut = {tap: again.get(tap, taps[tap].detach()) for tap in detached}
+        features = list({**taps, **cut}.values())
         if self.align == "standardize_taps":
             return self.combine([self._aligned(x, teacher) for x in features])
         fused = self.combine(features)

@@ -9,8 +9,10 @@ import re
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
+from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
     FastRCNNConvFCHead,
     FastRCNNOutputLayers,
     StandardROIHeads,
@@ -144,6 +146,17 @@ def box_stages(heads: StandardROIHeads) -> List[BoxStage]:
     return [BoxStage(head, BoxHeadLayers(head, size), predictor) for head, predictor in pairs]
 
 
+def own_method(heads: StandardROIHeads, *names: str) -> str:
+    """The first of these methods that the heads have from neither detectron2 nor this package, ""
+    if there is none: what they compute isn't known from their pooler and layers."""
+    for name in names:
+        owner = next((kind for kind in type(heads).__mro__ if name in vars(kind)), StandardROIHeads)
+        is_ours = owner.__module__.split(".")[0] == __name__.split(".")[0]
+        if owner not in (StandardROIHeads, CascadeROIHeads) and not is_ours:
+            return name
+    return ""
+
+
 class TowerLayers(NamedLayers):
     """The layers ``input`` < ``conv1`` < ``conv2`` < ... of one tower of a dense head
     (:class:`RetinaNetHead`, :class:`FCOSHead`).
@@ -188,10 +201,15 @@ def towers_of(head: RetinaNetHead) -> Dict[str, TowerLayers]:
     """The towers of a dense head by name, "cls" and "bbox".
 
     Raises:
-        TypeError: if it is no such head, or its towers have unknown layers.
+        TypeError: if it is no such head, computes more than its layers, or those are unknown.
     """
     if not isinstance(head, RetinaNetHead):
         raise TypeError(f"head {type(head).__name__} is no RetinaNetHead or FCOSHead")
+    if type(head).forward not in (RetinaNetHead.forward, FCOSHead.forward):
+        raise TypeError(
+            f"head {type(head).__name__} has a forward of its own, so what it predicts isn't known "
+            "from its layers; use RetinaNetHead or FCOSHead"
+        )
     return {name: TowerLayers(head.get_submodule(f"{name}_subnet")) for name in TOWERS}
 
 

@@ -1,7 +1,7 @@
 """The frozen teacher: built from its own config, loaded strictly, fed from the student's raw
 images.
 
-Shape shorthand: N images, R RoIs over all images, K the teacher's foreground classes.
+Shape shorthand: N images, R RoIs over all images, C channels, (P, P) pooler resolution.
 """
 
 import contextlib
@@ -12,10 +12,11 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList
 from torch import nn
 
 from ..config import ConfigError
+from .losses import at_least_float32
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +158,21 @@ class TeacherPass:
         if name not in self._found:
             self._found[name] = compute()
         return self._found[name]
+
+    def pooled(self, pooler: nn.Module, levels: Sequence[str], boxes: List[Boxes]) -> torch.Tensor:
+        """What one of the teacher's poolers gives for the boxes, (R, C, P, P), no gradient.
+
+        In at least float32: a pooler rounds the coordinates of the boxes to its features' type,
+        and those of bfloat16 are 8 pixels apart in a large image.
+
+        Args:
+            pooler: of its ROI heads.
+            levels: the features that it reads.
+            boxes: per image, absolute pixels of the student's input.
+        """
+        features = self.features
+        with self.running():
+            return pooler([at_least_float32(features[name]) for name in levels], boxes)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ def needs_class_map(cfg: CfgNode) -> str:
     has_masks = cfg.MODEL.MASK_ON and kd.LOSS.MASK_WEIGHT > 0
     if has_masks and kd.LOSS.MASK_CHANNELS == "ground_truth":
         return "MODEL.CROSSKD.LOSS.MASK_CHANNELS 'ground_truth'"
-    if needs_targets(kd.LOSS.CLS_TYPE):
+    if kd.LOSS.CLS_WEIGHT > 0 and needs_targets(kd.LOSS.CLS_TYPE):
         return f"MODEL.CROSSKD.LOSS.CLS_TYPE {kd.LOSS.CLS_TYPE!r}"
     return ""
 

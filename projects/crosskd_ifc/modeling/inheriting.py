@@ -5,15 +5,16 @@ The inheriting start of ICD (Kang et al., 2021), FGD (Yang et al., 2022) and PKD
 
 import logging
 import re
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.proposal_generator import RPN
 from torch import nn
 
-from ..config import ConfigError
+from ..config import ConfigError, head_section
 from ..distillation.compatibility.anchors import differing_key
 from ..distillation.compatibility.class_map import MASKED, ClassMap
 from ..distillation.teacher import Teacher
@@ -45,6 +46,20 @@ _PER_CLASS = {
 
 _RPN_PREDICTORS = ("objectness_logits", "anchor_deltas")
 
+# By what equally shaped convolutions differ -> the config key.
+_CONVOLUTIONS = {
+    "stride": "MODEL.RESNETS.STRIDE_IN_1X1 or RES5_DILATION",
+    "dilation": "MODEL.RESNETS.RES5_DILATION",
+    "padding": "MODEL.RESNETS.RES5_DILATION",
+}
+# Prefix of a convolution -> the config key of its norm.
+_NORMS = {
+    "backbone.fpn_": "MODEL.FPN.NORM",
+    "backbone.": "MODEL.RESNETS.NORM",
+    "roi_heads.box_head.": "MODEL.ROI_BOX_HEAD.NORM",
+    "roi_heads.mask_head.": "MODEL.ROI_MASK_HEAD.NORM",
+}
+
 
 class WeightInheritance:
     """What ``MODEL.CROSSKD.INHERIT`` means for a student and a teacher; :meth:`apply` does it."""
@@ -62,6 +77,7 @@ class WeightInheritance:
         """
         self._student, self._teacher = student, teacher
         self.prefixes = tuple(cfg.MODEL.CROSSKD.INHERIT)
+        self._tower_norm = f"MODEL.{head_section(cfg)}.NORM"
         # Name -> rows of the teacher's tensor for the student's, None for all as they are.
         self.inherited: Dict[str, Optional[List[int]]] = {}
         # Name -> why it isn't inherited.
@@ -131,13 +147,38 @@ class WeightInheritance:
         if module == "head.bbox_pred":
             return _differing_encoding(ours.box2box_transform, theirs.box2box_transform)
         if not module.startswith("roi_heads.box_predictor."):
-            return ""
+            return self._differing_layer(module)
         predictors = [m.get_submodule(module.rpartition(".")[0]) for m in (ours, theirs)]
         if module.endswith(".bbox_pred"):
             weights = {tuple(p.box2box_transform.weights) for p in predictors}
             return "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS" if len(weights) > 1 else ""
         kinds = {p.use_sigmoid_ce for p in predictors}
         return "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE" if len(kinds) > 1 else ""
+
+    def _differing_layer(self, name: str) -> str:
+        """The config key by which two layers of equal shapes compute something else, or "".
+
+        Those around a layer don't count, but for what a pyramid adds and a tower's places.
+        """
+        pyramids = {getattr(m.backbone, "_fuse_type", "") for m in self._both()}
+        if name.startswith("backbone.fpn_") and len(pyramids) > 1:
+            return "MODEL.FPN.FUSE_TYPE"
+        tower = re.match(r"head\.\w+_subnet", name)
+        if tower:
+            kinds = ([_kind(x) for x in m.get_submodule(tower[0])] for m in self._both())
+            return self._tower_norm if any(a != b for a, b in zip(*kinds)) else ""
+        # A convolution's norm belongs to it.
+        a, b = (m.get_submodule(name.removesuffix(".norm")) for m in self._both())
+        for attribute, key in _CONVOLUTIONS.items():
+            if getattr(a, attribute, None) != getattr(b, attribute, None):
+                return key
+        if _kind(getattr(a, "norm", None)) == _kind(getattr(b, "norm", None)):
+            return ""
+        keys = (key for prefix, key in _NORMS.items() if name.startswith(prefix))
+        return next(keys, "its norm")
+
+    def _both(self) -> Tuple[nn.Module, nn.Module]:
+        return self._student, self._teacher.model
 
     def _check(self, prefix: str, ours: Dict[str, torch.Tensor]) -> None:
         if any(_is_below(n, prefix) for n in self.inherited):
@@ -172,6 +213,12 @@ class WeightInheritance:
                 f"({self._teacher.description}), which reads other images: {', '.join(differs)} "
                 "differ; make them equal, or name modules without this layer"
             )
+
+
+def _kind(module: Optional[nn.Module]) -> str:
+    """What a module is; all BatchNorms, frozen ones too, have tensors of the same meaning."""
+    is_batch = isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d))
+    return "BatchNorm" if is_batch else type(module).__name__
 
 
 def _is_below(name: str, prefix: str) -> bool:

@@ -3,7 +3,7 @@ checks and trains, and back in its errors."""
 
 import contextlib
 import re
-from typing import Iterator
+from typing import Iterator, Optional
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
@@ -16,6 +16,7 @@ from ..common.lazy_detectors import (
     input_format_of,
     merge_settings,
     select,
+    unknown_input_format,
 )
 from ..config import ConfigError, distillation_requested
 from .checkpointer import CheckpointError
@@ -87,12 +88,28 @@ def run_config(config: DictConfig, path: str) -> CfgNode:
     merge_from_list(cfg, known, key=path)
     cfg.DATASETS.TEST = tuple(dataset_names(config, "test"))
     merge_settings(cfg, config.get(NODE) or {})
-    read = input_format_of(select(config, "model.input_format"), config, what=path)
-    cfg.INPUT.FORMAT = read or cfg.INPUT.FORMAT
+    order = _input_format(config, path, needed=distillation_requested(cfg))
+    cfg.INPUT.FORMAT = order or cfg.INPUT.FORMAT
     cfg.freeze()
-    if read is None and distillation_requested(cfg):
-        raise ConfigError(
-            f"{path}: neither model.input_format nor dataloader.train.mapper.image_format says "
-            "the channel order of the student's images; set one, such as 'BGR'"
-        )
     return cfg
+
+
+def _input_format(config: DictConfig, path: str, *, needed: bool) -> Optional[str]:
+    """The channel order of the model's images; where nothing else tells, that of its test data;
+    None if nothing does.
+
+    Raises:
+        ConfigError: if the test data have another, or only they tell and it is ``needed``.
+    """
+    own = select(config, "model.input_format")
+    read = input_format_of(own, config, what=path)
+    tested = select(config, "dataloader.test.mapper.image_format")
+    if read is None and needed:
+        raise unknown_input_format(path)
+    if read and tested and read != tested:
+        key = "model.input_format" if own else "dataloader.train.mapper.image_format"
+        raise ConfigError(
+            f"{path}: dataloader.test.mapper.image_format is {tested!r}, but {key} is {read!r}; "
+            "make them equal"
+        )
+    return read or tested

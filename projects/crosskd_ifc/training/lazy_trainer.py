@@ -134,7 +134,7 @@ def test_lazy(config: DictConfig, cfg: CfgNode, model: nn.Module) -> Dict[str, A
 
     Args:
         config: the LazyConfig.
-        cfg: INPUT.FORMAT is the channel order that the model reads.
+        cfg: INPUT.FORMAT is the channel order that the model reads, see :func:`run_config`.
         model: in any mode.
 
     Returns:

@@ -16,7 +16,13 @@ from torch import nn
 
 from ..common.config_files import check_yaml, find_config
 from ..common.lazy_config import instantiate_model, is_saved_lazy, load_lazy_config
-from ..common.lazy_detectors import config_of_node, dataset_names, input_format_of, select
+from ..common.lazy_detectors import (
+    config_of_node,
+    dataset_names,
+    input_format_of,
+    select,
+    unknown_input_format,
+)
 from ..config import ConfigError, head_section
 from .stock import STOCK_CLASSES, is_ours
 
@@ -125,10 +131,7 @@ def _fill_in(cfg: CfgNode, config: DictConfig, model: nn.Module, path: str) -> N
     read = input_format_of(select(config, "model.input_format"), config, what=path)
     read = read or select(config, "dataloader.test.mapper.image_format")
     if read is None:
-        raise ConfigError(
-            f"{path}: neither model.input_format nor dataloader.train.mapper.image_format says "
-            "the channel order of the images; set one, such as 'BGR'"
-        )
+        raise unknown_input_format(path)
     cfg.INPUT.FORMAT = read
     cfg.MODEL.DEVICE = str(select(config, "train.device") or cfg.MODEL.DEVICE)
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = _test_size(config, path)

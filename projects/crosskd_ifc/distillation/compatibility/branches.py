@@ -12,6 +12,7 @@ from torch import nn
 
 from ...config import ConfigError
 from ..fusion import build_adapter
+from ..head_layers import own_method
 from ..teacher import Teacher
 
 # How an ROIPooler assigns boxes to levels; its RoIAlign layers show the rest in their repr.
@@ -43,6 +44,13 @@ def check_heads(branch: str, student: GeneralizedRCNN, teacher: Teacher) -> None
     if not getattr(theirs, f"{branch}_on"):
         key = f"MODEL.{branch.upper()}_ON"
         _refuse(branch, f"the teacher ({teacher.description}) has no {branch} head ({key} False)")
+    method = own_method(theirs, f"_forward_{branch}")
+    if method:
+        _refuse(
+            branch,
+            f"the teacher ({teacher.description}) has {type(theirs).__name__} with a {method} of "
+            "their own, so what they predict isn't known from their layers",
+        )
     base, example = _HEADS[branch]
     for whose, heads in (("student", ours), ("teacher", theirs)):
         kind = type(getattr(heads, f"{branch}_head"))

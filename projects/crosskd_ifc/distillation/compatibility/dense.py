@@ -37,11 +37,24 @@ def check_settings(cfg: CfgNode) -> None:
 
 
 def check_pair(student: DenseDetector, teacher: Teacher) -> None:
+    """Refuse a teacher of another kind, other anchors or padding, and heads of unknown layers.
+
+    Raises:
+        ConfigError: with the reason.
+    """
     model, stock = teacher.model, student.stock_class
     if not isinstance(model, stock):
         refuse_teacher(
             teacher, f"is a {type(model).__name__}; this student needs a {stock.__name__}"
         )
+    try:
+        towers_of(student.head)
+    except TypeError as error:
+        raise ConfigError(f"MODEL.META_ARCHITECTURE: the student's {error}") from None
+    try:
+        towers_of(model.head)
+    except TypeError as error:
+        refuse_teacher(teacher, f"can't be entered: {error}")
     check_same_padding("TEACHER.CONFIG_FILE", student, teacher, "they must be the same")
     differs = differing_anchors(
         student.anchor_generator, model.anchor_generator, "the strides of IN_FEATURES"
@@ -59,14 +72,7 @@ def build_fusions(
         crosskd: the node MODEL.CROSSKD.
     """
     kd = crosskd.FUSION
-    try:
-        ours = towers_of(student.head)
-    except TypeError as error:
-        raise ConfigError(f"MODEL.META_ARCHITECTURE: the student's {error}") from None
-    try:
-        theirs = towers_of(teacher.model.head)
-    except TypeError as error:
-        refuse_teacher(teacher, f"can't be entered: {error}")
+    ours, theirs = (towers_of(model.head) for model in (student, teacher.model))
     fusions, align = {}, kd.ALIGN or "standardize"
     for tower in TOWERS:
         names = ours[tower].names[1:], theirs[tower].names[1:]

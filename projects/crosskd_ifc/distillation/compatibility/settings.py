@@ -85,7 +85,10 @@ def check_crosskd_config(cfg: CN) -> None:
         )
     if kd.MIMIC == "student_head":
         reason = "MIMIC 'student_head' compares predictions, not features"
-        check_unused(cfg, ("FUSION", "LOSS.FUSED_WEIGHT", "LOSS.TAP_WEIGHTS"), reason)
+        # What a feature loss learns decays, too.
+        used = ("WEIGHT_DECAY",) if kd.LOSS.FEATURE_WEIGHT > 0 else ()
+        fusion = [f"FUSION.{leaf}" for leaf in kd.FUSION if leaf not in used]
+        check_unused(cfg, (*fusion, "LOSS.FUSED_WEIGHT", "LOSS.TAP_WEIGHTS"), reason)
     if kd.LOSS.FEATURE_WEIGHT == 0:
         reason = "LOSS.FEATURE_WEIGHT is 0: features aren't compared"
         check_unused(cfg, ("LOSS.FEATURE_TYPE", "LOSS.FEATURE_OPTS"), reason)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...config import ConfigError
 from ..fusion import FeatureFusion
-from ..head_layers import BoxHeadLayers, NamedLayers, box_stages
+from ..head_layers import BoxHeadLayers, NamedLayers, box_stages, own_method
 from ..teacher import Teacher
 from .settings import check_unused
 
@@ -130,6 +130,13 @@ def _check_teacher(teacher: Teacher) -> None:
     if not isinstance(heads, StandardROIHeads):
         refuse_teacher(
             teacher, f"has {type(heads).__name__}; its ROI heads must be StandardROIHeads"
+        )
+    method = own_method(heads, "_forward_box", "_run_stage")
+    if method:
+        refuse_teacher(
+            teacher,
+            f"has {type(heads).__name__} with a {method} of their own, so what they predict isn't "
+            "known from their layers; its ROI heads must be StandardROIHeads or CascadeROIHeads",
         )
     try:
         problems = [_predictor_problem(stage.predictor) for stage in box_stages(heads)]

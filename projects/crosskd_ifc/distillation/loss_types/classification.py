@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 
 from ...common.registry import NamedRegistry, read_options
+from ...config import ConfigError
 from ..losses import Normalizer, at_least_float32, kl_divergence, quality_focal
 
 CLS_LOSS_REGISTRY = NamedRegistry("CLS_LOSS")
@@ -24,7 +25,10 @@ logits, the first of which learn; returns a scalar, for R = 0 a zero with a grap
 a default are set by ``LOSS.CLS_OPTS``.
 """
 
-# Keeps the correlation of rows without spread at 0.
+# The types whose options are all weights.
+_WEIGHTED = ("dkd", "dist")
+
+# Keeps the correlation of rows without spread at 0; as published.
 _TINY = 1e-8
 
 
@@ -37,11 +41,13 @@ class ClsLoss:
             loss: the node MODEL.CROSSKD.LOSS.
 
         Raises:
-            ConfigError: for options that the type doesn't have.
+            ConfigError: for options that the type doesn't have, and weights below 0.
         """
         function = CLS_LOSS_REGISTRY.get(loss.CLS_TYPE)
         key = f"MODEL.CROSSKD.LOSS.CLS_OPTS (of CLS_TYPE {loss.CLS_TYPE!r})"
         options = read_options(key, loss.CLS_OPTS, function)
+        if loss.CLS_TYPE in _WEIGHTED and min(options.values(), default=0) < 0:
+            raise ConfigError(f"{key} is {tuple(loss.CLS_OPTS)}: no weight may be less than 0")
         self._function = functools.partial(function, temperature=loss.TEMPERATURE, **options)
         self._needs_targets = needs_targets(loss.CLS_TYPE)
 
@@ -92,6 +98,10 @@ def dist(
 
     p = softmax(cross / T), q = softmax(teacher / T), and rho is Pearson's correlation: of the
     classes of each row, and of the rows of each class. DIST (Huang et al., 2022).
+
+    As in its authors' code, 1e-8 is added to the product of the two norms that rho divides by.
+    Classes whose norms are well below 1e-4 (of 512 RoIs: probabilities of about 1e-6) therefore
+    count as uncorrelated, also for equal logits. A higher temperature keeps norms up.
 
     Args:
         cross_logits: (R, K) logits that learn.

@@ -28,7 +28,8 @@ class FocalGlobalLoss(nn.Module):
 
     Focal and global knowledge distillation (Yang et al., 2022), whose weights are alpha for
     ``LOSS.FEATURE_WEIGHT`` and, relative to it, beta, gamma, lambda here. A huge temperature and 0
-    for the three weights leave plain mimicking inside of the ground truth.
+    for the three weights leave plain mimicking inside of the ground truth. The authors' code
+    fills (h + 1)(w + 1) cells of a box and divides by that.
     """
 
     def __init__(

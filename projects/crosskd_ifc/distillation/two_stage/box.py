@@ -115,7 +115,8 @@ class BoxDistiller:
         return self.cls_weight > 0 or self.box_weight > 0
 
     def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
-        """The weighted losses of one step, scalars; with both weights 0 nothing is computed."""
+        """The weighted losses of one step, scalars; with both weights 0 nothing is computed, and
+        with that of the classes 0 not their loss, which may need a class map."""
         trace = step.heads.stages[self.stages.student]
         if not self.is_active:
             return {key: self.zero(step.heads) for key in self.keys}
@@ -123,10 +124,10 @@ class BoxDistiller:
         terms, wanted = self.mimic.terms(trace, layers), self.mimic.targets(targets)
         loss_cls = sum(
             x.weight * self._cls_loss(x.logits, wanted.logits, lambda: self._truth(trace))
-            for x in terms
+            for x in (terms if self.cls_weight > 0 else ())
         )
         loss_box = sum(x.weight * self._box_loss(x, wanted, trace.boxes) for x in terms)
-        if self.fusion is not None and not self.fusion.reaches_all:
+        if self.cls_weight == 0 or (self.fusion is not None and not self.fusion.reaches_all):
             loss_cls = loss_cls + self.zero(step.heads)
         if step.log:
             self._log(terms, targets, trace, layers)
@@ -158,9 +159,8 @@ class BoxDistiller:
         return teacher.once(f"box {ours} {theirs}", lambda: self._answer(teacher, pooled()))
 
     def _pool(self, teacher: TeacherPass, boxes: List[Boxes]) -> torch.Tensor:
-        heads, features = self.teacher.model.roi_heads, teacher.features
-        with teacher.running():
-            return heads.box_pooler([features[f] for f in heads.box_in_features], boxes)
+        heads = self.teacher.model.roi_heads
+        return teacher.pooled(heads.box_pooler, heads.box_in_features, boxes)
 
     def _answer(self, teacher: TeacherPass, pooled: torch.Tensor):
         with teacher.running():

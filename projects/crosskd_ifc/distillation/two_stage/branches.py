@@ -128,9 +128,9 @@ class BranchDistiller:
         raise NotImplementedError
 
     def _teacher_logits(self, step: StepTrace) -> torch.Tensor:
-        boxes, features = getattr(step.heads, self.branch).boxes, step.teacher.features
+        boxes = getattr(step.heads, self.branch).boxes
+        pooled = step.teacher.pooled(self._pooler, self._levels, boxes)
         with step.teacher.running():
-            pooled = self._pooler([features[f] for f in self._levels], boxes)
             return self._head.layers(pooled)  # PxKxHxW
 
     def _cross_logits(self, step: StepTrace) -> torch.Tensor:
