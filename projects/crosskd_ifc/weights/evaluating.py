@@ -5,7 +5,12 @@ import io
 import tempfile
 from typing import Any, Callable, Dict, List, Sequence
 
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 
 from ..config import ConfigError
@@ -87,7 +92,16 @@ def _evaluate(model: Callable, dataset: str, mapper: Callable[[dict], Any]) -> R
         dataset_records(dataset), mapper=CheckedMapper(mapper, check_image=True)
     )
     with tempfile.TemporaryDirectory() as folder:
-        # A data set without a JSON of its own is converted into this folder.
-        evaluator = COCOEvaluator(dataset, distributed=False, output_dir=folder)
+        evaluator = _evaluator(dataset, folder)
         with contextlib.redirect_stdout(io.StringIO()):  # of pycocotools
             return inference_on_dataset(model, loader, evaluator)
+
+
+def _evaluator(dataset: str, folder: str) -> COCOEvaluator:
+    """A data set without a JSON of its own is converted into this temporary folder."""
+    metadata = MetadataCatalog.get(dataset)
+    is_converted = metadata.get("json_file") is None
+    evaluator = COCOEvaluator(dataset, distributed=False, output_dir=folder)
+    if is_converted:
+        del metadata.json_file  # where detectron2 has noted it for later evaluations
+    return evaluator
