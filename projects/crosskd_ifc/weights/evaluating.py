@@ -17,7 +17,7 @@ from ..config import ConfigError
 from ..data.class_names import dataset_class_names
 from ..data.mapper import CheckedMapper
 from .deployed import DeployedModel
-from .export import load_student
+from .student import load_student
 
 Results = Dict[str, Dict[str, float]]
 

@@ -1,30 +1,23 @@
 """The student alone, for stock detectron2 or as one file, verified before it appears."""
 
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig
 from torch import nn
 
-from ..common.config_files import load_config, load_config_text
 from ..common.files import refuse_overwriting, staging_folder, write_json
-from ..common.lazy_config import is_lazy
-from ..common.paths import resolve_path
-from ..common.user_code import refuse_user_code
-from ..config import ConfigError
 from .deployed import INFO_NAME, DeployedModel, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
-from .lazy_student import build_lazy_student, check_is_of_run
 from .metadata import METADATA_NAME, describe_detector
 from .quantizing import quantize
-from .reading import load_weights, save_safetensors
+from .reading import save_safetensors
 from .samples import calibration_images, sample_images
-from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
-from .stock import build_student, lazy_stock_config, load_stock, stock_config, write_config
+from .stock import load_stock, write_config
+from .student import load_student
 
 FORMATS = ("detectron2", *GRAPH_NAMES)
 _WEIGHTS, _CONFIG, _SAFETENSORS = "model.pth", "config.yaml", "model.safetensors"
@@ -52,23 +45,6 @@ class Export(NamedTuple):
     parameters: int
     detections: int
     dropped: List[str]
-
-
-class Student(NamedTuple):
-    """What :func:`load_student` found: the student's config, the file that it is from, the model,
-    what the checkpoint holds beside it, and of a LazyConfig its ``model`` of stock classes."""
-
-    cfg: CfgNode
-    config_path: str
-    model: nn.Module
-    dropped: List[str]
-    node: Optional[DictConfig] = None
-
-    def stock_config(self, weights: str) -> Union[CfgNode, DictConfig]:
-        """For stock detectron2, with weights at this path."""
-        if self.node is None:
-            return stock_config(self.cfg, weights)
-        return lazy_stock_config(self.node, self.cfg, weights)
 
 
 def export_student(
@@ -161,69 +137,6 @@ def export_student(
     parameters = sum(p.numel() for p in student.parameters())
     architecture = (cfg.MODEL.META_ARCHITECTURE, now)
     return Export(weights, config, architecture, as_lazy, parameters, detections, found.dropped)
-
-
-def load_student(checkpoint: str, config_file: str = "", overrides: Sequence[str] = ()) -> Student:
-    """A checkpoint's student on the CPU, in evaluation mode.
-
-    Args:
-        checkpoint, config_file, overrides: as for :func:`export_student`.
-
-    Raises:
-        ConfigError, FileNotFoundError, ValueError: as there.
-    """
-    content, node = load_weights(checkpoint), None
-    if is_lazy(config_file):
-        lazy = build_lazy_student(config_file, overrides)
-        check_is_of_run(lazy, checkpoint)
-        cfg, config_path, model, node = lazy.cfg, lazy.path, lazy.model, lazy.node
-    elif overrides:
-        raise ConfigError("--overrides are for a LazyConfig; give its .py file by --config-file")
-    else:
-        cfg, config_path = _load_config(content, checkpoint, config_file)
-        model = build_student(cfg)
-    state, dropped = _student_state(content, model, checkpoint)
-    model.load_state_dict(state)
-    return Student(cfg, config_path, model, dropped, node)
-
-
-def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
-    """The config of a checkpoint's student, and the file that it is from."""
-    key, path = "the config", os.path.join(os.path.dirname(checkpoint), "config.yaml")
-    held = content.get("config") if isinstance(content, Mapping) else None
-    if config_file:
-        key, path = "--config-file", config_file
-        path = resolve_path(path, what="config", key=key)
-    elif isinstance(held, Mapping):
-        # What lies beside it may be of another run by now.
-        text = held.get("yaml")
-        cfg = load_config_text(text, source=f"{checkpoint}: the config in it")
-        refuse_user_code(cfg, checkpoint)
-        return cfg, checkpoint
-    elif not PathManager.isfile(path):
-        raise FileNotFoundError(
-            f"{path}: no such file. Training writes it beside its checkpoints; give the config "
-            f"that {checkpoint} was trained with by --config-file"
-        )
-    return load_config(path, key=key, found=not config_file), path
-
-
-def _student_state(
-    content: Any, student: nn.Module, checkpoint: str
-) -> Tuple[Dict[str, torch.Tensor], List[str]]:
-    """The student's weights, and the names of what else the checkpoint holds."""
-    state = content.get("model") if isinstance(content, Mapping) else None
-    if not is_state_dict(state):
-        raise ValueError(
-            f"{checkpoint}: not a training checkpoint, it holds no weights named 'model'"
-        )
-    expected = student.state_dict()
-    adapters = [k for k in state if k.startswith(ADAPTER_PREFIX) and k not in expected]
-    state = {k: v for k, v in state.items() if k not in adapters}
-    problem = describe_mismatch(state, expected)
-    if problem:
-        raise ValueError(f"{checkpoint}: doesn't fit the model of its config. Weights {problem}")
-    return state, [*(str(k) for k in content if k != "model"), *adapters]
 
 
 def _move(folder: str, out: str, is_new: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 from detectron2.data import DatasetMapper
 
 from .deployed import DeployedModel
-from .export import load_student
+from .student import load_student
 
 _WARMUP = 3  # rounds; TorchScript compiles in the first ones
 
