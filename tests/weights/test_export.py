@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import stat
 import subprocess
 import sys
@@ -167,16 +168,50 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
     out = tmp_path / "student"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    (out / "model.pth").write_text("mine")
     with pytest.raises(FileExistsError, match="--force"):
         export.export_student(run, str(out))
-    assert (out / "model.pth").read_text() == "mine"
     export.export_student(run, str(out), force=True)
     assert sorted(os.listdir(out)) == ["config.yaml", "metadata.json", "model.pth", "notes.txt"]
 
-    # Not even then over the checkpoint and its config.
-    with pytest.raises(FileExistsError, match="overwrite the input"):
-        export.export_student(run, os.path.dirname(run), force=True)
+
+@pytest.mark.parametrize("name, left", [("model.pth", "notes.txt"), ("config.yaml", "x.pth")])
+def test_a_folder_that_is_no_export_is_refused_even_if_forced(run, name, left, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    for file in (name, left):
+        (out / file).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"mine: its {name} is not of an export; give anothe"):
+        export.export_student(run, str(out), force=True)
+    assert sorted(os.listdir(out)) == sorted([name, left])
+    assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", ["detectron2", "torchscript"])
+def test_the_folder_of_a_training_is_refused_even_if_forced(run, format, tmp_path):
+    folder = Path(run).parent
+    checkpoint = torch.load(run, weights_only=True)
+    checkpoint["config"] = {"yaml": (folder / "config.yaml").read_text()}
+    torch.save(checkpoint, run)
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "last_checkpoint" in kept
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match="run: a training's folder; give another OUT"):
+            export.export_student(run, str(folder), format=format, force=True)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+        # An export into it by an earlier version doesn't make it one.
+        (folder / "model.json").write_text("{}")
+        kept["model.json"] = b"{}"
+
+
+def test_a_checkpoints_own_folder_keeps_its_config(run, tmp_path):
+    folder = tmp_path / "student"
+    export.export_student(run, str(folder))
+    config = (folder / "config.yaml").read_text()
+    shutil.copy(run, folder / "other.pth")
+    with pytest.raises(FileExistsError, match="config.yaml: this would overwrite the input"):
+        options = dict(config_file=str(Path(run).with_name("config.yaml")), force=True)
+        export.export_student(str(folder / "other.pth"), str(folder), **options)
+    assert (folder / "config.yaml").read_text() == config
 
 
 def test_a_forced_export_leaves_nothing_of_an_earlier_one(run, tmp_path):

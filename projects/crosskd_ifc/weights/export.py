@@ -84,12 +84,13 @@ def export_student(
         int8: quantize the ``onnx`` file after it was verified (:func:`quantize`), which changes
             what it finds: measure its AP.
         calibrate: image files to quantize with; empty for the first ones of DATASETS.TRAIN.
-        force: replace an earlier export.
+        force: replace an earlier export; never other files, nor a training's.
         safetensors: also write the weights as ``.safetensors``, which stock detectron2 doesn't
             read, but ``MODEL.WEIGHTS`` and ``TEACHER.WEIGHTS`` here and other tools do.
 
     Raises:
-        FileExistsError: if ``out`` exists, without ``force``, or the input is to be replaced.
+        FileExistsError: if ``out`` exists, without ``force``, or is no export, or the input is to
+            be replaced.
         FileNotFoundError: if the checkpoint or its config doesn't exist.
         ConfigError: if the config can't be read or has parts without a stock counterpart.
         ValueError: if the weights don't fit the config, the detections differ, or there are none to
@@ -108,8 +109,8 @@ def export_student(
     found = load_student(checkpoint, config_file, overrides)
     cfg, student = found.cfg, found.model
     out = os.path.abspath(out)
-    for path in (out, *(os.path.join(out, name) for name in _NAMES)):
-        refuse_overwriting(path, sources=[checkpoint, found.config_path], force=force)
+    beside = os.path.join(os.path.dirname(checkpoint), _CONFIG)
+    _check_out(out, [checkpoint, beside, found.config_path], force)
     is_new = not os.path.lexists(out)
     with staging_folder(os.path.dirname(out) if is_new else out) as staging:
         folder = os.path.join(staging, "student")
@@ -137,6 +138,18 @@ def export_student(
     parameters = sum(p.numel() for p in student.parameters())
     architecture = (cfg.MODEL.META_ARCHITECTURE, now)
     return Export(weights, config, architecture, as_lazy, parameters, detections, found.dropped)
+
+
+def _check_out(out: str, sources: Sequence[str], force: bool) -> None:
+    """Refuse to replace one of the sources, anything without ``force``, and with it all but an
+    export."""
+    names = [name for name in _NAMES if os.path.lexists(os.path.join(out, name))]
+    if os.path.lexists(os.path.join(out, "last_checkpoint")):
+        raise FileExistsError(f"{out}: a training's folder; give another OUT")
+    if names and not {METADATA_NAME, INFO_NAME} & set(names):
+        raise FileExistsError(f"{out}: its {names[0]} is not of an export; give another OUT")
+    for path in (out, *(os.path.join(out, name) for name in names)):
+        refuse_overwriting(path, sources=sources, force=force)
 
 
 def _move(folder: str, out: str, is_new: bool) -> None:
