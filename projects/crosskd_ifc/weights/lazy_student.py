@@ -75,13 +75,13 @@ def check_is_of_run(student: LazyStudent, checkpoint: str) -> None:
         ConfigError: naming the first path that differs.
     """
     beside = os.path.join(os.path.dirname(checkpoint), "config.yaml")
-    then = _written_model(beside)
+    then = written_model(beside)
     if then is None:
         return
     with tempfile.TemporaryDirectory() as folder:
         again = os.path.join(folder, "config.yaml")
         LazyConfig.save(student.config, again)  # as the run has
-        now = _written_model(again) or {}
+        now = written_model(again) or {}
     found = next(_differences(now, then, "model"), None)
     if found:
         key, ours, theirs = found
@@ -164,9 +164,13 @@ def _test_size(config: DictConfig, path: str) -> Tuple[int, int]:
     )
 
 
-def _written_model(path: str) -> Any:
+def written_model(path: str) -> Any:
     """The ``model`` in a file of :meth:`LazyConfig.save`, values as written: nothing that the file
-    names is made. None if it is no such file."""
+    names is made.
+
+    Returns:
+        None if it is no such file.
+    """
     if not PathManager.isfile(path):
         return None
     try:

@@ -133,6 +133,7 @@ def read_exported_fcos(path: str) -> Optional[CfgNode]:
         ConfigError: if it is one that :func:`write_config` hasn't written.
     """
     problem = f"{path} is a LazyConfig, but not that of an FCOS from tools/export_student.py"
+    advice = "; give the .py file that it is from by --config-file"
     try:
         content = _read(path)
         if not isinstance(content, dict) or not is_saved_lazy(content):
@@ -143,9 +144,9 @@ def read_exported_fcos(path: str) -> Optional[CfgNode]:
             write_config(_lazy_config(cfg, content["train"]["init_checkpoint"]), again)
             is_same = _read(again) == content
     except (AttributeError, ConfigError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{problem} ({type(error).__name__} {error})") from error
+        raise ConfigError(f"{problem} ({explain(error)}){advice}") from error
     if not is_same:
-        raise ConfigError(f"{problem}, or it was changed; give --config-file")
+        raise ConfigError(f"{problem}, or it was changed{advice}")
     return cfg
 
 

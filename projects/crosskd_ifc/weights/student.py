@@ -14,7 +14,7 @@ from ..common.lazy_config import is_lazy
 from ..common.paths import resolve_path
 from ..common.user_code import refuse_user_code
 from ..config import ConfigError
-from .lazy_student import build_lazy_student, check_is_of_run
+from .lazy_student import build_lazy_student, check_is_of_run, written_model
 from .reading import load_weights
 from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
 from .stock import build_student, lazy_stock_config, stock_config
@@ -78,6 +78,11 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
         raise FileNotFoundError(
             f"{path}: no such file. Training writes it beside its checkpoints; give the config "
             f"that {checkpoint} was trained with by --config-file"
+        )
+    elif written_model(path) is not None:
+        raise ConfigError(
+            f"{path}: a LazyConfig, which is code; give the one that {checkpoint} was trained with "
+            "by --config-file FILE.py (of an exported FCOS, the training's config)"
         )
     return load_config(path, key=key, found=not config_file), path
 
