@@ -19,6 +19,7 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model
 
 from crosskd_ifc import ConfigError
+from crosskd_ifc.analysis.detector import load_detector
 from crosskd_ifc.weights import export, stock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,6 +274,20 @@ def test_config_file_stands_in_for_a_missing_one(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="--config-file"):
         export.export_student(run, str(tmp_path / "student"))
     export.export_student(run, str(tmp_path / "student"), config_file=str(tmp_path / "moved.yaml"))
+
+
+def test_a_named_config_has_the_class_count_of_its_card(run, tmp_path):
+    splits = "{train: {json: gone.json, images: .}}"
+    card = f"{{name: counted, format: coco, root: ., splits: {splits}, classes: [a, b, c]}}"
+    (tmp_path / "card.yaml").write_text(card)
+    data = ("DATASETS.CARDS", ("card.yaml",), "DATASETS.TRAIN", ("counted_train",))
+    cfg = tiny_cfg(*data, "MODEL.ROI_HEADS.NUM_CLASSES", 80)  # detectron2's own
+    config = tmp_path / "mine.yaml"
+    config.write_text(cfg.dump())
+    export.export_student(run, str(tmp_path / "student"), config_file=str(config))
+    exported = yaml.safe_load((tmp_path / "student" / "config.yaml").read_text())
+    assert exported["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 3
+    assert load_detector(run, config_file=str(config)).class_names == ["a", "b", "c"]
 
 
 def test_wrong_input_is_one_clear_error(run, tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 from ..common.config_files import find_config, load_config, merge_from_list
 from ..common.lazy_config import is_lazy
 from ..config import ConfigError, class_count, teacher_configs
+from ..data.cards import fill_in_class_count
 from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
 from ..weights.lazy_student import build_lazy_student, check_is_of_run
@@ -96,6 +97,7 @@ def load_detector(
     opts = [*(["MODEL.DEVICE", device] if device else []), *opts]
     if config_file:
         cfg = load_config(config_file, opts)
+        fill_in_class_count(cfg)  # a training has written it into its own
     else:
         cfg = read_exported_fcos(config)
         if cfg is not None:

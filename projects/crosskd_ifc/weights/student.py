@@ -14,6 +14,7 @@ from ..common.lazy_config import is_lazy
 from ..common.paths import resolve_path
 from ..common.user_code import refuse_user_code
 from ..config import ConfigError
+from ..data.cards import fill_in_class_count
 from .lazy_student import build_lazy_student, check_is_of_run, written_model
 from .reading import load_weights
 from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
@@ -84,7 +85,10 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
             f"{path}: a LazyConfig, which is code; give the one that {checkpoint} was trained with "
             "by --config-file FILE.py (of an exported FCOS, the training's config)"
         )
-    return load_config(path, key=key, found=not config_file), path
+    cfg = load_config(path, key=key, found=not config_file)
+    if config_file:
+        fill_in_class_count(cfg)  # a training has written it into its own
+    return cfg, path
 
 
 def _student_state(
