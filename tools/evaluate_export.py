@@ -57,8 +57,8 @@ def parse(argv: Optional[List[str]] = None):
     args = parser.parse_args(argv)
     if args.teacher and not args.speed:
         parser.error("--teacher is for --speed")
-    if args.speed < 0 or args.images < 1:
-        parser.error("--speed and --images must be at least 1")
+    if args.speed < 0 or args.images < 1 or args.threads < 0:
+        parser.error("--speed and --images must be at least 1, --threads at least 0")
     args.command = sys.argv[1:] if argv is None else argv
     return args
 

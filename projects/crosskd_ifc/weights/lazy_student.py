@@ -134,6 +134,8 @@ def _fill_in(cfg: CfgNode, config: DictConfig, model: nn.Module, path: str) -> N
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = _test_size(config, path)
     cfg.MODEL.PIXEL_MEAN = model.pixel_mean.flatten().tolist()
     cfg.DATASETS.TEST = tuple(dataset_names(config, "test"))
+    sigmas = select(config, "dataloader.evaluator.kpt_oks_sigmas")
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = list(sigmas or [])
     predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", model)
     predictor = predictor[0] if isinstance(predictor, nn.ModuleList) else predictor
     if not hasattr(predictor, "test_score_thresh") or not hasattr(predictor, "test_nms_thresh"):
@@ -142,6 +144,8 @@ def _fill_in(cfg: CfgNode, config: DictConfig, model: nn.Module, path: str) -> N
             "detectron2's box predictors and dense detectors have"
         )
     head = cfg.MODEL[head_section(cfg)]
+    heads = getattr(model, "roi_heads", model)
+    head.NUM_CLASSES = getattr(heads, "num_classes", head.NUM_CLASSES)
     head.SCORE_THRESH_TEST = float(predictor.test_score_thresh)
     head.NMS_THRESH_TEST = float(predictor.test_nms_thresh)
 

@@ -5,6 +5,8 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
@@ -36,6 +38,12 @@ class Student(NamedTuple):
         if self.node is None:
             return stock_config(self.cfg, weights)
         return lazy_stock_config(self.node, self.cfg, weights)
+
+    def mapper(self) -> DatasetMapper:
+        """What reads and resizes a test image; of the training's data it needs to know nothing."""
+        size = self.cfg.INPUT
+        resize = T.ResizeShortestEdge(size.MIN_SIZE_TEST, size.MAX_SIZE_TEST)
+        return DatasetMapper(False, augmentations=[resize], image_format=size.FORMAT)
 
 
 def load_student(checkpoint: str, config_file: str = "", overrides: Sequence[str] = ()) -> Student:
