@@ -21,7 +21,7 @@ from crosskd_ifc.common.lazy_config import is_lazy
 from crosskd_ifc.weights.export import FORMATS, export_student
 
 YACS = """\
-Use it wherever detectron2 is installed:
+Use it wherever detectron2 is installed{own}:
 
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultPredictor
@@ -33,7 +33,7 @@ Use it wherever detectron2 is installed:
 Or look at what it finds: {predict}
 """
 LAZY = """\
-Use it wherever detectron2 is installed:
+Use it wherever detectron2 is installed{own}:
 
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import LazyConfig, instantiate
@@ -80,7 +80,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if options["int8"]:
         print("In int8 it finds something else: measure its AP by tools/evaluate_export.py\n")
     usage = FILE if same != "exactly" else LAZY if done.is_lazy else YACS
-    print(usage.format(config=done.config, predict=_predict(out, **options)))
+    own = f", with code of your own: {', '.join(done.own_code)}" if done.own_code else ""
+    print(usage.format(config=done.config, own=own, predict=_predict(out, **options)))
     return 0
 
 

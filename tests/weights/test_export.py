@@ -20,6 +20,7 @@ from helpers import distilling, tiny_batch, tiny_cfg, tiny_model
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.detector import load_detector
+from crosskd_ifc.common.user_code import import_user_code
 from crosskd_ifc.weights import export, stock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -329,6 +330,31 @@ def test_parts_without_stock_counterpart_are_refused(run, tmp_path, monkeypatch)
     monkeypatch.delitem(stock.STOCK_CLASSES, "CrossKDROIHeads")
     with pytest.raises(ConfigError, match="CrossKDROIHeads"):
         export.export_student(run, str(tmp_path / "student"))
+
+
+OWN = """
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+
+@BACKBONE_REGISTRY.register()
+def build_{}(cfg, input_shape):
+    return build_resnet_fpn_backbone(cfg, input_shape)
+"""
+
+
+def test_code_of_the_users_own_is_named_where_the_model_needs_it(tmp_path, capsys):
+    names = ("own_part", "own_other")
+    files = [str(tmp_path / f"{name}.py") for name in names]
+    for name, file in zip(names, files):
+        Path(file).write_text(OWN.format(name))
+    cfg = tiny_cfg("MODEL.CROSSKD.IMPORTS", files)
+    import_user_code(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_own_part"
+    run, out = write_run(tmp_path / "run", tiny_model(cfg), cfg), tmp_path / "out"
+    assert main(run, out, "--config-file", Path(run).with_name("config.yaml")) == 0
+    where = f"wherever detectron2 is installed, with code of your own: {files[0]}:\n"
+    assert where in capsys.readouterr().out
+    assert f"# It needs code of your own: {files[0]!r}.\n" in (out / "config.yaml").read_text()
 
 
 def test_script_prints_what_was_written_and_how_to_use_it(run, tmp_path, capsys):

@@ -4,10 +4,10 @@ Reading one runs it, so only files are read that the user has named and those of
 """
 
 import builtins
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 from detectron2.config import LazyConfig, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..config import ConfigError
@@ -86,6 +86,18 @@ def instantiate_model(cfg: DictConfig, *, what: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{what} builds a {type(model).__name__}, which is no model")
     return model
+
+
+def calls(node: Any) -> Iterator[DictConfig]:
+    """The nodes below this one, and itself, that are calls."""
+    if not isinstance(node, (DictConfig, ListConfig)):
+        return
+    if isinstance(node, DictConfig) and "_target_" in node:
+        yield node
+    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for key in keys:
+        if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
+            yield from calls(node[key])
 
 
 def explain(error: Exception) -> str:

@@ -13,6 +13,7 @@ from ..common.files import refuse_overwriting, staging_folder, write_json
 from .deployed import INFO_NAME, DeployedModel, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
 from .metadata import METADATA_NAME, describe_detector
+from .own_code import own_code
 from .quantizing import quantize
 from .reading import save_safetensors
 from .samples import calibration_images, sample_images
@@ -36,6 +37,7 @@ class Export(NamedTuple):
         parameters: their number.
         detections: how many were compared in the verification.
         dropped: what the checkpoint holds beside the student.
+        own_code: files of the user's own that ``config`` needs (:func:`own_code`).
     """
 
     weights: str
@@ -45,6 +47,7 @@ class Export(NamedTuple):
     parameters: int
     detections: int
     dropped: List[str]
+    own_code: Sequence[str] = ()
 
 
 def export_student(
@@ -117,6 +120,7 @@ def export_student(
         PathManager.mkdirs(folder)
         if format == "detectron2":
             stock = found.stock_config(os.path.join(out, _WEIGHTS))
+            needed = own_code(stock)
             as_lazy = not isinstance(stock, CfgNode)
             names = _WEIGHTS, _CONFIG
             torch.save({"model": student.state_dict()}, os.path.join(folder, _WEIGHTS))
@@ -127,6 +131,7 @@ def export_student(
             detections, now = _verify_stock(student, folder, as_lazy)
         else:
             now, as_lazy, names = format, False, (GRAPH_NAMES[format], INFO_NAME)
+            needed = []
             info = describe(cfg, format, size)
             samples = sample_images(cfg, info, images)
             write_graph(student, info, samples[0], folder)
@@ -137,7 +142,8 @@ def export_student(
     weights, config = (os.path.join(out, name) for name in names)
     parameters = sum(p.numel() for p in student.parameters())
     architecture = (cfg.MODEL.META_ARCHITECTURE, now)
-    return Export(weights, config, architecture, as_lazy, parameters, detections, found.dropped)
+    counts = parameters, detections
+    return Export(weights, config, architecture, as_lazy, *counts, found.dropped, needed)
 
 
 def _check_out(out: str, sources: Sequence[str], force: bool) -> None:

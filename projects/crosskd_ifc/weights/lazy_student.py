@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..common.config_files import check_yaml, find_config
-from ..common.lazy_config import instantiate_model, is_saved_lazy, load_lazy_config
+from ..common.lazy_config import calls, instantiate_model, is_saved_lazy, load_lazy_config
 from ..common.lazy_detectors import config_of_node, dataset_names, input_format_of, select
 from ..config import ConfigError, head_section
 from .stock import STOCK_CLASSES, is_ours
@@ -56,7 +56,7 @@ def build_lazy_student(path: str, overrides: Sequence[str] = ()) -> LazyStudent:
     written = load_lazy_config(path, overrides, key="--config-file")
     config = copy.deepcopy(written)
     cfg = config_of_node(config)
-    for parent in _calls(config.model):
+    for parent in calls(config.model):
         _make_stock(parent)
     try:
         OmegaConf.resolve(config.model)
@@ -90,18 +90,6 @@ def check_is_of_run(student: LazyStudent, checkpoint: str) -> None:
             f"({beside}); repeat the run's overrides in --overrides. If the difference is meant, "
             "take a copy of the checkpoint in another folder"
         )
-
-
-def _calls(node: Any) -> Iterator[DictConfig]:
-    """The nodes below this one, and itself, that are calls."""
-    if not isinstance(node, (DictConfig, ListConfig)):
-        return
-    if isinstance(node, DictConfig) and "_target_" in node:
-        yield node
-    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
-    for key in keys:
-        if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
-            yield from _calls(node[key])
 
 
 def _make_stock(node: DictConfig) -> None:

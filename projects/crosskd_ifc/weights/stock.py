@@ -23,6 +23,7 @@ from torch import nn
 from ..common.config_files import check_yaml, default_config, merge_from_list
 from ..common.lazy_config import explain, is_saved_lazy
 from ..config import ConfigError, remove_crosskd_ifc_config
+from .own_code import own_code
 from .reading import load_weights
 
 # This project's classes -> the stock ones that they are in evaluation.
@@ -114,8 +115,11 @@ def write_config(stock: Union[CfgNode, DictConfig], path: str) -> None:
         LazyConfig.save(stock, path)
         with PathManager.open(path) as f:
             key, text = "train.init_checkpoint", f.read()
+    header, files = _HEADER.format(key), own_code(stock)
+    if files:
+        header += f"# It needs code of your own: {', '.join(map(ascii, files))}.\n"
     with PathManager.open(path, "w") as f:
-        f.write(_HEADER.format(key) + text)
+        f.write(header + text)
 
 
 def read_exported_fcos(path: str) -> Optional[CfgNode]:
