@@ -149,7 +149,9 @@ def test_predict_runs_it_from_the_file_that_the_user_names(tmp_path):
     for weights, file in zip((str(run.folder), str(tmp_path / "out")), files):
         found = load_detector(weights, config_file=run.config, device="cpu").detect(picture)
         assert torch.equal(found.scores, wanted.scores) and len(found) > 0
-        with pytest.raises(ConfigError, match="a LazyConfig, .*; give the .py file .*--config-file"):
+        with pytest.raises(
+            ConfigError, match="a LazyConfig, .*; give the .py file .*--config-file"
+        ):
             load_detector(weights)
         with pytest.raises(ConfigError, match="a LazyConfig, .* by --config-file FILE.py"):
             export_student(file, str(tmp_path / "new"))
@@ -227,6 +229,20 @@ def test_the_checkpoints_ap_can_be_measured(tmp_path, monkeypatch):
     run = Run(tmp_path, text)
     found = evaluate_checkpoint(run.checkpoint, "crosskd_shapes_test", run.config)
     assert 0 <= found["bbox"]["AP"] < 5
+
+
+def test_what_was_exported_is_exported_and_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("crosskd_ifc.weights.evaluating.dataset_records", few_records)
+    run = Run(tmp_path, RCNN.replace("num_classes = 3", "num_classes = 8"))
+    done = run.export(tmp_path / "out")
+    options = dict(config_file=run.config, format="torchscript")
+    again = export_student(done.weights, str(tmp_path / "again"), **options)
+    assert again.detections > 0
+    found, wanted = (
+        evaluate_checkpoint(weights, "crosskd_shapes_test", run.config)["bbox"]["AP"]
+        for weights in (done.weights, run.checkpoint)
+    )
+    assert found == wanted
 
 
 def few_records(name):

@@ -84,11 +84,10 @@ def load_detector(
         ConfigError: if weights or config can't be found, read or combined.
     """
     file, config = _find(weights, config_file)
-    exported = read_metadata(os.path.dirname(file))
-    names = exported.get("classes")
+    names = read_metadata(os.path.dirname(file)).get("classes")
     if is_lazy(config_file):
         student = build_lazy_student(config_file, opts)
-        if not (exported or opts):
+        if not opts:
             check_is_of_run(student, file)
         student.cfg.MODEL.DEVICE = device or student.cfg.MODEL.DEVICE
         _check_device(student.cfg)

@@ -18,6 +18,7 @@ from ..common.config_files import check_yaml, find_config
 from ..common.lazy_config import calls, instantiate_model, is_saved_lazy, load_lazy_config
 from ..common.lazy_detectors import config_of_node, dataset_names, input_format_of, select
 from ..config import ConfigError, head_section
+from .metadata import read_metadata
 from .stock import STOCK_CLASSES, is_ours
 
 _AUGMENTATIONS = "dataloader.test.mapper.augmentations"
@@ -69,14 +70,16 @@ def build_lazy_student(path: str, overrides: Sequence[str] = ()) -> LazyStudent:
 
 def check_is_of_run(student: LazyStudent, checkpoint: str) -> None:
     """Refuse a LazyConfig that describes another model than that of the run, whose config.yaml
-    lies beside the checkpoint: weights may fit all the same.
+    lies beside the checkpoint: weights may fit all the same. What lies beside an exported
+    student is no run's.
 
     Raises:
         ConfigError: naming the first path that differs.
     """
-    beside = os.path.join(os.path.dirname(checkpoint), "config.yaml")
+    folder = os.path.dirname(checkpoint)
+    beside = os.path.join(folder, "config.yaml")
     then = written_model(beside)
-    if then is None:
+    if then is None or read_metadata(folder):
         return
     with tempfile.TemporaryDirectory() as folder:
         again = os.path.join(folder, "config.yaml")
