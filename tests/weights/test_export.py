@@ -21,7 +21,7 @@ from helpers import distilling, tiny_batch, tiny_cfg, tiny_model
 from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.detector import load_detector
 from crosskd_ifc.common.user_code import import_user_code
-from crosskd_ifc.weights import export, stock
+from crosskd_ifc.weights import export, stock, student
 
 ROOT = Path(__file__).resolve().parents[2]
 # Another width than the student's: the taps need adapters.
@@ -275,6 +275,14 @@ def test_config_file_stands_in_for_a_missing_one(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="--config-file"):
         export.export_student(run, str(tmp_path / "student"))
     export.export_student(run, str(tmp_path / "student"), config_file=str(tmp_path / "moved.yaml"))
+
+
+def test_a_checkpoint_of_an_url_without_a_config_is_one_error(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(student, "load_weights", lambda _: torch.load(run, weights_only=True))
+    with pytest.raises(
+        FileNotFoundError, match="^http://x/a.pth: there is no config in it.*--conf"
+    ):
+        export.export_student("http://x/a.pth", str(tmp_path / "student"))
 
 
 def test_a_named_config_has_the_class_count_of_its_card(run, tmp_path):

@@ -78,7 +78,8 @@ def export_student(
             ``config.yaml`` (a LazyConfig, if it is of FCOS or the student was of one); else with
             ``model.ts`` or ``model.onnx``, and ``model.json``.
         config_file: of the checkpoint's training; empty for the one in the checkpoint, or, if it
-            holds none, the ``config.yaml`` beside it. A LazyConfig (.py) is code, and is run.
+            holds none, the one beside it: of ``x.pth`` an ``x.yaml``, or ``config.yaml``. A
+            LazyConfig (.py) is code, and is run.
         overrides: of a LazyConfig, in its syntax: those of its training.
         format: one of ``FORMATS``.
         images: files to verify a ``torchscript`` or ``onnx`` file with; empty for the first ones of

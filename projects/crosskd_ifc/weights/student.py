@@ -72,7 +72,7 @@ def load_student(checkpoint: str, config_file: str = "", overrides: Sequence[str
 
 def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
     """The config of a checkpoint's student, and the file that it is from."""
-    key, path = "the config", os.path.join(os.path.dirname(checkpoint), "config.yaml")
+    key, path = "the config", _beside(checkpoint)
     held = content.get("config") if isinstance(content, Mapping) else None
     if config_file:
         key, path = "--config-file", config_file
@@ -83,10 +83,10 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
         cfg = load_config_text(text, source=f"{checkpoint}: the config in it")
         refuse_user_code(cfg, checkpoint)
         return cfg, checkpoint
-    elif not PathManager.isfile(path):
+    elif not path:
         raise FileNotFoundError(
-            f"{path}: no such file. Training writes it beside its checkpoints; give the config "
-            f"that {checkpoint} was trained with by --config-file"
+            f"{checkpoint}: there is no config in it, and no config.yaml beside it, where training "
+            "writes one; give the config that it was trained with by --config-file"
         )
     elif written_model(path) is not None:
         raise ConfigError(
@@ -97,6 +97,16 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
     if config_file:
         fill_in_class_count(cfg)  # a training has written it into its own
     return cfg, path
+
+
+def _beside(checkpoint: str) -> str:
+    """The config of x.pth: x.yaml, as that of a converted detector, or config.yaml; "" if there is
+    none."""
+    if "://" in checkpoint:
+        return ""
+    paths = [os.path.splitext(checkpoint)[0] + ".yaml"]
+    paths.append(os.path.join(os.path.dirname(checkpoint), "config.yaml"))
+    return next(filter(PathManager.isfile, paths), "")
 
 
 def _student_state(
