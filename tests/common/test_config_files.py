@@ -154,6 +154,17 @@ def test_teacher_weights_that_are_nowhere_are_told_with_what_was_tried(tmp_path,
         check_teacher_weights(weights)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [("", "it is empty"), ("# all a comment\n", "it is empty"), ("- a\n", "a list")],
+)
+def test_a_file_without_sections_is_one_error(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"config.yaml: {message}; expected KEY: VALUE sections"):
+        merged(path)
+
+
 @pytest.mark.parametrize("name", ["lazy.py", "lazy.yaml"])
 def test_a_lazyconfig_is_named_as_such(tmp_path, name):
     (tmp_path / "lazy.py").write_text("model = {}\n")

@@ -59,7 +59,10 @@ class _CheckedCfg(CN):
             text = f.read()
         check_yaml(text)
         content = yaml.safe_load(text)
-        if isinstance(content, dict) and is_saved_lazy(content):
+        if not isinstance(content, dict):
+            found = "it is empty" if content is None else f"a {type(content).__name__}"
+            raise ConfigError(f"{filename}: {found}; expected KEY: VALUE sections, as in a config")
+        if is_saved_lazy(content):
             raise ConfigError(f"{filename}: {_LAZY}")
         for key in _FILES:
             *sections, leaf = key.split(".")
