@@ -175,6 +175,15 @@ def test_the_script_says_how_to_look_at_what_the_student_finds(tmp_path, capsys)
     assert (tmp_path / "pictures" / "photo.png").is_file()
 
 
+def test_an_override_fills_in_what_a_file_leaves_open(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("model = dict(channels='???', classes=3)\n")
+    config = load_lazy_config(str(path), ["model.channels=4"], key="test")
+    assert config.model == {"channels": 4, "classes": 3}
+    with pytest.raises(ConfigError, match="there is no model.size"):
+        load_lazy_config(str(path), ["model.size=4"], key="test")
+
+
 def test_overrides_of_the_training_are_asked_for(tmp_path):
     override = "model.pixel_mean=[1.0,2.0,3.0]"  # the weights fit without it
     run = Run(tmp_path, RCNN, override)
