@@ -285,6 +285,25 @@ def test_a_checkpoint_of_an_url_without_a_config_is_one_error(run, tmp_path, mon
         export.export_student("http://x/a.pth", str(tmp_path / "student"))
 
 
+def test_a_grey_student_is_exported(tmp_path):
+    cfg = tiny_cfg("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [1.0])
+    run = write_run(tmp_path / "run", build_model(cfg), cfg)
+    assert export.export_student(run, str(tmp_path / "student")).detections > 50
+
+
+def test_a_named_config_that_finds_something_else_is_told(run, tmp_path, caplog):
+    checkpoint = torch.load(run, weights_only=True)
+    checkpoint["config"] = {"yaml": tiny_cfg().dump(), "processes": 1}
+    torch.save(checkpoint, run)
+    config = tmp_path / "mine.yaml"
+    opts = ["INPUT.FORMAT", "RGB", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.3, "SOLVER.BASE_LR", 9.0]
+    for name, more, told in (("a", [], False), ("b", opts, True)):
+        config.write_text(tiny_cfg(*more).dump())
+        export.export_student(run, str(tmp_path / name), config_file=str(config))
+        assert bool(caplog.messages) == told
+    assert "mine.yaml: INPUT.FORMAT, MODEL.ROI_HEADS.SCORE_THRESH_TEST differ" in caplog.text
+
+
 def test_a_named_config_has_the_class_count_of_its_card(run, tmp_path):
     splits = "{train: {json: gone.json, images: .}}"
     card = f"{{name: counted, format: coco, root: ., splits: {splits}, classes: [a, b, c]}}"

@@ -182,7 +182,8 @@ def _verify_stock(student: nn.Module, folder: str, as_lazy: bool) -> Tuple[int, 
         if hasattr(module, "test_score_thresh"):
             module.test_score_thresh = -1.0  # so that there is something to compare
     g = torch.Generator().manual_seed(0)
-    images = [torch.randint(0, 256, (3, *hw), generator=g).float() for hw in ((96, 128), (128, 96))]
+    sizes = [(len(student.pixel_mean), *hw) for hw in ((96, 128), (128, 96))]
+    images = [torch.randint(0, 256, size, generator=g).float() for size in sizes]
     found, wanted = ([x["instances"] for x in m([{"image": i} for i in images])] for m in models)
     if not all(map(_equal, found, wanted)):
         raise ValueError(
