@@ -17,6 +17,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import GeneralizedRCNN, build_model
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model
+from test_lazy_student import RCNN, Run
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.detector import load_detector
@@ -283,6 +284,13 @@ def test_a_checkpoint_of_an_url_without_a_config_is_one_error(run, tmp_path, mon
         FileNotFoundError, match="^http://x/a.pth: there is no config in it.*--conf"
     ):
         export.export_student("http://x/a.pth", str(tmp_path / "student"))
+
+
+def test_a_checkpoint_of_an_url_is_exported_with_its_lazyconfig(tmp_path, monkeypatch):
+    lazy = Run(tmp_path, RCNN)
+    monkeypatch.setattr(student, "load_weights", lambda _: torch.load(lazy.checkpoint))
+    options = dict(config_file=lazy.config)
+    assert export.export_student("http://x/a.pth", str(tmp_path / "out"), **options).detections > 0
 
 
 def test_a_grey_student_is_exported(tmp_path):

@@ -78,7 +78,7 @@ def check_is_of_run(student: LazyStudent, checkpoint: str) -> None:
     """
     folder = os.path.dirname(checkpoint)
     beside = os.path.join(folder, "config.yaml")
-    then = written_model(beside)
+    then = None if "://" in folder else written_model(beside)
     if then is None or read_metadata(folder):
         return
     with tempfile.TemporaryDirectory() as folder:
