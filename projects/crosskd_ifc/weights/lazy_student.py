@@ -173,7 +173,7 @@ def written_model(path: str) -> Any:
             text = f.read()
         check_yaml(text)
         content = _plain(yaml.compose(text, yaml.SafeLoader))
-    except (UnicodeDecodeError, yaml.YAMLError):
+    except (RecursionError, UnicodeDecodeError, yaml.YAMLError):
         return None
     return content["model"] if isinstance(content, dict) and is_saved_lazy(content) else None
 
