@@ -51,14 +51,17 @@ def parse(argv: Optional[List[str]] = None):
         "--speed", type=int, default=0, metavar="ROUNDS", help="measure images per second, no AP"
     )
     parser.add_argument("--teacher", default="", help="a checkpoint whose speed to measure, too")
+    parser.add_argument("--teacher-config", default="", help="the config it was trained with")
     parser.add_argument("--images", type=int, default=16, help="of a round")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--json", default="", metavar="FILE", help="for what was found")
     args = parser.parse_args(argv)
+    if args.teacher_config and not args.teacher:
+        parser.error("--teacher-config is for --teacher")
     if args.teacher and not args.speed:
         parser.error("--teacher is for --speed")
-    if args.speed < 0 or args.images < 1:
-        parser.error("--speed and --images must be at least 1")
+    if args.speed < 0 or args.images < 1 or args.threads < 0:
+        parser.error("--speed and --images must be at least 1, --threads at least 0")
     args.command = sys.argv[1:] if argv is None else argv
     return args
 
@@ -114,7 +117,7 @@ def _print(name: str, results: dict) -> None:
 
 
 def _speeds(args) -> Dict[str, Any]:
-    checkpoints = {"teacher": (args.teacher,)} if args.teacher else {}
+    checkpoints = {"teacher": (args.teacher, args.teacher_config)} if args.teacher else {}
     if args.checkpoint:
         checkpoints["checkpoint"] = (args.checkpoint, args.config_file, args.overrides)
     records = dataset_records(args.dataset)[: args.images]

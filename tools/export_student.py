@@ -17,10 +17,11 @@ import sys
 from typing import List, Optional
 
 from crosskd_ifc.common.command_line import tool_command, tool_parser
+from crosskd_ifc.common.lazy_config import is_lazy
 from crosskd_ifc.weights.export import FORMATS, export_student
 
 YACS = """\
-Use it wherever detectron2 is installed:
+Use it wherever detectron2 is installed{own}:
 
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultPredictor
@@ -29,10 +30,10 @@ Use it wherever detectron2 is installed:
     cfg.merge_from_file({config!r})
     detections = DefaultPredictor(cfg)(image)["instances"]  # image as from cv2.imread
 
-Or look at what it finds: {predict} {out} PHOTOS
+Or look at what it finds: {predict}
 """
 LAZY = """\
-Use it wherever detectron2 is installed:
+Use it wherever detectron2 is installed{own}:
 
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import LazyConfig, instantiate
@@ -42,7 +43,7 @@ Use it wherever detectron2 is installed:
     DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
     detections = model([{{"image": image}}])[0]["instances"]  # resized as cfg.input says
 
-Or look at what it finds: {predict} {out} PHOTOS
+Or look at what it finds: {predict}
 """
 FILE = "docs/deploy.md has a program that runs it without detectron2 and torch.\n"
 
@@ -79,9 +80,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     if options["int8"]:
         print("In int8 it finds something else: measure its AP by tools/evaluate_export.py\n")
     usage = FILE if same != "exactly" else LAZY if done.is_lazy else YACS
-    predict = tool_command("predict")
-    print(usage.format(config=done.config, out=shlex.quote(out), predict=predict))
+    own = f", with code of your own: {', '.join(done.own_code)}" if done.own_code else ""
+    print(usage.format(config=done.config, own=own, predict=_predict(out, **options)))
     return 0
+
+
+def _predict(out: str, config_file: str, overrides: List[str], **_) -> str:
+    """How to look at what it finds. A LazyConfig student's config is code: its file is named."""
+    more = ["--config-file", config_file] if is_lazy(config_file) else []
+    more += ["--opts", *overrides] if overrides else []
+    return f"{tool_command('predict')} {shlex.join([out, 'PHOTOS', *more])}"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from detectron2.utils import comm
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.common.user_code import import_user_code
-from crosskd_ifc.data.cards import fill_in_class_count
+from crosskd_ifc.data.cards import fill_in_class_count, locate_cards
 from crosskd_ifc.training.launching import invoke
 from crosskd_ifc.training.running import check_run, evaluate, train
 
@@ -39,6 +39,7 @@ def setup(args) -> CfgNode:
         merge_from_file(cfg, args.config_file, key="--config-file")
     merge_from_list(cfg, args.opts, key="command line")
     import_user_code(cfg)
+    locate_cards(cfg)
     fill_in_class_count(cfg)
     cfg.freeze()
     check_run(cfg, args)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from crosskd_ifc.common.command_line import run_tool
+
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
@@ -29,3 +31,14 @@ def test_help_shows_every_default(tool, monkeypatch, capsys):
     for action in parsers[0]._actions:
         if action.default not in (None, False, "", argparse.SUPPRESS) and action.default != []:
             assert f"(default: {action.default})" in shown, action.option_strings
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line_and_the_other_way_round(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for write in (
+        lambda: (tmp_path / "file" / "x").mkdir(),
+        lambda: (tmp_path / "file").mkdir(),
+        lambda: tmp_path.write_text(""),
+    ):
+        with pytest.raises(SystemExit, match="^error: .*" + str(tmp_path)):
+            run_tool(write)

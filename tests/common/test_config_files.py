@@ -123,6 +123,25 @@ def test_each_of_several_teachers_has_its_files_beside_the_config(tmp_path, monk
     assert second == {"WEIGHTS": "b.pth"}
 
 
+def test_a_tuple_in_yacs_notation_names_files_beside_the_config_as_a_list_does(
+    tmp_path, monkeypatch
+):
+    for folder in (tmp_path / "here", tmp_path):
+        folder.mkdir(exist_ok=True)
+        for name in ("card.yaml", "own.py", "t.pth"):
+            (folder / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "config.yaml").write_text(
+        "DATASETS: {CARDS: '(\"card.yaml\",)'}\n"
+        'MODEL:\n  CROSSKD:\n    IMPORTS: ("own.py", "torch")\n'
+        "    TEACHERS: \"({'WEIGHTS': 't.pth'},)\"\n"
+    )
+    cfg, here = merged("here/config.yaml"), tmp_path / "here"
+    assert cfg.DATASETS.CARDS == (f"{here}/card.yaml",)
+    assert cfg.MODEL.CROSSKD.IMPORTS == (f"{here}/own.py", "torch")
+    assert cfg.MODEL.CROSSKD.TEACHERS == ({"WEIGHTS": f"{here}/t.pth"},)
+
+
 def test_teacher_weights_that_are_nowhere_are_told_with_what_was_tried(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -133,6 +152,17 @@ def test_teacher_weights_that_are_nowhere_are_told_with_what_was_tried(tmp_path,
     tried = f"Tried: {tmp_path}/here/lost.pth, {tmp_path}/lost.pth"
     with pytest.raises(ConfigError, match=f"there is no file 'lost.pth'.* {tried}$"):
         check_teacher_weights(weights)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("", "it is empty"), ("# all a comment\n", "it is empty"), ("- a\n", "a list")],
+)
+def test_a_file_without_sections_is_one_error(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"config.yaml: {message}; expected KEY: VALUE sections"):
+        merged(path)
 
 
 @pytest.mark.parametrize("name", ["lazy.py", "lazy.yaml"])

@@ -2,10 +2,11 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
-from crosskd_ifc.common.files import replacing
+from crosskd_ifc.common.files import read_json, replacing, write_json
 
 
 def test_two_writers_of_one_file_dont_disturb_each_other(tmp_path):
@@ -45,3 +46,10 @@ def test_a_file_gets_the_mode_of_any_new_file(tmp_path):
         f.write(b"all")
     (tmp_path / "b").write_text("plain")
     assert os.stat(tmp_path / "a").st_mode == os.stat(tmp_path / "b").st_mode
+
+
+def test_json_holds_null_where_there_is_no_number(tmp_path):
+    path = str(tmp_path / "a.json")
+    write_json(path, {"AP": float("nan"), "more": [{"b": -float("inf")}, (1.5, "x", None, True)]})
+    assert "NaN" not in Path(path).read_text() and "Infinity" not in Path(path).read_text()
+    assert read_json(path) == {"AP": None, "more": [{"b": None}, [1.5, "x", None, True]]}

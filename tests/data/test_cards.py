@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import struct
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from helpers import tiny_cfg
@@ -172,6 +174,19 @@ class Coco(Voc):
 
 
 # Cards
+
+
+def test_a_run_keeps_where_a_card_of_the_current_folder_lies(tmp_path, monkeypatch):
+    Voc(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_cfg("DATASETS.CARDS", ("card.yaml",))
+    cfg.merge_from_list(["DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ()])
+    cfg.merge_from_list(["MODEL.ROI_HEADS.NUM_CLASSES", 80, "MODEL.CROSSKD.ENABLED", False])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    args = default_argument_parser().parse_args(["--config-file", "config.yaml"])
+    found = runpy.run_path(str(REPO / "tools" / "train_net.py"))["setup"](args)
+    assert found.DATASETS.CARDS == (str(tmp_path / "card.yaml"),)
+    assert found.MODEL.ROI_HEADS.NUM_CLASSES == 2
 
 
 @pytest.mark.parametrize(

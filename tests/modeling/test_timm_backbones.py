@@ -14,7 +14,7 @@ from test_dense import dense_cfg, telling
 
 from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.modeling.timm_backbones import TimmBackbone, timm_input
-from crosskd_ifc.weights.export import stock_config
+from crosskd_ifc.weights.stock import stock_config
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "tools"))
 import timm_weights as tool  # noqa: E402

@@ -13,6 +13,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model, build_resnet_backbone
 
 from crosskd_ifc.weights import convert
+from crosskd_ifc.weights.reading import save_safetensors
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
 ARCHITECTURES = {
@@ -211,6 +212,22 @@ def test_nothing_is_overwritten_unless_forced(source, tmp_path):
     convert.convert_file(path, str(out), force=True)
     assert torch.load(out, weights_only=True)["matching_heuristics"] is True
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.pth", "torchvision.pth"]
+
+
+@pytest.mark.parametrize("held_as", ["safetensors", "model", "state_dict"])
+def test_weights_held_by_another_file_are_those_of_the_state_dict(held_as, tmp_path):
+    state = torchvision_model(18).state_dict()
+    sources = str(tmp_path / "alone.pth"), str(tmp_path / f"held.{held_as}")
+    torch.save(state, sources[0])
+    if held_as == "safetensors":
+        save_safetensors(state, sources[1])
+    else:
+        torch.save({held_as: state, "epoch": 3}, sources[1])
+    outs = [str(tmp_path / name) for name in ("a.pth", "b.pth")]
+    done = [convert.convert_file(source, out) for source, out in zip(sources, outs)]
+    assert done[0].found == done[1].found and set(done[0].dropped) == set(done[1].dropped)
+    wanted, found = (torch.load(out, weights_only=True)["model"] for out in outs)
+    assert list(found) and all(torch.equal(found[k], v) for k, v in wanted.items())
 
 
 def test_script_prints_depth_and_the_keys_to_set(source, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,25 @@ def test_the_tool_measures_speed_in_turns(labelled, tmp_path, capsys):
     assert list(speeds) == ["teacher", "checkpoint", "onnx"]
     printed = capsys.readouterr().out
     assert all(f" {x['median']:.1f} " in printed and x["median"] > 0 for x in speeds.values())
+
+
+def test_a_teachers_config_lies_beside_its_weights_or_is_named(labelled, tmp_path, capsys):
+    main = runpy.run_path(str(TOOL))["main"]
+    run, student = make("RetinaNet", tmp_path / "run", "DATASETS.TEST", ("labelled",))
+    labelled(student)
+    export_student(run, str(tmp_path / "out"), format="torchscript")
+    teacher, config = tmp_path / "teacher.pth", tmp_path / "teacher.yaml"
+    shutil.copy(run, teacher)
+    arguments = [str(tmp_path / "out"), "--dataset", "labelled", "--speed", "1", "--images", "1"]
+    arguments += ["--teacher", str(teacher)]
+    assert main(arguments) == 1
+    assert "teacher.pth: there is no config in it" in capsys.readouterr().err
+    shutil.copy(tmp_path / "run" / "config.yaml", config)
+    assert main(arguments) == 0
+    config.rename(tmp_path / "moved.yaml")
+    assert main([*arguments, "--teacher-config", str(tmp_path / "moved.yaml")]) == 0
+    with pytest.raises(SystemExit):
+        main([*arguments[:-2], "--teacher-config", "x.yaml"])
 
 
 def test_parts_take_turns_and_the_first_rounds_do_not_count():

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import GeneralizedRCNN, build_model
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model
+from test_lazy_student import RCNN, Run
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.weights import export, stock
+from crosskd_ifc.analysis.detector import load_detector
+from crosskd_ifc.common.user_code import import_user_code
+from crosskd_ifc.weights import export, stock, student
 
 ROOT = Path(__file__).resolve().parents[2]
 # Another width than the student's: the taps need adapters.
@@ -167,16 +171,50 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
     out = tmp_path / "student"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    (out / "model.pth").write_text("mine")
     with pytest.raises(FileExistsError, match="--force"):
         export.export_student(run, str(out))
-    assert (out / "model.pth").read_text() == "mine"
     export.export_student(run, str(out), force=True)
     assert sorted(os.listdir(out)) == ["config.yaml", "metadata.json", "model.pth", "notes.txt"]
 
-    # Not even then over the checkpoint and its config.
-    with pytest.raises(FileExistsError, match="overwrite the input"):
-        export.export_student(run, os.path.dirname(run), force=True)
+
+@pytest.mark.parametrize("name, left", [("model.pth", "notes.txt"), ("config.yaml", "x.pth")])
+def test_a_folder_that_is_no_export_is_refused_even_if_forced(run, name, left, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    for file in (name, left):
+        (out / file).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"mine: its {name} is not of an export; give anothe"):
+        export.export_student(run, str(out), force=True)
+    assert sorted(os.listdir(out)) == sorted([name, left])
+    assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", ["detectron2", "torchscript"])
+def test_the_folder_of_a_training_is_refused_even_if_forced(run, format, tmp_path):
+    folder = Path(run).parent
+    checkpoint = torch.load(run, weights_only=True)
+    checkpoint["config"] = {"yaml": (folder / "config.yaml").read_text()}
+    torch.save(checkpoint, run)
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "last_checkpoint" in kept
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match="run: a training's folder; give another OUT"):
+            export.export_student(run, str(folder), format=format, force=True)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+        # An export into it by an earlier version doesn't make it one.
+        (folder / "model.json").write_text("{}")
+        kept["model.json"] = b"{}"
+
+
+def test_a_checkpoints_own_folder_keeps_its_config(run, tmp_path):
+    folder = tmp_path / "student"
+    export.export_student(run, str(folder))
+    config = (folder / "config.yaml").read_text()
+    shutil.copy(run, folder / "other.pth")
+    with pytest.raises(FileExistsError, match="config.yaml: this would overwrite the input"):
+        options = dict(config_file=str(Path(run).with_name("config.yaml")), force=True)
+        export.export_student(str(folder / "other.pth"), str(folder), **options)
+    assert (folder / "config.yaml").read_text() == config
 
 
 def test_a_forced_export_leaves_nothing_of_an_earlier_one(run, tmp_path):
@@ -240,6 +278,54 @@ def test_config_file_stands_in_for_a_missing_one(run, tmp_path):
     export.export_student(run, str(tmp_path / "student"), config_file=str(tmp_path / "moved.yaml"))
 
 
+def test_a_checkpoint_of_an_url_without_a_config_is_one_error(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(student, "load_weights", lambda _: torch.load(run, weights_only=True))
+    with pytest.raises(
+        FileNotFoundError, match="^http://x/a.pth: there is no config in it.*--conf"
+    ):
+        export.export_student("http://x/a.pth", str(tmp_path / "student"))
+
+
+def test_a_checkpoint_of_an_url_is_exported_with_its_lazyconfig(tmp_path, monkeypatch):
+    lazy = Run(tmp_path, RCNN)
+    monkeypatch.setattr(student, "load_weights", lambda _: torch.load(lazy.checkpoint))
+    options = dict(config_file=lazy.config)
+    assert export.export_student("http://x/a.pth", str(tmp_path / "out"), **options).detections > 0
+
+
+def test_a_grey_student_is_exported(tmp_path):
+    cfg = tiny_cfg("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [1.0])
+    run = write_run(tmp_path / "run", build_model(cfg), cfg)
+    assert export.export_student(run, str(tmp_path / "student")).detections > 50
+
+
+def test_a_named_config_that_finds_something_else_is_told(run, tmp_path, caplog):
+    checkpoint = torch.load(run, weights_only=True)
+    checkpoint["config"] = {"yaml": tiny_cfg().dump(), "processes": 1}
+    torch.save(checkpoint, run)
+    config = tmp_path / "mine.yaml"
+    opts = ["INPUT.FORMAT", "RGB", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.3, "SOLVER.BASE_LR", 9.0]
+    for name, more, told in (("a", [], False), ("b", opts, True)):
+        config.write_text(tiny_cfg(*more).dump())
+        export.export_student(run, str(tmp_path / name), config_file=str(config))
+        assert bool(caplog.messages) == told
+    assert "mine.yaml: INPUT.FORMAT, MODEL.ROI_HEADS.SCORE_THRESH_TEST differ" in caplog.text
+
+
+def test_a_named_config_has_the_class_count_of_its_card(run, tmp_path):
+    splits = "{train: {json: gone.json, images: .}}"
+    card = f"{{name: counted, format: coco, root: ., splits: {splits}, classes: [a, b, c]}}"
+    (tmp_path / "card.yaml").write_text(card)
+    data = ("DATASETS.CARDS", ("card.yaml",), "DATASETS.TRAIN", ("counted_train",))
+    cfg = tiny_cfg(*data, "MODEL.ROI_HEADS.NUM_CLASSES", 80)  # detectron2's own
+    config = tmp_path / "mine.yaml"
+    config.write_text(cfg.dump())
+    export.export_student(run, str(tmp_path / "student"), config_file=str(config))
+    exported = yaml.safe_load((tmp_path / "student" / "config.yaml").read_text())
+    assert exported["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 3
+    assert load_detector(run, config_file=str(config)).class_names == ["a", "b", "c"]
+
+
 def test_wrong_input_is_one_clear_error(run, tmp_path):
     out = str(tmp_path / "student")
     config = Path(run).with_name("config.yaml")
@@ -279,6 +365,31 @@ def test_parts_without_stock_counterpart_are_refused(run, tmp_path, monkeypatch)
     monkeypatch.delitem(stock.STOCK_CLASSES, "CrossKDROIHeads")
     with pytest.raises(ConfigError, match="CrossKDROIHeads"):
         export.export_student(run, str(tmp_path / "student"))
+
+
+OWN = """
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+
+@BACKBONE_REGISTRY.register()
+def build_{}(cfg, input_shape):
+    return build_resnet_fpn_backbone(cfg, input_shape)
+"""
+
+
+def test_code_of_the_users_own_is_named_where_the_model_needs_it(tmp_path, capsys):
+    names = ("own_part", "own_other")
+    files = [str(tmp_path / f"{name}.py") for name in names]
+    for name, file in zip(names, files):
+        Path(file).write_text(OWN.format(name))
+    cfg = tiny_cfg("MODEL.CROSSKD.IMPORTS", files)
+    import_user_code(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_own_part"
+    run, out = write_run(tmp_path / "run", tiny_model(cfg), cfg), tmp_path / "out"
+    assert main(run, out, "--config-file", Path(run).with_name("config.yaml")) == 0
+    where = f"wherever detectron2 is installed, with code of your own: {files[0]}:\n"
+    assert where in capsys.readouterr().out
+    assert f"# It needs code of your own: {files[0]!r}.\n" in (out / "config.yaml").read_text()
 
 
 def test_script_prints_what_was_written_and_how_to_use_it(run, tmp_path, capsys):

@@ -10,8 +10,8 @@ from helpers import tiny_cfg, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crosskd_ifc.weights.export import load_student
 from crosskd_ifc.weights.reading import load_weights, save_safetensors
+from crosskd_ifc.weights.student import load_student
 
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 COMMON = dict(deadline=None, derandomize=True, suppress_health_check=SLOW)

@@ -1,6 +1,8 @@
 """A LazyConfig's student is exported as its YAML twin is: a model of stock detectron2."""
 
 import os
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.fcos import FCOS
+from PIL import Image
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.detector import load_detector
@@ -19,6 +22,7 @@ from crosskd_ifc.weights.deployed import DeployedModel
 from crosskd_ifc.weights.evaluating import evaluate_checkpoint
 from crosskd_ifc.weights.export import export_student
 
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # A shrunk zoo model; `crosskd` would be read by the training only.
 RCNN = """
 from crosskd_ifc import CrossKDRCNN, CrossKDROIHeads
@@ -141,14 +145,43 @@ def test_predict_runs_it_from_the_file_that_the_user_names(tmp_path):
     picture = np.random.RandomState(0).randint(0, 256, (64, 96, 3), dtype="uint8")
     wanted = run.detect(torch.from_numpy(picture).permute(2, 0, 1).float())
     run.export(tmp_path / "out")
-    for weights in (str(run.folder), str(tmp_path / "out")):
+    files = run.checkpoint, str(tmp_path / "out" / "model.pth")
+    for weights, file in zip((str(run.folder), str(tmp_path / "out")), files):
         found = load_detector(weights, config_file=run.config, device="cpu").detect(picture)
         assert torch.equal(found.scores, wanted.scores) and len(found) > 0
-        with pytest.raises(ConfigError, match="LazyConfig"):
+        with pytest.raises(
+            ConfigError, match="a LazyConfig, .*; give the .py file .*--config-file"
+        ):
             load_detector(weights)
+        with pytest.raises(ConfigError, match="a LazyConfig, .* by --config-file FILE.py"):
+            export_student(file, str(tmp_path / "new"))
     opts = ["+model.roi_heads.box_predictor.test_topk_per_image=7"]
     fewer = load_detector(str(run.folder), config_file=run.config, opts=opts, device="cpu")
     assert len(fewer.detect(picture)) == 7
+
+
+def test_the_script_says_how_to_look_at_what_the_student_finds(tmp_path, capsys):
+    override = "+model.roi_heads.box_predictor.test_topk_per_image=7"
+    run, out = Run(tmp_path, RCNN, override), tmp_path / "out"
+    main = runpy.run_path(str(TOOLS / "export_student.py"))["main"]
+    options = ["--config-file", run.config, "--overrides", override]
+    assert main([run.checkpoint, str(out), *options]) == 0
+    told = shlex.split(capsys.readouterr().out.split("finds: python tools/predict.py")[1])
+    assert told == [str(out), "PHOTOS", *options[:2], "--opts", override]
+    Image.fromarray(np.zeros((64, 96, 3), dtype="uint8")).save(tmp_path / "photo.png")
+    told[1] = str(tmp_path / "photo.png")
+    predict = runpy.run_path(str(TOOLS / "predict.py"))
+    predict["main"](predict["parse"]([*told, "--output", str(tmp_path / "pictures")]))
+    assert (tmp_path / "pictures" / "photo.png").is_file()
+
+
+def test_an_override_fills_in_what_a_file_leaves_open(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("model = dict(channels='???', classes=3)\n")
+    config = load_lazy_config(str(path), ["model.channels=4"], key="test")
+    assert config.model == {"channels": 4, "classes": 3}
+    with pytest.raises(ConfigError, match="there is no model.size"):
+        load_lazy_config(str(path), ["model.size=4"], key="test")
 
 
 def test_overrides_of_the_training_are_asked_for(tmp_path):
@@ -205,6 +238,20 @@ def test_the_checkpoints_ap_can_be_measured(tmp_path, monkeypatch):
     run = Run(tmp_path, text)
     found = evaluate_checkpoint(run.checkpoint, "crosskd_shapes_test", run.config)
     assert 0 <= found["bbox"]["AP"] < 5
+
+
+def test_what_was_exported_is_exported_and_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("crosskd_ifc.weights.evaluating.dataset_records", few_records)
+    run = Run(tmp_path, RCNN.replace("num_classes = 3", "num_classes = 8"))
+    done = run.export(tmp_path / "out")
+    options = dict(config_file=run.config, format="torchscript")
+    again = export_student(done.weights, str(tmp_path / "again"), **options)
+    assert again.detections > 0
+    found, wanted = (
+        evaluate_checkpoint(weights, "crosskd_shapes_test", run.config)["bbox"]["AP"]
+        for weights in (done.weights, run.checkpoint)
+    )
+    assert found == wanted
 
 
 def few_records(name):

@@ -17,6 +17,7 @@ from ..common.config_files import find_config, load_config, merge_from_list
 from ..common.environment import device_fault
 from ..common.lazy_config import is_lazy
 from ..config import ConfigError, class_count, teacher_configs
+from ..data.cards import fill_in_class_count
 from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
 from ..weights.lazy_student import build_lazy_student, check_is_of_run
@@ -84,11 +85,10 @@ def load_detector(
         ConfigError: if weights or config can't be found, read or combined.
     """
     file, config = _find(weights, config_file)
-    exported = read_metadata(os.path.dirname(file))
-    names = exported.get("classes")
+    names = read_metadata(os.path.dirname(file)).get("classes")
     if is_lazy(config_file):
         student = build_lazy_student(config_file, opts)
-        if not (exported or opts):
+        if not opts:
             check_is_of_run(student, file)
         student.cfg.MODEL.DEVICE = device or student.cfg.MODEL.DEVICE
         _check_device(student.cfg)
@@ -97,6 +97,7 @@ def load_detector(
     opts = [*(["MODEL.DEVICE", device] if device else []), *opts]
     if config_file:
         cfg = load_config(config_file, opts)
+        fill_in_class_count(cfg)  # a training has written it into its own
     else:
         cfg = read_exported_fcos(config)
         if cfg is not None:

@@ -19,8 +19,10 @@ _COMMANDS = {
     "lazyconfig_train_net": "crosskd-train-lazyconfig",
     "train_net": "crosskd-train",
 }
-# It is full, or may not be written to.
+# It is full, or may not be written to; or a file lies where a folder is needed, or a folder where a
+# file is.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_OF_THE_DISK += (errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -59,11 +59,16 @@ class _CheckedCfg(CN):
             text = f.read()
         check_yaml(text)
         content = yaml.safe_load(text)
-        if isinstance(content, dict) and is_saved_lazy(content):
+        if not isinstance(content, dict):
+            found = "it is empty" if content is None else f"a {type(content).__name__}"
+            raise ConfigError(f"{filename}: {found}; expected KEY: VALUE sections, as in a config")
+        if is_saved_lazy(content):
             raise ConfigError(f"{filename}: {_LAZY}")
         for key in _FILES:
             *sections, leaf = key.split(".")
             node = _section(content, sections)
+            if isinstance(node.get(leaf), str):  # may be a tuple in yacs' notation
+                node[leaf] = cls._decode_cfg_value(node[leaf])
             if leaf in node:
                 node[leaf] = _beside(node[leaf], filename)
         return io.StringIO(yaml.safe_dump(content))
@@ -280,7 +285,7 @@ def _beside(value: Any, filename: str) -> Any:
     """A value of one of ``_FILES`` with the files beside ``filename``, where they are there."""
     if isinstance(value, str):
         return beside(value, filename)
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_beside(x, filename) for x in value]
     if isinstance(value, dict):  # a teacher's section
         names = ("CONFIG_FILE", "WEIGHTS")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -85,9 +86,20 @@ def _sha256(path: str, *changed: int) -> str:
 
 
 def write_json(path: str, content: dict) -> None:
-    """Write a JSON file; it is there complete or not at all."""
+    """Write a JSON file; it is there complete or not at all.
+
+    NaN and infinity, which JSON doesn't have, become null.
+    """
     with replacing(path) as f:
-        f.write(json.dumps(content, indent=1).encode())
+        f.write(json.dumps(_finite(content), indent=1, allow_nan=False).encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def refuse_overwriting(

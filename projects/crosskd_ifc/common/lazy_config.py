@@ -4,10 +4,11 @@ Reading one runs it, so only files are read that the user has named and those of
 """
 
 import builtins
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 from detectron2.config import LazyConfig, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 from torch import nn
 
 from ..config import ConfigError
@@ -54,9 +55,8 @@ def load_lazy_config(path: str, overrides: Sequence[str] = (), *, key: str) -> D
     for override in overrides:
         name = str(override).partition("=")[0]
         try:
-            if OmegaConf.select(cfg, name.lstrip("+"), default=_MISSING) is _MISSING:
-                if not name.startswith("+"):
-                    raise KeyError(f"there is no {name}; +{override} would add it")
+            if not name.startswith("+") and not _is_there(cfg, name):
+                raise KeyError(f"there is no {name}; +{override} would add it")
             LazyConfig.apply_overrides(cfg, [str(override)])
         except Exception as error:  # of hydra's parser, omegaconf's types or the file's resolvers
             raise ConfigError(
@@ -66,7 +66,12 @@ def load_lazy_config(path: str, overrides: Sequence[str] = (), *, key: str) -> D
     return cfg
 
 
-_MISSING = object()
+def _is_there(cfg: DictConfig, name: str) -> bool:
+    absent = object()
+    try:
+        return OmegaConf.select(cfg, name, default=absent, throw_on_missing=True) is not absent
+    except MissingMandatoryValue:  # "???", to be given here
+        return True
 
 
 def instantiate_model(cfg: DictConfig, *, what: str) -> nn.Module:
@@ -86,6 +91,18 @@ def instantiate_model(cfg: DictConfig, *, what: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{what} builds a {type(model).__name__}, which is no model")
     return model
+
+
+def calls(node: Any) -> Iterator[DictConfig]:
+    """The nodes below this one, and itself, that are calls."""
+    if not isinstance(node, (DictConfig, ListConfig)):
+        return
+    if isinstance(node, DictConfig) and "_target_" in node:
+        yield node
+    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for key in keys:
+        if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
+            yield from calls(node[key])
 
 
 def explain(error: Exception) -> str:

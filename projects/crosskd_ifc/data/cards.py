@@ -9,6 +9,7 @@ XYXY_ABS).
 
 import logging
 import math
+import os
 from functools import partial
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -27,6 +28,7 @@ __all__ = [
     "drop_degenerate_boxes",
     "fill_in_class_count",
     "load_card",
+    "locate_cards",
     "register_card",
     "register_cards",
     "resolve_path",
@@ -109,6 +111,18 @@ def card_of(name: str) -> Optional[Tuple[Card, str]]:
     loader = DatasetCatalog[name] if name in DatasetCatalog else None
     is_ours = isinstance(loader, partial) and loader.func is load_split
     return loader.args[:2] if is_ours else None
+
+
+def locate_cards(cfg: CfgNode) -> None:
+    """Makes the paths of DATASETS.CARDS that are found from the current folder absolute: what a run
+    keeps of its config means the same cards wherever it is read.
+
+    Args:
+        cfg: changed in place.
+    """
+    places = [os.path.abspath(os.path.expanduser(card)) for card in cfg.DATASETS.CARDS]
+    pairs = zip(cfg.DATASETS.CARDS, places)
+    cfg.DATASETS.CARDS = tuple(place if os.path.isfile(place) else card for card, place in pairs)
 
 
 def fill_in_class_count(cfg: CfgNode) -> None:

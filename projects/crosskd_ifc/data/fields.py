@@ -12,7 +12,6 @@ __all__ = [
     "ANNOTATION_FIELDS",
     "CATEGORY_FIELDS",
     "IMAGE_FIELDS",
-    "coco_category_fault",
     "coco_evaluator_fault",
     "text_id_fault",
     "voc_evaluator_fault",
@@ -40,13 +39,28 @@ def voc_evaluator_fault(element) -> str:
     return ""
 
 
-def coco_evaluator_fault(record: Dict[str, Any], *, masks: bool) -> str:
-    """Returns the first field of an annotation that the COCO evaluator couldn't read, or "".
+def coco_evaluator_fault(content: Dict[str, Any], *, masks: bool, keypoints: int = 0) -> str:
+    """Returns the first record and field of a COCO file that the COCO evaluator couldn't read, or
+    "".
 
     Args:
-        record: as loading accepts it.
+        content: as loading accepts it.
         masks: whether masks are evaluated too.
+        keypoints: how many are evaluated too, 0 for none.
     """
+    for record in content["categories"]:
+        fault = _first_fault(record, {"id": _ID})
+        if fault:
+            return f"category {short(record['id'])}: {fault}"
+    needed = _evaluated_fields(masks, keypoints)
+    for record in content.get("annotations", []):
+        fault = _first_fault(record, needed)
+        if fault:
+            return f"annotation {short(record['id'])}: {fault}"
+    return ""
+
+
+def _evaluated_fields(masks: bool, keypoints: int) -> Dict[str, Tuple[Callable, str]]:
     needed = {
         "id": _ID,
         "bbox": (_is_box, "a list of four numbers"),
@@ -55,12 +69,13 @@ def coco_evaluator_fault(record: Dict[str, Any], *, masks: bool) -> str:
     }
     if masks:
         needed["segmentation"] = (_is_mask, "polygons of at least three points, or a run length")
-    return _first_fault(record, needed)
-
-
-def coco_category_fault(record: Dict[str, Any]) -> str:
-    """As `coco_evaluator_fault`, of a category."""
-    return _first_fault(record, {"id": _ID})
+    if keypoints:
+        needed["keypoints"] = (
+            lambda value: isinstance(value, list) and len(value) == 3 * keypoints,
+            f"three numbers for each of {keypoints} keypoints",
+        )
+        needed["num_keypoints"] = (_is_int, "a whole number")
+    return needed
 
 
 def text_id_fault(record: Dict[str, Any], images: Container[Any]) -> str:

@@ -304,14 +304,16 @@ def _content(splits: Dict[str, dict], steps: int, lines: List[dict], statistics:
 
 
 def _statistics(lines: List[dict]) -> Dict[str, float]:
-    """What the distillation has logged, less "crosskd/": means over the last quarter of the run."""
+    """What the distillation has logged, less "crosskd/": means over the last quarter of the run,
+    where they are numbers."""
     end = max(line["iteration"] for line in lines)
     late = [line for line in lines if line["iteration"] >= 0.75 * end]
     names = {name for line in late for name in line if name.startswith("crosskd/")}
-    return {
+    means = {
         name[len("crosskd/") :]: float(np.mean([line[name] for line in late if name in line]))
         for name in sorted(names)
     }
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
 
 def _score(value: float) -> float:

@@ -15,12 +15,7 @@ from ..common.command_line import tool_command
 from ..config import ConfigError, class_count
 from ..data.card import Card
 from ..data.cards import card_of
-from ..data.fields import (
-    coco_category_fault,
-    coco_evaluator_fault,
-    voc_evaluator_fault,
-    voc_list_fault,
-)
+from ..data.fields import coco_evaluator_fault, voc_evaluator_fault, voc_list_fault
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
 from .preflight import check_class_count
 
@@ -150,16 +145,8 @@ def _class_names(name: str) -> Optional[Tuple[str, ...]]:
 
 def _coco_fault(card: Card, split: str, masks: bool) -> str:
     path = card.splits[split]["json"]
-    content = read_coco_json(path)
-    for record in content["categories"]:
-        fault = coco_category_fault(record)
-        if fault:
-            return f"{path}: category {short(record['id'])}: {fault}"
-    for record in content.get("annotations", []):
-        fault = coco_evaluator_fault(record, masks=masks)
-        if fault:
-            return f"{path}: annotation {short(record['id'])}: {fault}"
-    return ""
+    fault = coco_evaluator_fault(read_coco_json(path), masks=masks)
+    return f"{path}: {fault}" if fault else ""
 
 
 def _voc_fault(card: Card, split: str) -> str:

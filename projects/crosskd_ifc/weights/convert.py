@@ -20,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 from ..common.files import refuse_overwriting, staging_folder
 from ..config import class_count
 from .mmdet_detectors import convert_detector
-from .mmdet_files import is_detector, load_source, read_detector
+from .mmdet_files import is_detector, load_source, read_detector, state_of
 from .state_dicts import describe_mismatch, is_state_dict
 
 DEPTHS = (18, 34, 50, 101)
@@ -60,7 +60,8 @@ def convert_file(
     or a detector of mmdet's with such a backbone.
 
     Args:
-        source: a state dict saved by torch, or a checkpoint of mmdet's; a path or URL.
+        source: a state dict saved by torch or as safetensors, alone or as the "model" or
+            "state_dict" of a checkpoint; a path or URL.
         out: the ``.pth`` file to write; it appears complete or not at all. So does a detector's
             config, in a ``.yaml`` file beside it.
         fold_input: see :func:`fold_input_format`; not for detectors.
@@ -83,14 +84,15 @@ def convert_file(
                 "detector; this is a whole detector, whose config goes with its own input"
             )
         return _convert_detector(content, source, out, force)
-    depth, weights = convert_resnet(content, source)
+    state = state_of(content)
+    depth, weights = convert_resnet(state, source)
     if fold_input:
         weights = fold_input_format(weights)
     found = f"torchvision ResNet-{depth}"
     config = required_config(depth, fold_input=fold_input)
     config.MODEL.WEIGHTS = os.path.abspath(out)
     _write({out: _content(weights, found, matching_heuristics=True)})
-    dropped = [name for name in content if detectron2_name(name) not in weights]
+    dropped = [name for name in state if detectron2_name(name) not in weights]
     return Conversion(found, depth, len(weights), dropped, config)
 
 

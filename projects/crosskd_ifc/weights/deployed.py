@@ -39,6 +39,7 @@ class Info(NamedTuple):
         precision: "float32", or "int8" of convolutions and linear layers.
         outputs: names, in order.
         classes: names, by number.
+        keypoint_sigmas: COCO's measure of each keypoint's accuracy, () for those of its persons.
     """
 
     file: str
@@ -50,6 +51,7 @@ class Info(NamedTuple):
     precision: str
     outputs: Tuple[str, ...]
     classes: Tuple[str, ...]
+    keypoint_sigmas: Tuple[float, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -107,7 +109,7 @@ def read_info(folder: str) -> Info:
     try:
         with PathManager.open(path) as f:
             content = json.load(f)
-        return Info(**{k: content[k] for k in Info._fields})
+        return Info(**{k: content[k] for k in Info._fields if k in content})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not written by export_student.py ({error})") from error
 
@@ -122,12 +124,19 @@ class DeployedModel:
 
         Raises:
             FileNotFoundError: if there are no such files.
+            ValueError: if they can't be read.
         """
         self.info = read_info(folder)
         path = os.path.join(folder, self.info.file)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file")
-        self._run = (_torchscript if self.info.kind == "torchscript" else _onnx)(path)
+        try:
+            self._run = (_torchscript if self.info.kind == "torchscript" else _onnx)(path)
+        except ImportError:
+            raise
+        except Exception as error:  # runtimes raise what they like on foreign bytes
+            reason = f"{type(error).__name__} {error}".strip().split("\n")[0]
+            raise ValueError(f"{path}: it can't be run; export it again ({reason})") from error
 
     @torch.no_grad()
     def __call__(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Instances]]:

@@ -3,18 +3,34 @@
 import contextlib
 import io
 import tempfile
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 
 from ..config import ConfigError
 from ..data.class_names import dataset_class_names
+from ..data.fields import coco_evaluator_fault
+from ..data.files import read_coco_json
 from ..data.mapper import CheckedMapper
-from .deployed import DeployedModel
-from .export import load_student
+from .deployed import KEYPOINTS, DeployedModel
+from .graphs import class_names_or_numbers
+from .student import load_student
 
 Results = Dict[str, Dict[str, float]]
+_PERSON = 17  # keypoints of COCO's person, whose sigmas pycocotools knows
+
+
+class _Asked(NamedTuple):
+    """What is evaluated beside boxes; the sigmas of the keypoints, if they aren't COCO's."""
+
+    masks: bool
+    keypoints: bool
+    sigmas: List[float]
 
 
 def evaluate_deployed(folder: str, dataset: str) -> Results:
@@ -28,19 +44,20 @@ def evaluate_deployed(folder: str, dataset: str) -> Results:
         Such as ``{"bbox": {"AP": 41.2, ...}}``, with "segm" and "keypoints" where there are any.
 
     Raises:
-        ConfigError: if the data set isn't registered, or its classes are known to be others.
+        ConfigError: if the data set isn't registered, can't be evaluated, or its classes are known
+            to be others.
         FileNotFoundError: if there is no such export.
+        ValueError: if it can't be read.
     """
     model = DeployedModel(folder)
-    ours = list(model.info.classes)
-    theirs = dataset_class_names(dataset, load=True) if dataset in DatasetCatalog else None
-    is_known = theirs and ours != [str(i) for i in range(len(ours))]
-    if is_known and list(theirs) != ours:
-        raise ConfigError(
-            f"--dataset {dataset!r} has the classes {', '.join(theirs)}, but {folder} "
-            f"{', '.join(ours)}"
-        )
-    return _evaluate(model, dataset, model.info.mapper())
+    info = model.info
+    _check_classes(dataset, folder, info.classes)
+    asked = _Asked(
+        masks="masks" in info.outputs,
+        keypoints=KEYPOINTS in info.outputs,
+        sigmas=list(info.keypoint_sigmas),
+    )
+    return _evaluate(model, dataset, info.mapper(), asked)
 
 
 def evaluate_checkpoint(
@@ -53,10 +70,14 @@ def evaluate_checkpoint(
         dataset: name of a registered data set.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: as :func:`export_student`.
+        ConfigError, FileNotFoundError, ValueError: as :func:`export_student`, and of the data set
+            as :func:`evaluate_deployed`.
     """
     student = load_student(checkpoint, config_file, overrides)
-    return _evaluate(student.model, dataset, DatasetMapper(student.cfg, is_train=False))
+    cfg = student.cfg
+    _check_classes(dataset, checkpoint, class_names_or_numbers(cfg))
+    asked = _Asked(cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON, list(cfg.TEST.KEYPOINT_OKS_SIGMAS))
+    return _evaluate(student.model, dataset, student.mapper(), asked)
 
 
 def compare(found: Results, wanted: Results, tolerance: float) -> List[str]:
@@ -82,12 +103,45 @@ def dataset_records(dataset: str) -> List[dict]:
     return DatasetCatalog.get(dataset)
 
 
-def _evaluate(model: Callable, dataset: str, mapper: Callable[[dict], Any]) -> Results:
+def _check_classes(dataset: str, model: str, ours: Sequence[str]) -> None:
+    """Refuse another number of classes than the model's, and other names if it has any."""
+    theirs = dataset_class_names(dataset, load=True) if dataset in DatasetCatalog else None
+    is_named = list(ours) != [str(i) for i in range(len(ours))]
+    if not theirs or list(theirs) == list(ours) or (len(theirs) == len(ours) and not is_named):
+        return
+    its = ", ".join(ours) if is_named else f"{len(ours)}, whose names aren't known"
+    raise ConfigError(
+        f"--dataset {dataset!r} has the classes {', '.join(theirs)}, but {model} {its}"
+    )
+
+
+def _evaluate(
+    model: Callable, dataset: str, mapper: Callable[[dict], Any], asked: _Asked
+) -> Results:
     loader = build_detection_test_loader(
         dataset_records(dataset), mapper=CheckedMapper(mapper, check_image=True)
     )
     with tempfile.TemporaryDirectory() as folder:
-        # A data set without a JSON of its own is converted into this folder.
-        evaluator = COCOEvaluator(dataset, distributed=False, output_dir=folder)
+        evaluator = _evaluator(dataset, folder, asked)
         with contextlib.redirect_stdout(io.StringIO()):  # of pycocotools
             return inference_on_dataset(model, loader, evaluator)
+
+
+def _evaluator(dataset: str, folder: str, asked: _Asked) -> COCOEvaluator:
+    """A data set without a JSON of its own is converted into this temporary folder."""
+    metadata = MetadataCatalog.get(dataset)
+    is_converted = metadata.get("json_file") is None
+    options = dict(distributed=False, output_dir=folder, kpt_oks_sigmas=asked.sigmas)
+    evaluator = COCOEvaluator(dataset, **options)
+    path = metadata.json_file
+    if is_converted:
+        del metadata.json_file  # where detectron2 has noted it for later evaluations
+    content = read_coco_json(path)
+    fault = "there are no annotations in it"
+    if content.get("annotations"):
+        keypoints = asked.keypoints and (len(asked.sigmas) or _PERSON)
+        fault = coco_evaluator_fault(content, masks=asked.masks, keypoints=keypoints)
+    if fault:
+        place = "" if is_converted else f"{path}: "
+        raise ConfigError(f"--dataset {dataset!r} can't be evaluated: {place}{fault}")
+    return evaluator

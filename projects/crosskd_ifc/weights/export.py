@@ -1,30 +1,24 @@
 """The student alone, for stock detectron2 or as one file, verified before it appears."""
 
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig
 from torch import nn
 
-from ..common.config_files import load_config, load_config_text
 from ..common.files import refuse_overwriting, staging_folder, write_json
-from ..common.lazy_config import is_lazy
-from ..common.paths import resolve_path
-from ..common.user_code import refuse_user_code
-from ..config import ConfigError
 from .deployed import INFO_NAME, DeployedModel, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
-from .lazy_student import build_lazy_student, check_is_of_run
 from .metadata import METADATA_NAME, describe_detector
+from .own_code import own_code
 from .quantizing import quantize
-from .reading import load_weights, save_safetensors
+from .reading import save_safetensors
 from .samples import calibration_images, sample_images
-from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
-from .stock import build_student, lazy_stock_config, load_stock, stock_config, write_config
+from .stock import load_stock, write_config
+from .student import load_student
 
 FORMATS = ("detectron2", *GRAPH_NAMES)
 _WEIGHTS, _CONFIG, _SAFETENSORS = "model.pth", "config.yaml", "model.safetensors"
@@ -43,6 +37,7 @@ class Export(NamedTuple):
         parameters: their number.
         detections: how many were compared in the verification.
         dropped: what the checkpoint holds beside the student.
+        own_code: files of the user's own that ``config`` needs (:func:`own_code`).
     """
 
     weights: str
@@ -52,23 +47,7 @@ class Export(NamedTuple):
     parameters: int
     detections: int
     dropped: List[str]
-
-
-class Student(NamedTuple):
-    """What :func:`load_student` found: the student's config, the file that it is from, the model,
-    what the checkpoint holds beside it, and of a LazyConfig its ``model`` of stock classes."""
-
-    cfg: CfgNode
-    config_path: str
-    model: nn.Module
-    dropped: List[str]
-    node: Optional[DictConfig] = None
-
-    def stock_config(self, weights: str) -> Union[CfgNode, DictConfig]:
-        """For stock detectron2, with weights at this path."""
-        if self.node is None:
-            return stock_config(self.cfg, weights)
-        return lazy_stock_config(self.node, self.cfg, weights)
+    own_code: Sequence[str] = ()
 
 
 def export_student(
@@ -99,7 +78,8 @@ def export_student(
             ``config.yaml`` (a LazyConfig, if it is of FCOS or the student was of one); else with
             ``model.ts`` or ``model.onnx``, and ``model.json``.
         config_file: of the checkpoint's training; empty for the one in the checkpoint, or, if it
-            holds none, the ``config.yaml`` beside it. A LazyConfig (.py) is code, and is run.
+            holds none, the one beside it: of ``x.pth`` an ``x.yaml``, or ``config.yaml``. A
+            LazyConfig (.py) is code, and is run.
         overrides: of a LazyConfig, in its syntax: those of its training.
         format: one of ``FORMATS``.
         images: files to verify a ``torchscript`` or ``onnx`` file with; empty for the first ones of
@@ -108,12 +88,13 @@ def export_student(
         int8: quantize the ``onnx`` file after it was verified (:func:`quantize`), which changes
             what it finds: measure its AP.
         calibrate: image files to quantize with; empty for the first ones of DATASETS.TRAIN.
-        force: replace an earlier export.
+        force: replace an earlier export; never other files, nor a training's.
         safetensors: also write the weights as ``.safetensors``, which stock detectron2 doesn't
             read, but ``MODEL.WEIGHTS`` and ``TEACHER.WEIGHTS`` here and other tools do.
 
     Raises:
-        FileExistsError: if ``out`` exists, without ``force``, or the input is to be replaced.
+        FileExistsError: if ``out`` exists, without ``force``, or is no export, or the input is to
+            be replaced.
         FileNotFoundError: if the checkpoint or its config doesn't exist.
         ConfigError: if the config can't be read or has parts without a stock counterpart.
         ValueError: if the weights don't fit the config, the detections differ, or there are none to
@@ -132,14 +113,15 @@ def export_student(
     found = load_student(checkpoint, config_file, overrides)
     cfg, student = found.cfg, found.model
     out = os.path.abspath(out)
-    for path in (out, *(os.path.join(out, name) for name in _NAMES)):
-        refuse_overwriting(path, sources=[checkpoint, found.config_path], force=force)
+    beside = os.path.join(os.path.dirname(checkpoint), _CONFIG)
+    _check_out(out, [checkpoint, beside, found.config_path], force)
     is_new = not os.path.lexists(out)
     with staging_folder(os.path.dirname(out) if is_new else out) as staging:
         folder = os.path.join(staging, "student")
         PathManager.mkdirs(folder)
         if format == "detectron2":
             stock = found.stock_config(os.path.join(out, _WEIGHTS))
+            needed = own_code(stock)
             as_lazy = not isinstance(stock, CfgNode)
             names = _WEIGHTS, _CONFIG
             torch.save({"model": student.state_dict()}, os.path.join(folder, _WEIGHTS))
@@ -150,6 +132,7 @@ def export_student(
             detections, now = _verify_stock(student, folder, as_lazy)
         else:
             now, as_lazy, names = format, False, (GRAPH_NAMES[format], INFO_NAME)
+            needed = []
             info = describe(cfg, format, size)
             samples = sample_images(cfg, info, images)
             write_graph(student, info, samples[0], folder)
@@ -160,70 +143,20 @@ def export_student(
     weights, config = (os.path.join(out, name) for name in names)
     parameters = sum(p.numel() for p in student.parameters())
     architecture = (cfg.MODEL.META_ARCHITECTURE, now)
-    return Export(weights, config, architecture, as_lazy, parameters, detections, found.dropped)
+    counts = parameters, detections
+    return Export(weights, config, architecture, as_lazy, *counts, found.dropped, needed)
 
 
-def load_student(checkpoint: str, config_file: str = "", overrides: Sequence[str] = ()) -> Student:
-    """A checkpoint's student on the CPU, in evaluation mode.
-
-    Args:
-        checkpoint, config_file, overrides: as for :func:`export_student`.
-
-    Raises:
-        ConfigError, FileNotFoundError, ValueError: as there.
-    """
-    content, node = load_weights(checkpoint), None
-    if is_lazy(config_file):
-        lazy = build_lazy_student(config_file, overrides)
-        check_is_of_run(lazy, checkpoint)
-        cfg, config_path, model, node = lazy.cfg, lazy.path, lazy.model, lazy.node
-    elif overrides:
-        raise ConfigError("--overrides are for a LazyConfig; give its .py file by --config-file")
-    else:
-        cfg, config_path = _load_config(content, checkpoint, config_file)
-        model = build_student(cfg)
-    state, dropped = _student_state(content, model, checkpoint)
-    model.load_state_dict(state)
-    return Student(cfg, config_path, model, dropped, node)
-
-
-def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
-    """The config of a checkpoint's student, and the file that it is from."""
-    key, path = "the config", os.path.join(os.path.dirname(checkpoint), "config.yaml")
-    held = content.get("config") if isinstance(content, Mapping) else None
-    if config_file:
-        key, path = "--config-file", config_file
-        path = resolve_path(path, what="config", key=key)
-    elif isinstance(held, Mapping):
-        # What lies beside it may be of another run by now.
-        text = held.get("yaml")
-        cfg = load_config_text(text, source=f"{checkpoint}: the config in it")
-        refuse_user_code(cfg, checkpoint)
-        return cfg, checkpoint
-    elif not PathManager.isfile(path):
-        raise FileNotFoundError(
-            f"{path}: no such file. Training writes it beside its checkpoints; give the config "
-            f"that {checkpoint} was trained with by --config-file"
-        )
-    return load_config(path, key=key, found=not config_file), path
-
-
-def _student_state(
-    content: Any, student: nn.Module, checkpoint: str
-) -> Tuple[Dict[str, torch.Tensor], List[str]]:
-    """The student's weights, and the names of what else the checkpoint holds."""
-    state = content.get("model") if isinstance(content, Mapping) else None
-    if not is_state_dict(state):
-        raise ValueError(
-            f"{checkpoint}: not a training checkpoint, it holds no weights named 'model'"
-        )
-    expected = student.state_dict()
-    adapters = [k for k in state if k.startswith(ADAPTER_PREFIX) and k not in expected]
-    state = {k: v for k, v in state.items() if k not in adapters}
-    problem = describe_mismatch(state, expected)
-    if problem:
-        raise ValueError(f"{checkpoint}: doesn't fit the model of its config. Weights {problem}")
-    return state, [*(str(k) for k in content if k != "model"), *adapters]
+def _check_out(out: str, sources: Sequence[str], force: bool) -> None:
+    """Refuse to replace one of the sources, anything without ``force``, and with it all but an
+    export."""
+    names = [name for name in _NAMES if os.path.lexists(os.path.join(out, name))]
+    if os.path.lexists(os.path.join(out, "last_checkpoint")):
+        raise FileExistsError(f"{out}: a training's folder; give another OUT")
+    if names and not {METADATA_NAME, INFO_NAME} & set(names):
+        raise FileExistsError(f"{out}: its {names[0]} is not of an export; give another OUT")
+    for path in (out, *(os.path.join(out, name) for name in names)):
+        refuse_overwriting(path, sources=sources, force=force)
 
 
 def _move(folder: str, out: str, is_new: bool) -> None:
@@ -249,7 +182,8 @@ def _verify_stock(student: nn.Module, folder: str, as_lazy: bool) -> Tuple[int, 
         if hasattr(module, "test_score_thresh"):
             module.test_score_thresh = -1.0  # so that there is something to compare
     g = torch.Generator().manual_seed(0)
-    images = [torch.randint(0, 256, (3, *hw), generator=g).float() for hw in ((96, 128), (128, 96))]
+    sizes = [(len(student.pixel_mean), *hw) for hw in ((96, 128), (128, 96))]
+    images = [torch.randint(0, 256, size, generator=g).float() for size in sizes]
     found, wanted = ([x["instances"] for x in m([{"image": i} for i in images])] for m in models)
     if not all(map(_equal, found, wanted)):
         raise ValueError(

@@ -103,8 +103,14 @@ def describe(cfg: CfgNode, format: str, size: Optional[Tuple[int, int]]) -> Info
         padding=tuple(cfg.MODEL.PIXEL_MEAN),
         precision="float32",
         outputs=(),
-        classes=_class_names(cfg),
+        classes=class_names_or_numbers(cfg),
+        keypoint_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
     )
+
+
+def class_names_or_numbers(cfg: CfgNode) -> Tuple[str, ...]:
+    """Of a config's classes; numbers where no registered data set knows the names."""
+    return tuple(class_names(cfg, load=True) or map(str, range(class_count(cfg)[1])))
 
 
 @torch.no_grad()
@@ -150,8 +156,3 @@ def _write_onnx(graph: Graph, image: torch.Tensor, path: str, *, is_fixed: bool)
         torch.onnx.export(graph, (image,), path, dynamo=False, opset_version=_OPSET, **names)
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _class_names(cfg: CfgNode) -> Tuple[str, ...]:
-    """Numbers where no registered data set knows them."""
-    return tuple(class_names(cfg, load=True) or map(str, range(class_count(cfg)[1])))

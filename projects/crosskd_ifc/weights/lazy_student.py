@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..common.config_files import check_yaml, find_config
-from ..common.lazy_config import instantiate_model, is_saved_lazy, load_lazy_config
+from ..common.lazy_config import calls, instantiate_model, is_saved_lazy, load_lazy_config
 from ..common.lazy_detectors import (
     config_of_node,
     dataset_names,
@@ -24,6 +24,7 @@ from ..common.lazy_detectors import (
     unknown_input_format,
 )
 from ..config import ConfigError, head_section
+from .metadata import read_metadata
 from .stock import STOCK_CLASSES, is_ours
 
 _AUGMENTATIONS = "dataloader.test.mapper.augmentations"
@@ -62,7 +63,7 @@ def build_lazy_student(path: str, overrides: Sequence[str] = ()) -> LazyStudent:
     written = load_lazy_config(path, overrides, key="--config-file")
     config = copy.deepcopy(written)
     cfg = config_of_node(config)
-    for parent in _calls(config.model):
+    for parent in calls(config.model):
         _make_stock(parent)
     try:
         OmegaConf.resolve(config.model)
@@ -75,19 +76,21 @@ def build_lazy_student(path: str, overrides: Sequence[str] = ()) -> LazyStudent:
 
 def check_is_of_run(student: LazyStudent, checkpoint: str) -> None:
     """Refuse a LazyConfig that describes another model than that of the run, whose config.yaml
-    lies beside the checkpoint: weights may fit all the same.
+    lies beside the checkpoint: weights may fit all the same. What lies beside an exported
+    student is no run's.
 
     Raises:
         ConfigError: naming the first path that differs.
     """
-    beside = os.path.join(os.path.dirname(checkpoint), "config.yaml")
-    then = _written_model(beside)
-    if then is None:
+    folder = os.path.dirname(checkpoint)
+    beside = os.path.join(folder, "config.yaml")
+    then = None if "://" in folder else written_model(beside)
+    if then is None or read_metadata(folder):
         return
     with tempfile.TemporaryDirectory() as folder:
         again = os.path.join(folder, "config.yaml")
         LazyConfig.save(student.config, again)  # as the run has
-        now = _written_model(again) or {}
+        now = written_model(again) or {}
     found = next(_differences(now, then, "model"), None)
     if found:
         key, ours, theirs = found
@@ -96,18 +99,6 @@ def check_is_of_run(student: LazyStudent, checkpoint: str) -> None:
             f"({beside}); repeat the run's overrides in --overrides. If the difference is meant, "
             "take a copy of the checkpoint in another folder"
         )
-
-
-def _calls(node: Any) -> Iterator[DictConfig]:
-    """The nodes below this one, and itself, that are calls."""
-    if not isinstance(node, (DictConfig, ListConfig)):
-        return
-    if isinstance(node, DictConfig) and "_target_" in node:
-        yield node
-    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
-    for key in keys:
-        if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
-            yield from _calls(node[key])
 
 
 def _make_stock(node: DictConfig) -> None:
@@ -137,6 +128,8 @@ def _fill_in(cfg: CfgNode, config: DictConfig, model: nn.Module, path: str) -> N
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = _test_size(config, path)
     cfg.MODEL.PIXEL_MEAN = model.pixel_mean.flatten().tolist()
     cfg.DATASETS.TEST = tuple(dataset_names(config, "test"))
+    sigmas = select(config, "dataloader.evaluator.kpt_oks_sigmas")
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = list(sigmas or [])
     predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", model)
     predictor = predictor[0] if isinstance(predictor, nn.ModuleList) else predictor
     if not hasattr(predictor, "test_score_thresh") or not hasattr(predictor, "test_nms_thresh"):
@@ -145,6 +138,8 @@ def _fill_in(cfg: CfgNode, config: DictConfig, model: nn.Module, path: str) -> N
             "detectron2's box predictors and dense detectors have"
         )
     head = cfg.MODEL[head_section(cfg)]
+    heads = getattr(model, "roi_heads", model)
+    head.NUM_CLASSES = getattr(heads, "num_classes", head.NUM_CLASSES)
     head.SCORE_THRESH_TEST = float(predictor.test_score_thresh)
     head.NMS_THRESH_TEST = float(predictor.test_nms_thresh)
 
@@ -167,9 +162,13 @@ def _test_size(config: DictConfig, path: str) -> Tuple[int, int]:
     )
 
 
-def _written_model(path: str) -> Any:
+def written_model(path: str) -> Any:
     """The ``model`` in a file of :meth:`LazyConfig.save`, values as written: nothing that the file
-    names is made. None if it is no such file."""
+    names is made.
+
+    Returns:
+        None if it is no such file.
+    """
     if not PathManager.isfile(path):
         return None
     try:
@@ -177,7 +176,7 @@ def _written_model(path: str) -> Any:
             text = f.read()
         check_yaml(text)
         content = _plain(yaml.compose(text, yaml.SafeLoader))
-    except (UnicodeDecodeError, yaml.YAMLError):
+    except (RecursionError, UnicodeDecodeError, yaml.YAMLError):
         return None
     return content["model"] if isinstance(content, dict) and is_saved_lazy(content) else None
 

@@ -50,22 +50,34 @@ def load_source(path: str) -> Any:
         raise ValueError(f"{error}: it holds a {found[1]}. {_RESAVE}") from error
 
 
+def state_of(content: Any) -> Mapping:
+    """The state dict of a file's content, alone or in a checkpoint; {} if there is nothing like
+    it."""
+    state = content if isinstance(content, Mapping) else {}
+    held = (state[key] for key in ("state_dict", "model") if isinstance(state.get(key), Mapping))
+    state = next(held, state)
+    # Saved from a model wrapped for several GPUs.
+    prefix = "module."
+    wrapped = state and all(isinstance(k, str) and k.startswith(prefix) for k in state)
+    return {k[len(prefix) :]: v for k, v in state.items()} if wrapped else state
+
+
 def is_detector(content: Any) -> bool:
     """Whether a file's content is named as mmdet's detectors are, convertible or not."""
-    return any(isinstance(name, str) and name.startswith("backbone.") for name in _state(content))
+    return any(isinstance(name, str) and name.startswith("backbone.") for name in state_of(content))
 
 
 def read_detector(content: Mapping[str, Any], source: str) -> Checkpoint:
     """The parts of a checkpoint.
 
     Args:
-        content: a state dict, or a dict that holds one as ``state_dict``.
+        content: a state dict, or a dict that holds one (:func:`state_of`).
         source: where it is from, for the error.
 
     Raises:
         ValueError: if there is no state dict, or it is of mmdet 1.x.
     """
-    state = _state(content)
+    state = state_of(content)
     if not is_state_dict(state):
         raise ValueError(f"{source}: not a state dict, which maps names to tensors")
     meta = content.get("meta")
@@ -159,17 +171,6 @@ def coder_settings(head: str, stds: List[float]) -> Settings:
     """What a ``Box2BoxTransform`` of the weights 1 / ``stds`` stands for."""
     coder = f"model.{head}.bbox_coder"
     return {f"{coder}.type": ("DeltaXYWHBBoxCoder",), f"{coder}.target_stds": (stds,)}
-
-
-def _state(content: Any) -> Mapping:
-    """The state dict of a file's content, {} if there is nothing like it."""
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    if not isinstance(state, Mapping):
-        return {}
-    # Saved from a model wrapped for several GPUs.
-    prefix = "module."
-    wrapped = state and all(isinstance(k, str) and k.startswith(prefix) for k in state)
-    return {k[len(prefix) :]: v for k, v in state.items()} if wrapped else state
 
 
 def _value(node: ast.expr) -> Any:

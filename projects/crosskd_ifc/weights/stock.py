@@ -23,6 +23,7 @@ from torch import nn
 from ..common.config_files import check_yaml, default_config, merge_from_list
 from ..common.lazy_config import explain, is_saved_lazy
 from ..config import ConfigError, remove_crosskd_ifc_config
+from .own_code import own_code
 from .reading import load_weights
 
 # This project's classes -> the stock ones that they are in evaluation.
@@ -114,8 +115,11 @@ def write_config(stock: Union[CfgNode, DictConfig], path: str) -> None:
         LazyConfig.save(stock, path)
         with PathManager.open(path) as f:
             key, text = "train.init_checkpoint", f.read()
+    header, files = _HEADER.format(key), own_code(stock)
+    if files:
+        header += f"# It needs code of your own: {', '.join(map(ascii, files))}.\n"
     with PathManager.open(path, "w") as f:
-        f.write(_HEADER.format(key) + text)
+        f.write(header + text)
 
 
 def read_exported_fcos(path: str) -> Optional[CfgNode]:
@@ -133,6 +137,7 @@ def read_exported_fcos(path: str) -> Optional[CfgNode]:
         ConfigError: if it is one that :func:`write_config` hasn't written.
     """
     problem = f"{path} is a LazyConfig, but not that of an FCOS from tools/export_student.py"
+    advice = "; give the .py file that it is from by --config-file"
     try:
         content = _read(path)
         if not isinstance(content, dict) or not is_saved_lazy(content):
@@ -143,9 +148,9 @@ def read_exported_fcos(path: str) -> Optional[CfgNode]:
             write_config(_lazy_config(cfg, content["train"]["init_checkpoint"]), again)
             is_same = _read(again) == content
     except (AttributeError, ConfigError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{problem} ({type(error).__name__} {error})") from error
+        raise ConfigError(f"{problem} ({explain(error)}){advice}") from error
     if not is_same:
-        raise ConfigError(f"{problem}, or it was changed; give --config-file")
+        raise ConfigError(f"{problem}, or it was changed{advice}")
     return cfg
 
 

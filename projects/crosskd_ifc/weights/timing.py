@@ -5,10 +5,9 @@ import time
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import torch
-from detectron2.data import DatasetMapper
 
 from .deployed import DeployedModel
-from .export import load_student
+from .student import load_student
 
 _WARMUP = 3  # rounds; TorchScript compiles in the first ones
 
@@ -32,7 +31,7 @@ def load_detectors(
     detectors: Dict[str, Any] = {}
     for name, arguments in checkpoints.items():
         student = load_student(*arguments)
-        detectors[name] = student.model, DatasetMapper(student.cfg, is_train=False)
+        detectors[name] = student.model, student.mapper()
     for folder in exported:
         model = DeployedModel(folder)
         detectors[model.info.kind] = model, model.info.mapper()
