@@ -18,6 +18,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor, default_argument_parser
 from detectron2.modeling import build_model
 from helpers import tiny_cfg, tiny_model
+from test_cards import Voc
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.config import remove_crosskd_ifc_config
@@ -168,6 +169,20 @@ def test_evaluating_the_teacher_first_changes_nothing_of_the_training(files, tmp
         states.append(torch.load(out / "model_final.pth", weights_only=True)["model"])
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
+
+
+def test_a_run_whose_teacher_the_voc_evaluator_has_scored_is_resumed(tmp_path):
+    voc = Voc(tmp_path, evaluator="pascal_voc", year=2012)
+    two = ("MODEL.ROI_HEADS.NUM_CLASSES", 2)
+    cfg = tiny_cfg(*TRAINABLE, *two, architecture="GeneralizedRCNN")
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    DetectionCheckpointer(tiny_model(cfg, seed=7), str(tmp_path)).save("teacher")
+    data = ("DATASETS.CARDS", (str(voc.card),), "DATASETS.TRAIN", ("tiny_train",))
+    data += ("DATASETS.TEST", ("tiny_val",), "TEST.EVAL_PERIOD", 0)
+    config, out = write_config(tmp_path, tmp_path, *two, *data)
+    run(config, "SOLVER.MAX_ITER", 1, "MODEL.CROSSKD.TEACHER.EVAL_AT_START", True)
+    run(config, "--resume", "SOLVER.MAX_ITER", 2)
+    assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 1
 
 
 def test_a_teacher_with_masks_is_evaluated_on_boxes_where_the_student_has_only_boxes(

@@ -3,6 +3,7 @@
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -101,6 +102,33 @@ def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path, caplog):
     os.remove(tmp_path / "model_0000001.pth")
     with pytest.raises(CheckpointError, match="it lacks 'iteration', 'trainer'"):
         SafeCheckpointer(model, str(tmp_path), trainer=Counter()).resume_or_load("")
+
+
+@pytest.mark.parametrize(
+    "state, told",
+    [
+        ({"hooks": {"Mine": {"best": [np.float64(1)]}}}, "hooks.Mine.best.0 is of type numpy.floa"),
+        ({np.int64(3): 1}, "3 is of type numpy.int64"),
+        ({"of": Counter}, "of is of type builtins.type"),
+        ({"call": lambda: 1}, "call is of type builtins.function"),
+        ({"x": torch.zeros(1).expand(9)}, "x is an expanded tensor"),
+    ],
+    ids=["number", "key", "class", "function", "tensor"],
+)
+def test_a_state_that_could_not_be_read_again_is_not_written(tmp_path, state, told):
+    fill(tmp_path, 1)
+    writer = SafeCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), trainer=Counter(state))
+    with pytest.raises(CheckpointError, match=f"model_0000002.pth .*: trainer.number.{told}"):
+        writer.save("model_0000002", iteration=2)
+    assert resume(tmp_path) == 1 and not (tmp_path / "model_0000002.pth").exists()
+
+
+def test_a_state_of_plain_values_is_written(tmp_path):
+    state = {"a": (1, 2.0, None, b"x"), 3: torch.nn.Parameter(torch.ones(1)), "size": torch.Size()}
+    model, kept = torch.nn.Linear(1, 1), Counter()
+    SafeCheckpointer(model, str(tmp_path), c=Counter(state)).save("model_0000001", iteration=1)
+    SafeCheckpointer(model, str(tmp_path), c=kept).resume_or_load("")
+    assert kept.number == state
 
 
 def refused(folder, model, message, **others):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
-from ..weights.reading import SafeReader, load_weights
+from ..weights.reading import SafeReader, load_weights, unreadable
 from ..weights.state_dicts import ADAPTER_PREFIX, describe_problems, is_state_dict
 from .run_config import as_table, changed_settings, describe_run
 
@@ -58,17 +58,20 @@ class SafeCheckpointer(SafeReader):
         """As the parent's.
 
         Raises:
-            CheckpointError: if the file can't be written; those from before are still there.
+            CheckpointError: if the file can't be written, or couldn't be read again; those from
+                before are still there.
         """
         if self._cfg is not None:
             kwargs["config"] = describe_run(self._cfg)
-        if not self.save_dir or not self.save_to_disk or "://" in self.save_dir:
-            super().save(name, **kwargs)
-        else:
+        if self.save_dir and self.save_to_disk:
             data = {"model": self.model.state_dict()}
             data.update((key, x.state_dict()) for key, x in self.checkpointables.items())
             data.update(kwargs)
-            self._write(name, lambda f: torch.save(data, f))
+            self._check_readable(name, data)
+            if "://" in self.save_dir:
+                super().save(name, **kwargs)
+            else:
+                self._write(name, lambda f: torch.save(data, f))
         self.saved_iteration = kwargs.get("iteration")
 
     def save_weights(self, name: str, weights: Mapping[str, torch.Tensor], **kwargs: Any) -> None:
@@ -94,6 +97,14 @@ class SafeCheckpointer(SafeReader):
         if os.path.basename(self.resumed_from) != "model_final.pth":
             with PathManager.open(self.resumed_from, "rb") as source:
                 self._write("model_final", lambda f: shutil.copyfileobj(source, f))
+
+    def _check_readable(self, name: str, data: Mapping[str, Any]) -> None:
+        fault = unreadable(data)
+        if fault:
+            raise CheckpointError(
+                f"the checkpoint {name}.pth isn't written, since it couldn't be read again: {fault}"
+                ". A state may hold tensors, plain numbers and texts, and lists and dicts of these"
+            )
 
     def _write(self, name: str, write: Any, *, tag: bool = True) -> None:
         path = os.path.join(self.save_dir, f"{name}.pth")

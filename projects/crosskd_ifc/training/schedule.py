@@ -103,7 +103,8 @@ class TeacherEvaluation(HookBase):
                 logger.info(
                     f"{whose} on {', '.join(self.trainer.cfg.DATASETS.TEST)}: {name} {value:.2f}"
                 )
-        self._teachers[key] = {k: v for k, v in results.items() if k.endswith("/AP")}
+        # Those of VOC's evaluator are numpy's.
+        self._teachers[key] = {k: float(v) for k, v in results.items() if k.endswith("/AP")}
 
     def after_step(self) -> None:
         self._look(self.trainer.iter)
