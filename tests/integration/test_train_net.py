@@ -213,6 +213,29 @@ def test_a_teacher_with_masks_is_evaluated_on_boxes_where_the_student_has_only_b
     assert "teacher/bbox/AP" in logged and "teacher/segm/AP" not in logged
 
 
+NO_EVALUATION = ("TEST.EVAL_PERIOD", 0, "DATASETS.TEST", ())
+
+
+def test_a_resumed_run_goes_on_with_its_own_optimizer_settings(files, tmp_path):
+    warm = ("SOLVER.WARMUP_ITERS", 4, "SOLVER.WARMUP_FACTOR", 0.5, "SOLVER.STEPS", ())
+    config, out = write_config(files, tmp_path, *warm, *NO_EVALUATION)
+    run(config, "SOLVER.MAX_ITER", 2)
+    new = ("SOLVER.BASE_LR", 0.1, "SOLVER.MOMENTUM", 0.3, "SOLVER.WEIGHT_DECAY", 0.2)
+    run(config, "--resume", "SOLVER.MAX_ITER", 3, *new)
+    last = torch.load(out / "model_final.pth", weights_only=True)
+    groups = last["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    assert {x["momentum"] for x in groups} == {0.3}
+    # Norms and the fusion have decays of their own.
+    assert [x["weight_decay"] for x in groups] == [0.2, 0.0, 0.0]
+    assert re.search(r"optimizer.momentum +0.9 +0.3\n", (out / "log.txt").read_text())
+    del last["trainer"]["optimizer_settings"]  # as in checkpoints of earlier versions
+    torch.save(last, out / "model_final.pth")
+    run(config, "--resume", *new, "SOLVER.BASE_LR", 0.2)
+    rates = {x["iteration"]: x["lr"] for x in metrics(out)}
+    assert rates[2] == pytest.approx(0.1 * (0.5 + 0.5 * 2 / 3))
+    assert rates[3] == pytest.approx(0.2 * (0.5 + 0.5 * 3 / 4))
+
+
 def test_the_schedule_is_followed_in_training(files, tmp_path):
     start = ("MODEL.CROSSKD.SCHEDULE.START_ITER", 20, "SOLVER.MAX_ITER", 40)
     config, out = write_config(files, tmp_path, *start)

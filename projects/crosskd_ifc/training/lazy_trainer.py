@@ -22,11 +22,12 @@ from ..data.cards import drop_degenerate_boxes
 from ..data.mapper import CheckedMapper
 from ..modeling.attach import attach_teacher
 from ..modeling.summary import describe_distillation
+from .optimizer import set_fusion_weight_decay
 from .preemption import StoppableLoader, keep_workers_on_sigterm
 from .preflight import check_training_settings
 from .preflight_data import check_test_data
 from .stream import TrainingStream
-from .trainer import CrossKDTrainer, logger, set_fusion_weight_decay
+from .trainer import CrossKDTrainer, logger
 
 
 class LazyTrainer(CrossKDTrainer):
