@@ -4,7 +4,6 @@ data set's type."""
 import contextlib
 import logging
 import os
-import sys
 import weakref
 from typing import Any, Dict, Iterator, Optional
 
@@ -149,13 +148,13 @@ class CrossKDTrainer(DefaultTrainer):
             raise
 
     def after_train(self) -> None:
-        on_its_way = sys.exc_info()[1]
-        if isinstance(on_its_way, Terminated):  # detectron2 would evaluate after the last step
+        has_failed = self.iter < self.max_iter
+        if has_failed:  # detectron2 would evaluate, in the last step; other processes may not come
             self._hooks = [h for h in self._hooks if not isinstance(h, (EvalHook, BestWeights))]
         try:
             super().after_train()
         except OSError as error:
-            if on_its_way is None:
+            if not has_failed:
                 raise
             # The writers' disk is full, too: that must not hide the first error.
             logger.warning(f"Not all could be written at the end: {error}")
