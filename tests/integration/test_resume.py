@@ -307,6 +307,28 @@ def test_a_run_is_not_resumed_with_another_teacher(folder, tmp_path):
         run(config, "--resume", "OUTPUT_DIR", tmp_path, *theirs)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("MODEL.PIXEL_STD", [57.0, 57.0, 57.0]),
+        ("INPUT.FORMAT", "RGB"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.4, 1.0, 2.0]]),
+    ],
+    ids=["pixels", "format", "anchors"],
+)
+def test_nor_with_a_teacher_that_reads_its_images_otherwise(folder, tmp_path, change):
+    config = folder / "RCNN.yaml"
+    steps = ("OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ())
+    run(config, *steps)
+    otherwise = ("MODEL.CROSSKD.TEACHER.OPTS", change)
+    with pytest.raises(ConfigError, match="TEACHER: its INPUT.FORMAT, .* are not those that this"):
+        run(config, "--resume", *steps, "SOLVER.MAX_ITER", 2, *otherwise)
+    last = load(tmp_path)
+    del last["trainer"]["hooks"]["ResumeState"]["teacher_inputs"]  # as of earlier versions
+    torch.save(last, tmp_path / "model_final.pth")
+    run(config, "--resume", *steps, "SOLVER.MAX_ITER", 2, *otherwise)
+
+
 def test_a_teacher_file_that_changes_during_a_run_has_no_effect(folder, whole, tmp_path):
     weights = tmp_path / "teacher.pth"
     weights.write_bytes((folder / "RCNN_teacher.pth").read_bytes())
