@@ -429,6 +429,7 @@ def test_a_run_that_died_before_its_final_checkpoint_gets_it_when_it_is_resumed(
     config, out = write_config(files, tmp_path)
     run(config)
     final = torch.load(out / "model_final.pth", weights_only=True)
+    trained = (out / "config.yaml").read_text()
     (out / "model_final.pth").unlink()
     (out / "last_checkpoint").write_text("model_0000003.pth")
     shutil.rmtree(out / "inference")
@@ -438,6 +439,7 @@ def test_a_run_that_died_before_its_final_checkpoint_gets_it_when_it_is_resumed(
     assert again["iteration"] == 3 and (out / "inference").exists()
     assert all(torch.equal(v, again["model"][k]) for k, v in final["model"].items())
     assert "There is nothing left to train" in (out / "log.txt").read_text()
+    assert (out / "config.yaml").read_text() == trained
 
 
 def test_neither_an_evaluation_nor_a_refused_run_changes_the_trainings_config(files, tmp_path):

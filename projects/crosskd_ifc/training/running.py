@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..common.files import replacing
 from ..config import ConfigError
 from ..modeling.building import explained
 from ..weights.reading import MisfitError, StrictReader
@@ -79,7 +80,7 @@ def train(
         start_logging(cfg, args, config)
         trainer = build()
         trainer.resume_or_load(resume=args.resume)
-        if comm.is_main_process():
+        if comm.is_main_process() and trainer.start_iter < trainer.max_iter:
             _save(config, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
         return trainer.train()
 
@@ -147,5 +148,5 @@ def _save(config: Config, path: str) -> None:
     if not isinstance(config, CfgNode):
         LazyConfig.save(config, path)
         return
-    with PathManager.open(path, "w") as f:
-        f.write(config.dump())
+    with PathManager.open(path, "wb") if "://" in path else replacing(path) as f:
+        f.write(config.dump().encode())
