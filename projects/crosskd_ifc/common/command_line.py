@@ -10,6 +10,7 @@ import sys
 from typing import Any, Callable
 
 from ..config import ConfigError
+from .files import DISK_FULL
 from .paths import CHECKOUT
 
 # Tools whose installed command isn't crosskd-NAME.
@@ -20,7 +21,7 @@ _COMMANDS = {
     "train_net": "crosskd-train",
 }
 # It is full, or may not be written to.
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_OF_THE_DISK = (*DISK_FULL, errno.EROFS, errno.EACCES)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -119,7 +119,8 @@ class SafeCheckpointer(SafeReader):
             last = self.get_checkpoint_file()
             there = f"The last complete one is {last}" if last else "There is no earlier one"
             raise CheckpointError(
-                f"the checkpoint {path} can't be written: {type(error).__name__} {reason}. "
+                f"the checkpoint {path} can't be written: {type(error).__name__} {reason}"
+                f"{_free(self.save_dir)}. "
                 f"{there}; make room, or repair the folder, and go on with --resume"
             ) from error
 
@@ -292,6 +293,13 @@ def find_checkpoints(folder: str) -> List[str]:
         return []
     files = [os.path.join(folder, x) for x in filter(_NAMES.fullmatch, os.listdir(folder))]
     return sorted(files, key=_number, reverse=True)
+
+
+def _free(folder: str) -> str:
+    try:
+        return f" ({shutil.disk_usage(folder).free >> 20} MiB are free there)"
+    except OSError:  # the folder is gone
+        return ""
 
 
 def _number(file: str) -> float:
