@@ -46,7 +46,7 @@ def invoke(main: Callable, setup: Callable) -> None:
         setup: arguments -> anything; raises what ``main`` would refuse. Called once before
             processes are started, so that a mistake shows once.
     """
-    args = argument_parser(sys.modules[main.__module__].__doc__ or "").parse_args()
+    args = argument_parser(main.__globals__["__doc__"] or "").parse_args()
     try:
         _launch(main, setup, args)
     except CLEAR_ERRORS as error:
