@@ -12,6 +12,7 @@ from torch.multiprocessing import start_processes
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer
+from crosskd_ifc.training.run_config import changed_settings, describe_run
 
 
 def fill(folder, *iterations):
@@ -168,6 +169,23 @@ def test_changed_settings_are_told_then_and_now(tmp_path, caplog):
     assert [LOSS, "0.5", "2.5"] in rows and ["DATASETS.TRAIN", "[]", "['other']"] in rows
     assert [TEACHER + "CONFIG_FILE", "'no teacher'", "'a teacher'"] in rows
     assert sum(row[0].startswith(("MODEL", "DATASETS")) for row in rows) == 3
+
+
+def test_files_that_were_moved_with_their_folder_are_not_told(tmp_path, caplog):
+    def there(folder):
+        teachers = [{"CONFIG_FILE": f"{folder}/t.yaml", "WEIGHTS": f"{folder}/t.pth", "OPTS": []}]
+        imports = (f"{folder}/mine.py",)
+        return ("MODEL.CROSSKD.TEACHERS", teachers, "MODEL.CROSSKD.IMPORTS", imports)
+
+    def lazy(folder):
+        cfg = tiny_cfg(*there(folder))
+        cfg.LAZY_CONFIG = f"{folder}/config.py"
+        return cfg
+
+    assert changed_settings(describe_run(lazy("/here")), lazy("/there")) == []
+    before, changed = describe_run(lazy("/here")), lazy("/here")
+    changed.LAZY_CONFIG = "/here/other.py"
+    assert changed_settings(before, changed) == [("LAZY_CONFIG", "config.py", "other.py")]
 
 
 def test_what_doesnt_change_the_experiment_is_not_told(tmp_path, caplog):
