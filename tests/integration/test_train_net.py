@@ -178,11 +178,14 @@ def test_a_run_whose_teacher_the_voc_evaluator_has_scored_is_resumed(tmp_path):
     (tmp_path / "teacher.yaml").write_text(cfg.dump())
     DetectionCheckpointer(tiny_model(cfg, seed=7), str(tmp_path)).save("teacher")
     data = ("DATASETS.CARDS", (str(voc.card),), "DATASETS.TRAIN", ("tiny_train",))
-    data += ("DATASETS.TEST", ("tiny_val",), "TEST.EVAL_PERIOD", 0)
+    data += ("DATASETS.TEST", ("tiny_val",), "TEST.EVAL_PERIOD", 0, "SOLVER.STEPS", ())
     config, out = write_config(tmp_path, tmp_path, *two, *data)
-    run(config, "SOLVER.MAX_ITER", 1, "MODEL.CROSSKD.TEACHER.EVAL_AT_START", True)
-    run(config, "--resume", "SOLVER.MAX_ITER", 2)
-    assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 1
+    run(config, "SOLVER.MAX_ITER", 1)
+    for steps in (2, 3):  # switched on later, it is evaluated once
+        asked = ("SOLVER.MAX_ITER", steps, "MODEL.CROSSKD.TEACHER.EVAL_AT_START", True)
+        run(config, "--resume", *asked)
+    assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 2
+    assert [x["iteration"] for x in metrics(out) if "teacher/bbox/AP" in x] == [1]
 
 
 def test_a_teacher_with_masks_is_evaluated_on_boxes_where_the_student_has_only_boxes(
