@@ -203,7 +203,7 @@ def test_a_stock_model_trains_without_a_teacher_on_a_loader_of_its_own(
     assert "loss_cls" in found and "bbox/AP" in found and "loss_cls_kd" not in found
 
 
-def test_a_resumed_run_goes_on_with_its_own_optimizer_settings(
+def test_a_resumed_run_has_its_own_optimizer_settings_and_keeps_few_checkpoints(
     few_pictures, tmp_path  # noqa: F811
 ):
     text = OWN_LOADER.format(quick=os.path.join(ROOT, "configs"))
@@ -212,10 +212,12 @@ from detectron2 import model_zoo
 optimizer = model_zoo.get_config("common/optim.py").AdamW
 """
     (tmp_path / "config.py").write_text(text)
-    words = (str(tmp_path / "config.py"), *SMALL[2:], f"train.output_dir={tmp_path / 'run'}")
+    words = (str(tmp_path / "config.py"), *SMALL[2:3], *SMALL[4:], "train.checkpointer.period=1")
+    words += ("train.checkpointer.max_to_keep=1", f"train.output_dir={tmp_path / 'run'}")
     run(*words, "train.max_iter=1", "+optimizer.betas=[0.8,0.99]")
     new = ("optimizer.lr=0.01", "+optimizer.betas=[0.7,0.99]", "optimizer.weight_decay=0.3")
     run(words[0], "--resume", *words[1:], "train.max_iter=2", *new)
+    assert len(list((tmp_path / "run").glob("model_0*.pth"))) == 1  # max_to_keep
     state = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["trainer"]
     group = state["_trainer"]["optimizer"]["param_groups"][0]
     assert group["weight_decay"] == 0.3 and list(group["betas"]) == [0.7, 0.99]
