@@ -297,6 +297,14 @@ def test_a_folder_with_damaged_checkpoints_only_is_refused(folder, tmp_path):
     assert (tmp_path / "model_0000005.pth").read_bytes() == b"PK"
 
 
+@pytest.mark.parametrize("mode", [(), ("--resume",), ("--resume", "--eval-only")])
+@pytest.mark.parametrize("tag", ["model_0000005.pth", ""])
+def test_a_tag_that_is_alone_is_to_be_deleted(folder, tmp_path, mode, tag):
+    (tmp_path / "last_checkpoint").write_text(tag)
+    with pytest.raises(ConfigError, match="has a file last_checkpoint, but no checkpoint: delete"):
+        run(folder / "RCNN.yaml", *mode, "OUTPUT_DIR", tmp_path)
+
+
 def test_a_run_is_not_resumed_with_another_teacher(folder, tmp_path):
     config = folder / "RCNN.yaml"
     run(config, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 3)

@@ -135,13 +135,7 @@ class SafeCheckpointer(SafeReader):
         """The file in this folder that ``last_checkpoint`` names, be it there or not; or ""."""
         if "://" in self.save_dir:
             return super().get_checkpoint_file()
-        tag = os.path.join(self.save_dir, "last_checkpoint")
-        if not os.path.isfile(tag):
-            return ""
-        with open(tag, "rb") as f:
-            # The folder of a path may be the one that this was copied from.
-            name = os.path.basename(f.read(1000).decode(errors="replace").strip())
-        return os.path.join(self.save_dir, name) if name else ""
+        return _tagged(self.save_dir)
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint in the folder, be it without ``last_checkpoint``."""
@@ -285,6 +279,30 @@ def has_checkpoint(folder: str) -> bool:
     """Whether there is something to resume from in a run's folder."""
     tag = os.path.join(folder, "last_checkpoint")
     return PathManager.exists(tag) or bool(find_checkpoints(folder))
+
+
+def check_tag(folder: str) -> None:
+    """Refuse a local folder with a ``last_checkpoint``, but no checkpoint.
+
+    Raises:
+        ConfigError: saying what to do.
+    """
+    tag = os.path.join(folder, "last_checkpoint")
+    if os.path.isfile(tag) and not find_checkpoints(folder) and not os.path.isfile(_tagged(folder)):
+        raise ConfigError(
+            f"OUTPUT_DIR {os.path.abspath(folder)} has a file last_checkpoint, but no checkpoint: "
+            "delete it to start anew, or put the checkpoint back"
+        )
+
+
+def _tagged(folder: str) -> str:
+    tag = os.path.join(folder, "last_checkpoint")
+    if not os.path.isfile(tag):
+        return ""
+    with open(tag, "rb") as f:
+        # The folder of a path may be the one that this was copied from.
+        name = os.path.basename(f.read(1000).decode(errors="replace").strip())
+    return os.path.join(folder, name) if name else ""
 
 
 def find_checkpoints(folder: str) -> List[str]:

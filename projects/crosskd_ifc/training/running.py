@@ -18,7 +18,7 @@ from ..common.files import replacing
 from ..config import ConfigError
 from ..modeling.building import explained
 from ..weights.reading import MisfitError, StrictReader
-from .checkpointer import SafeCheckpointer, has_checkpoint
+from .checkpointer import SafeCheckpointer, check_tag, has_checkpoint
 from .errors import one_line_errors
 from .output_folder import check_output_folder, training_alone_in
 from .preflight import check_evaluation_config, check_training_config, check_weights
@@ -48,6 +48,8 @@ def check_run(
     with one_line_errors(cfg):
         check_output_folder(cfg.OUTPUT_DIR)
         (check_evaluation_config if args.eval_only else check_training)(cfg)
+        if args.resume or not args.eval_only:
+            check_tag(cfg.OUTPUT_DIR)
         goes_on = has_checkpoint(cfg.OUTPUT_DIR)
         if goes_on and not (args.resume or args.eval_only):
             raise ConfigError(
