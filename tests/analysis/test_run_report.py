@@ -195,6 +195,7 @@ def test_the_teacher_is_evaluated_on_demand(run, tmp_path):
     [
         ({}, "config.yaml: no such file; give the OUTPUT_DIR of a training"),
         ({"config.yaml": "VERSION: 2"}, "metrics.json: no such file"),
+        ({"config.yaml": "model:\n  _target_: x\n"}, "config.yaml: a run of a LazyConfig; .*YAML"),
         ({"config.yaml": "VERSION: 2", "metrics.json": "{"}, "nothing has been logged yet"),
         ({"config.yaml": "KEY: 1", "metrics.json": ""}, "Non-existent config key: KEY"),
     ],

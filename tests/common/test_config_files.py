@@ -64,6 +64,23 @@ def test_a_text_that_is_no_config_is_one_error_that_says_where_it_is_from(text):
         load_config_text(text, source="the checkpoint's config")
 
 
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("# all of it is a comment\n", "it is empty; expected KEY: VALUE"),
+        ("- a\n- b\n", "a list; expected KEY: VALUE"),
+        ("_BASE_: 3\n", "_BASE_ is 3; name a file"),
+        ("_BASE_: [base.yaml, 3]\n", r"_BASE_ is \['base.yaml', 3\]; name a file"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_error(tmp_path, text, told):
+    (tmp_path / "base.yaml").write_text(text)
+    (tmp_path / "config.yaml").write_text("_BASE_: base.yaml\n")
+    for name in ("base.yaml", "config.yaml"):
+        with pytest.raises(ConfigError, match=f"--config-file .*base.yaml: {told}"):
+            merged(tmp_path / name)
+
+
 def test_a_config_names_files_beside_it(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "sub").mkdir()

@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_cfg, tiny_model
@@ -210,8 +211,30 @@ def test_a_metric_that_no_evaluation_gives_is_refused():
     ):
         check_best_metric(good)
     check_best_metric(cfg("segm/AP", "MODEL.MASK_ON", True))
+    MetadataCatalog.get("coco").set(thing_classes=["a/b", "c"])
+    MetadataCatalog.get("voc").set(thing_classes=["c"], evaluator_type="pascal_voc")
+    MetadataCatalog.get("one").set(thing_classes=["c"])
+    coco, voc = {"sets": ("coco",)}, {"sets": ("voc",)}
+    for good in (
+        cfg("bbox/APs", **coco),
+        cfg("bbox/AP-a/b", **coco),
+        cfg("bbox/AP-unknown"),
+        cfg("bbox/AP75", **voc),
+    ):
+        check_best_metric(good)
+    for bad in (
+        *(cfg(f"bbox/{x}", **coco) for x in ("AP60", "APx", "AP50s", "AP-d", "AP/AP", "AP-")),
+        *(cfg(f"bbox/{x}", **voc) for x in ("APs", "AP-c")),
+        cfg("bbox/AP-c", sets=("one",)),
+        cfg("segm/AP", "MODEL.MASK_ON", True, **voc),
+        cfg("keypoints/APs", "MODEL.KEYPOINT_ON", True),
+    ):
+        with pytest.raises(ConfigError, match="TEST.BEST_METRIC is .*; expected bbox/AP"):
+            check_best_metric(bad)
     with pytest.raises(ConfigError, match="TEST.BEST_METRIC is 'AP'; expected bbox/AP"):
         check_best_metric(cfg("AP"))
+    with pytest.raises(ConfigError, match="the last part may be AP, AP50, .*, AP-CLASS"):
+        check_best_metric(cfg("bbox/AP-d", **coco))
     with pytest.raises(ConfigError, match="expected a/bbox/AP or b/bbox/AP"):
         check_best_metric(cfg("bbox/AP", sets=("a", "b")))
     with pytest.raises(ConfigError, match="TEST.BEST_METRIC.*'segm/AP'; expected bbox/AP"):

@@ -1,5 +1,6 @@
 """What goes wrong in a training: losses that aren't finite, memory, processes that die."""
 
+import errno
 import json
 import os
 import signal
@@ -126,6 +127,18 @@ def test_sigterm_in_the_last_step_skips_the_final_evaluation(folder, tmp_path): 
     assert not (tmp_path / "inference").exists()
     train(folder / "RCNN.yaml", tmp_path, *NO_CHECKPOINTS)  # evaluates
     assert (tmp_path / "inference").exists()
+
+
+def test_an_error_in_the_last_step_is_not_followed_by_an_evaluation(folder, tmp_path):  # noqa: F811
+    def fail(module, *_):
+        if module.training:
+            raise OSError(errno.ENOSPC, "no space")
+
+    trainer = build_trainer(folder / "RCNN.yaml", tmp_path, "SOLVER.MAX_ITER", 1)
+    trainer.model.register_forward_hook(fail)
+    with pytest.raises(OSError, match="no space"):
+        trainer.train()
+    assert not (tmp_path / "inference").exists()
 
 
 def poison(x):

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import signal
 
 import pytest
@@ -200,3 +201,31 @@ def test_a_stock_model_trains_without_a_teacher_on_a_loader_of_its_own(
     assert "dataloader.train is no build_detection_train_loader" in (out / "log.txt").read_text()
     found = {key for line in metrics(out) for key in line}
     assert "loss_cls" in found and "bbox/AP" in found and "loss_cls_kd" not in found
+
+
+def test_a_resumed_run_has_its_own_optimizer_settings_and_keeps_few_checkpoints(
+    few_pictures, tmp_path  # noqa: F811
+):
+    text = OWN_LOADER.format(quick=os.path.join(ROOT, "configs"))
+    text += """
+from detectron2 import model_zoo
+optimizer = model_zoo.get_config("common/optim.py").AdamW
+"""
+    (tmp_path / "config.py").write_text(text)
+    words = (str(tmp_path / "config.py"), *SMALL[2:3], *SMALL[4:], "train.checkpointer.period=1")
+    words += ("train.checkpointer.max_to_keep=1", f"train.output_dir={tmp_path / 'run'}")
+    run(*words, "train.max_iter=1", "+optimizer.betas=[0.8,0.99]")
+    new = ("optimizer.lr=0.01", "+optimizer.betas=[0.7,0.99]", "optimizer.weight_decay=0.3")
+    run(words[0], "--resume", *words[1:], "train.max_iter=2", *new)
+    assert len(list((tmp_path / "run").glob("model_0*.pth"))) == 1  # max_to_keep
+    state = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["trainer"]
+    group = state["_trainer"]["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.3 and list(group["betas"]) == [0.7, 0.99]
+    assert [x["lr"] for x in metrics(tmp_path / "run") if "lr" in x] == [0.001, 0.01]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    for row in (
+        r"weight_decay +0.1 +0.3",
+        r"betas +\(0.8, 0.99\) +\(0.7, 0.99\)",
+        r"lr +0.001 +0.01",
+    ):
+        assert re.search(rf"optimizer.{row}\n", log)

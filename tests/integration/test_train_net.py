@@ -18,6 +18,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor, default_argument_parser
 from detectron2.modeling import build_model
 from helpers import tiny_cfg, tiny_model
+from test_cards import Voc
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.config import remove_crosskd_ifc_config
@@ -170,6 +171,23 @@ def test_evaluating_the_teacher_first_changes_nothing_of_the_training(files, tmp
         assert torch.equal(value, states[1][name]), name
 
 
+def test_a_run_whose_teacher_the_voc_evaluator_has_scored_is_resumed(tmp_path):
+    voc = Voc(tmp_path, evaluator="pascal_voc", year=2012)
+    two = ("MODEL.ROI_HEADS.NUM_CLASSES", 2)
+    cfg = tiny_cfg(*TRAINABLE, *two, architecture="GeneralizedRCNN")
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    DetectionCheckpointer(tiny_model(cfg, seed=7), str(tmp_path)).save("teacher")
+    data = ("DATASETS.CARDS", (str(voc.card),), "DATASETS.TRAIN", ("tiny_train",))
+    data += ("DATASETS.TEST", ("tiny_val",), "TEST.EVAL_PERIOD", 0, "SOLVER.STEPS", ())
+    config, out = write_config(tmp_path, tmp_path, *two, *data)
+    run(config, "SOLVER.MAX_ITER", 1)
+    for steps in (2, 3):  # switched on later, it is evaluated once
+        asked = ("SOLVER.MAX_ITER", steps, "MODEL.CROSSKD.TEACHER.EVAL_AT_START", True)
+        run(config, "--resume", *asked)
+    assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 2
+    assert [x["iteration"] for x in metrics(out) if "teacher/bbox/AP" in x] == [1]
+
+
 def test_a_teacher_with_masks_is_evaluated_on_boxes_where_the_student_has_only_boxes(
     files, tmp_path
 ):
@@ -196,6 +214,29 @@ def test_a_teacher_with_masks_is_evaluated_on_boxes_where_the_student_has_only_b
     run(config, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0)
     logged = {key for line in metrics(out) for key in line}
     assert "teacher/bbox/AP" in logged and "teacher/segm/AP" not in logged
+
+
+NO_EVALUATION = ("TEST.EVAL_PERIOD", 0, "DATASETS.TEST", ())
+
+
+def test_a_resumed_run_goes_on_with_its_own_optimizer_settings(files, tmp_path):
+    warm = ("SOLVER.WARMUP_ITERS", 4, "SOLVER.WARMUP_FACTOR", 0.5, "SOLVER.STEPS", ())
+    config, out = write_config(files, tmp_path, *warm, *NO_EVALUATION)
+    run(config, "SOLVER.MAX_ITER", 2)
+    new = ("SOLVER.BASE_LR", 0.1, "SOLVER.MOMENTUM", 0.3, "SOLVER.WEIGHT_DECAY", 0.2)
+    run(config, "--resume", "SOLVER.MAX_ITER", 3, *new)
+    last = torch.load(out / "model_final.pth", weights_only=True)
+    groups = last["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    assert {x["momentum"] for x in groups} == {0.3}
+    # Norms and the fusion have decays of their own.
+    assert [x["weight_decay"] for x in groups] == [0.2, 0.0, 0.0]
+    assert re.search(r"optimizer.momentum +0.9 +0.3\n", (out / "log.txt").read_text())
+    del last["trainer"]["optimizer_settings"]  # as in checkpoints of earlier versions
+    torch.save(last, out / "model_final.pth")
+    run(config, "--resume", *new, "SOLVER.BASE_LR", 0.2)
+    rates = {x["iteration"]: x["lr"] for x in metrics(out)}
+    assert rates[2] == pytest.approx(0.1 * (0.5 + 0.5 * 2 / 3))
+    assert rates[3] == pytest.approx(0.2 * (0.5 + 0.5 * 3 / 4))
 
 
 def test_the_schedule_is_followed_in_training(files, tmp_path):
@@ -391,6 +432,7 @@ def test_a_run_that_died_before_its_final_checkpoint_gets_it_when_it_is_resumed(
     config, out = write_config(files, tmp_path)
     run(config)
     final = torch.load(out / "model_final.pth", weights_only=True)
+    trained = (out / "config.yaml").read_text()
     (out / "model_final.pth").unlink()
     (out / "last_checkpoint").write_text("model_0000003.pth")
     shutil.rmtree(out / "inference")
@@ -400,6 +442,7 @@ def test_a_run_that_died_before_its_final_checkpoint_gets_it_when_it_is_resumed(
     assert again["iteration"] == 3 and (out / "inference").exists()
     assert all(torch.equal(v, again["model"][k]) for k, v in final["model"].items())
     assert "There is nothing left to train" in (out / "log.txt").read_text()
+    assert (out / "config.yaml").read_text() == trained
 
 
 def test_neither_an_evaluation_nor_a_refused_run_changes_the_trainings_config(files, tmp_path):

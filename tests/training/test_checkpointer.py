@@ -3,6 +3,7 @@
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.multiprocessing import start_processes
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer
+from crosskd_ifc.training.run_config import changed_settings, describe_run
 
 
 def fill(folder, *iterations):
@@ -103,6 +105,33 @@ def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path, caplog):
         SafeCheckpointer(model, str(tmp_path), trainer=Counter()).resume_or_load("")
 
 
+@pytest.mark.parametrize(
+    "state, told",
+    [
+        ({"hooks": {"Mine": {"best": [np.float64(1)]}}}, "hooks.Mine.best.0 is of type numpy.floa"),
+        ({np.int64(3): 1}, "3 is of type numpy.int64"),
+        ({"of": Counter}, "of is of type builtins.type"),
+        ({"call": lambda: 1}, "call is of type builtins.function"),
+        ({"x": torch.zeros(1).expand(9)}, "x is an expanded tensor"),
+    ],
+    ids=["number", "key", "class", "function", "tensor"],
+)
+def test_a_state_that_could_not_be_read_again_is_not_written(tmp_path, state, told):
+    fill(tmp_path, 1)
+    writer = SafeCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), trainer=Counter(state))
+    with pytest.raises(CheckpointError, match=f"model_0000002.pth .*: trainer.number.{told}"):
+        writer.save("model_0000002", iteration=2)
+    assert resume(tmp_path) == 1 and not (tmp_path / "model_0000002.pth").exists()
+
+
+def test_a_state_of_plain_values_is_written(tmp_path):
+    state = {"a": (1, 2.0, None, b"x"), 3: torch.nn.Parameter(torch.ones(1)), "size": torch.Size()}
+    model, kept = torch.nn.Linear(1, 1), Counter()
+    SafeCheckpointer(model, str(tmp_path), c=Counter(state)).save("model_0000001", iteration=1)
+    SafeCheckpointer(model, str(tmp_path), c=kept).resume_or_load("")
+    assert kept.number == state
+
+
 def refused(folder, model, message, **others):
     with pytest.raises(CheckpointError, match=f"(?s)this run can't go on from .*: {message}"):
         SafeCheckpointer(model, str(folder), **others).resume_or_load("")
@@ -140,6 +169,23 @@ def test_changed_settings_are_told_then_and_now(tmp_path, caplog):
     assert [LOSS, "0.5", "2.5"] in rows and ["DATASETS.TRAIN", "[]", "['other']"] in rows
     assert [TEACHER + "CONFIG_FILE", "'no teacher'", "'a teacher'"] in rows
     assert sum(row[0].startswith(("MODEL", "DATASETS")) for row in rows) == 3
+
+
+def test_files_that_were_moved_with_their_folder_are_not_told(tmp_path, caplog):
+    def there(folder):
+        teachers = [{"CONFIG_FILE": f"{folder}/t.yaml", "WEIGHTS": f"{folder}/t.pth", "OPTS": []}]
+        imports = (f"{folder}/mine.py",)
+        return ("MODEL.CROSSKD.TEACHERS", teachers, "MODEL.CROSSKD.IMPORTS", imports)
+
+    def lazy(folder):
+        cfg = tiny_cfg(*there(folder))
+        cfg.LAZY_CONFIG = f"{folder}/config.py"
+        return cfg
+
+    assert changed_settings(describe_run(lazy("/here")), lazy("/there")) == []
+    before, changed = describe_run(lazy("/here")), lazy("/here")
+    changed.LAZY_CONFIG = "/here/other.py"
+    assert changed_settings(before, changed) == [("LAZY_CONFIG", "config.py", "other.py")]
 
 
 def test_what_doesnt_change_the_experiment_is_not_told(tmp_path, caplog):

@@ -147,4 +147,7 @@ def _read_config(folder: str, config_file: str) -> CfgNode:
     path = os.path.join(folder, "config.yaml")
     if not PathManager.isfile(path):
         raise ConfigError(f"{path}: no such file; give the OUTPUT_DIR of a training")
+    with PathManager.open(path) as f:
+        if re.search(r"^ +_target_:", f.read(), re.MULTILINE):
+            raise ConfigError(f"{path}: a run of a LazyConfig; there are reports of YAML runs only")
     return load_config(path, key="the config of the run,", found=True)

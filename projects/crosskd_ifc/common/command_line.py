@@ -10,6 +10,7 @@ import sys
 from typing import Any, Callable
 
 from ..config import ConfigError
+from .files import DISK_FULL
 from .paths import CHECKOUT
 
 # Tools whose installed command isn't crosskd-NAME.
@@ -21,7 +22,7 @@ _COMMANDS = {
 }
 # It is full, or may not be written to; or a file lies where a folder is needed, or a folder where a
 # file is.
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_OF_THE_DISK = (*DISK_FULL, errno.EROFS, errno.EACCES)
 _OF_THE_DISK += (errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 

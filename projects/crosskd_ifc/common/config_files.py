@@ -10,6 +10,7 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from fvcore.common.config import BASE_KEY
 
 from ..config import ConfigError, add_crosskd_ifc_config
 from .lazy_config import is_lazy, is_saved_lazy
@@ -62,6 +63,11 @@ class _CheckedCfg(CN):
         if not isinstance(content, dict):
             found = "it is empty" if content is None else f"a {type(content).__name__}"
             raise ConfigError(f"{filename}: {found}; expected KEY: VALUE sections, as in a config")
+        bases = content.get(BASE_KEY, [])
+        if not all(isinstance(x, str) for x in (bases if isinstance(bases, list) else [bases])):
+            raise ConfigError(
+                f"{filename}: {BASE_KEY} is {bases!r}; name a file, or a list of files"
+            )
         if is_saved_lazy(content):
             raise ConfigError(f"{filename}: {_LAZY}")
         for key in _FILES:

@@ -1,6 +1,7 @@
 """Files that are there complete or not at all; digests of files; folders that are moved aside."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -13,6 +14,7 @@ from typing import Any, Iterator, Optional, Sequence
 
 from detectron2.utils.file_io import PathManager
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # or its user's quota is
 # After so long a file that is still unfinished is of a writer that was killed.
 _ABANDONED = 3600  # seconds
 

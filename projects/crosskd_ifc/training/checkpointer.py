@@ -14,7 +14,7 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
-from ..weights.reading import SafeReader, load_weights
+from ..weights.reading import SafeReader, load_weights, unreadable
 from ..weights.state_dicts import ADAPTER_PREFIX, describe_problems, is_state_dict
 from .run_config import as_table, changed_settings, describe_run
 
@@ -58,17 +58,20 @@ class SafeCheckpointer(SafeReader):
         """As the parent's.
 
         Raises:
-            CheckpointError: if the file can't be written; those from before are still there.
+            CheckpointError: if the file can't be written, or couldn't be read again; those from
+                before are still there.
         """
         if self._cfg is not None:
             kwargs["config"] = describe_run(self._cfg)
-        if not self.save_dir or not self.save_to_disk or "://" in self.save_dir:
-            super().save(name, **kwargs)
-        else:
+        if self.save_dir and self.save_to_disk:
             data = {"model": self.model.state_dict()}
             data.update((key, x.state_dict()) for key, x in self.checkpointables.items())
             data.update(kwargs)
-            self._write(name, lambda f: torch.save(data, f))
+            self._check_readable(name, data)
+            if "://" in self.save_dir:
+                super().save(name, **kwargs)
+            else:
+                self._write(name, lambda f: torch.save(data, f))
         self.saved_iteration = kwargs.get("iteration")
 
     def save_weights(self, name: str, weights: Mapping[str, torch.Tensor], **kwargs: Any) -> None:
@@ -95,6 +98,14 @@ class SafeCheckpointer(SafeReader):
             with PathManager.open(self.resumed_from, "rb") as source:
                 self._write("model_final", lambda f: shutil.copyfileobj(source, f))
 
+    def _check_readable(self, name: str, data: Mapping[str, Any]) -> None:
+        fault = unreadable(data)
+        if fault:
+            raise CheckpointError(
+                f"the checkpoint {name}.pth isn't written, since it couldn't be read again: {fault}"
+                ". A state may hold tensors, plain numbers and texts, and lists and dicts of these"
+            )
+
     def _write(self, name: str, write: Any, *, tag: bool = True) -> None:
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
@@ -108,7 +119,8 @@ class SafeCheckpointer(SafeReader):
             last = self.get_checkpoint_file()
             there = f"The last complete one is {last}" if last else "There is no earlier one"
             raise CheckpointError(
-                f"the checkpoint {path} can't be written: {type(error).__name__} {reason}. "
+                f"the checkpoint {path} can't be written: {type(error).__name__} {reason}"
+                f"{_free(self.save_dir)}. "
                 f"{there}; make room, or repair the folder, and go on with --resume"
             ) from error
 
@@ -123,13 +135,7 @@ class SafeCheckpointer(SafeReader):
         """The file in this folder that ``last_checkpoint`` names, be it there or not; or ""."""
         if "://" in self.save_dir:
             return super().get_checkpoint_file()
-        tag = os.path.join(self.save_dir, "last_checkpoint")
-        if not os.path.isfile(tag):
-            return ""
-        with open(tag, "rb") as f:
-            # The folder of a path may be the one that this was copied from.
-            name = os.path.basename(f.read(1000).decode(errors="replace").strip())
-        return os.path.join(self.save_dir, name) if name else ""
+        return _tagged(self.save_dir)
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint in the folder, be it without ``last_checkpoint``."""
@@ -275,12 +281,43 @@ def has_checkpoint(folder: str) -> bool:
     return PathManager.exists(tag) or bool(find_checkpoints(folder))
 
 
+def check_tag(folder: str) -> None:
+    """Refuse a local folder with a ``last_checkpoint``, but no checkpoint.
+
+    Raises:
+        ConfigError: saying what to do.
+    """
+    tag = os.path.join(folder, "last_checkpoint")
+    if os.path.isfile(tag) and not find_checkpoints(folder) and not os.path.isfile(_tagged(folder)):
+        raise ConfigError(
+            f"OUTPUT_DIR {os.path.abspath(folder)} has a file last_checkpoint, but no checkpoint: "
+            "delete it to start anew, or put the checkpoint back"
+        )
+
+
+def _tagged(folder: str) -> str:
+    tag = os.path.join(folder, "last_checkpoint")
+    if not os.path.isfile(tag):
+        return ""
+    with open(tag, "rb") as f:
+        # The folder of a path may be the one that this was copied from.
+        name = os.path.basename(f.read(1000).decode(errors="replace").strip())
+    return os.path.join(folder, name) if name else ""
+
+
 def find_checkpoints(folder: str) -> List[str]:
     """The checkpoints in a local folder: the final one, then those of the most iterations first."""
     if "://" in folder or not os.path.isdir(folder):
         return []
     files = [os.path.join(folder, x) for x in filter(_NAMES.fullmatch, os.listdir(folder))]
     return sorted(files, key=_number, reverse=True)
+
+
+def _free(folder: str) -> str:
+    try:
+        return f" ({shutil.disk_usage(folder).free >> 20} MiB are free there)"
+    except OSError:  # the folder is gone
+        return ""
 
 
 def _number(file: str) -> float:

@@ -2,7 +2,6 @@
 key where it can be known, and where the traceback is."""
 
 import contextlib
-import errno
 import linecache
 import os
 import re
@@ -13,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from ..common.config_files import LAZY_CONFIG, default_values, flat
+from ..common.files import DISK_FULL
 from ..config import ConfigError
 from ..data.mapper import SampleError
 from ..weights.reading import WeightsError
@@ -47,7 +47,7 @@ def one_line_errors(cfg: CfgNode, is_over: Callable[[], bool] = lambda: False) -
     except CLEAR_ERRORS:
         raise
     except Exception as error:
-        if is_over() or getattr(error, "errno", None) == errno.ENOSPC:
+        if is_over() or getattr(error, "errno", None) in DISK_FULL:
             raise
         raise SetupError(_one_line(error, cfg)) from error
 

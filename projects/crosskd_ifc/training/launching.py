@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import datetime
-import errno
 import sys
 from typing import Any, Callable
 
@@ -11,6 +10,7 @@ from detectron2.engine import default_argument_parser, launch
 from torch.multiprocessing import ProcessRaisedException
 
 from ..common.command_line import HelpFormatter, as_started
+from ..common.files import DISK_FULL
 from ..config import ConfigError
 from .errors import CLEAR_ERRORS, message_in_traceback
 from .preemption import passing_on_sigterm
@@ -46,20 +46,21 @@ def invoke(main: Callable, setup: Callable) -> None:
         setup: arguments -> anything; raises what ``main`` would refuse. Called once before
             processes are started, so that a mistake shows once.
     """
-    args = argument_parser(sys.modules[main.__module__].__doc__ or "").parse_args()
+    args = argument_parser(main.__globals__["__doc__"] or "").parse_args()
     try:
         _launch(main, setup, args)
     except CLEAR_ERRORS as error:
         # A data loader's worker sends its traceback along.
         sys.exit(f"error: {message_in_traceback(str(error), *CLEAR_ERRORS) or error}")
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FULL:
             raise
         sys.exit(f"error: {_full(error)}")
     except ProcessRaisedException as error:
         message = message_in_traceback(str(error), *CLEAR_ERRORS)
-        if not message and f"[Errno {errno.ENOSPC}]" in str(error).strip().splitlines()[-1]:
-            message = _full(str(error).strip().splitlines()[-1])
+        last = str(error).strip().splitlines()[-1]
+        if not message and any(f"[Errno {number}]" in last for number in DISK_FULL):
+            message = _full(last)
         sys.exit(f"error: {message}" if message else str(error))
 
 
@@ -81,4 +82,7 @@ def _launch(main: Callable, setup: Callable, args: argparse.Namespace) -> None:
 
 
 def _full(error: Any) -> str:
-    return f"a disk is full ({error}); make room, and go on from the last checkpoint with --resume"
+    return (
+        f"a disk or a quota is full ({error}); make room, and go on from the last checkpoint with "
+        "--resume"
+    )

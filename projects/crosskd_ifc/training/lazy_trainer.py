@@ -1,6 +1,7 @@
 """The trainer of a run that a LazyConfig describes."""
 
 import copy
+import os
 from typing import Any, Callable, Dict, Optional
 
 import torch
@@ -22,11 +23,13 @@ from ..data.cards import drop_degenerate_boxes
 from ..data.mapper import CheckedMapper
 from ..modeling.attach import attach_teacher
 from ..modeling.summary import describe_distillation
+from .checkpointer import find_checkpoints
+from .optimizer import set_fusion_weight_decay
 from .preemption import StoppableLoader, keep_workers_on_sigterm
 from .preflight import check_training_settings
 from .preflight_data import check_test_data
 from .stream import TrainingStream
-from .trainer import CrossKDTrainer, logger, set_fusion_weight_decay
+from .trainer import CrossKDTrainer, logger
 
 
 class LazyTrainer(CrossKDTrainer):
@@ -84,6 +87,14 @@ class LazyTrainer(CrossKDTrainer):
 
     def test(self, cfg: CfgNode, model: nn.Module, evaluators=None) -> Dict[str, Any]:
         return test_lazy(self.config, cfg, model)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        earlier = reversed(find_checkpoints(self.cfg.OUTPUT_DIR))  # the oldest first
+        for hook in self._hooks:
+            if isinstance(hook, PeriodicCheckpointer) and self.start_iter:  # it forgets them
+                beyond = f"model_{self.start_iter:07d}"
+                hook.recent_checkpoints = [x for x in earlier if os.path.basename(x) < beyond]
 
     def build_hooks(self):
         hooks = super().build_hooks()

@@ -1,7 +1,7 @@
 """What is checked of a run's config before models and data are built."""
 
 import importlib.util
-from typing import Sequence
+from typing import List, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -190,18 +190,33 @@ def check_best_metric(cfg: CfgNode) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    metric, sets = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
-    tasks = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
-    names = [task for task, is_on in tasks.items() if is_on]
-    if len(sets) > 1:  # detectron2 writes each one's name before its metrics
-        names = [f"{name}/{task}" for name in sets for task in names]
-    task, _, last = metric.removeprefix("ema/").rpartition("/")
-    if metric and (task not in names or not last.startswith("AP")):
+    metric, sets = cfg.TEST.BEST_METRIC.removeprefix("ema/"), cfg.DATASETS.TEST
+    # With several sets detectron2 writes each one's name before its metrics.
+    given = [(f"{x}/" if len(sets) > 1 else "") + y for x in sets for y in _metrics(cfg, x)]
+    if metric and not any(metric == x or x.endswith("-") and metric.startswith(x) for x in given):
+        wholes = " or ".join(x for x in given if x.endswith("/AP"))
+        parts = ("AP-CLASS" if "/AP-" in x else x.rpartition("/")[2] for x in given)
         raise ConfigError(
-            f"TEST.BEST_METRIC is {metric!r}; expected "
-            f"{' or '.join(f'{name}/AP' for name in names)} (or AP50, AP75, ... of these), with "
-            "ema/ before it for the average of the weights"
+            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}; expected {wholes} (the last "
+            f"part may be {', '.join(dict.fromkeys(parts))}), with ema/ before it for the average "
+            "of the weights"
         )
+
+
+def _metrics(cfg: CfgNode, name: str) -> List[str]:
+    """What our evaluators give of a data set; ``-`` at the end stands for any class."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type", None) == "pascal_voc":
+        return ["bbox/AP", "bbox/AP50", "bbox/AP75"]
+    tasks = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    classes = metadata.get("thing_classes", None)
+    if classes is None:  # it will know them when it is loaded
+        classes = [""]
+    elif len(classes) == 1:  # detectron2 leaves it out
+        classes = []
+    parts = ["AP", "AP50", "AP75", "APs", "APm", "APl", *(f"AP-{x}" for x in classes)]
+    found = [f"{task}/{part}" for task, is_on in tasks.items() if is_on for part in parts]
+    return [x for x in found if x != "keypoints/APs"]
 
 
 def check_keypoint_sigmas(cfg: CfgNode) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 import torch
 from detectron2.engine import HookBase
@@ -17,11 +17,16 @@ logger = logging.getLogger(__name__)
 
 # A dense detector's moving average of positives, which detectron2 keeps outside the state dict.
 _NORMALIZER = "loss_normalizer"
+# Digest of a teacher: what it is of, in an error.
+_DIGESTS = {
+    "teacher": "weights",
+    "teacher_inputs": "INPUT.FORMAT, PIXEL_MEAN, PIXEL_STD or anchors",
+}
 
 
 class ResumeState(HookBase):
     """Keeps in each checkpoint the random state of every process, the place in the training data, a
-    dense detector's normalizer and a digest of the teacher; goes on from them.
+    dense detector's normalizer and digests of the teacher; goes on from them.
 
     Put it directly before the hook that writes checkpoints, in every process.
     """
@@ -36,7 +41,10 @@ class ResumeState(HookBase):
         self._found: Optional[Dict[str, Any]] = None  # in the checkpoint that was loaded
         self._gathered: Dict[str, Any] = {}
         self._first_batch = 0  # of the stream, at start_iter
-        self._digest: Optional[str] = None
+        self._digests: Dict[str, str] = {}
+
+    def before_train(self) -> None:
+        self._teacher_digests()  # before a forward fills buffers that are caches
 
     def before_step(self) -> None:
         if self._found is None:
@@ -80,7 +88,7 @@ class ResumeState(HookBase):
             "num_batches": self._first_batch + iteration + 1 - self.trainer.start_iter,
             "stream": None if stream is None else stream.state_dict(),
             _NORMALIZER: None if normalizer is None else float(normalizer),
-            "teacher": self._teacher_digest(),
+            **self._teacher_digests(),
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -88,11 +96,13 @@ class ResumeState(HookBase):
         Raises:
             ConfigError: if the teacher isn't the one that the run started with.
         """
-        if state["teacher"] and self._teacher_digest() not in ("", state["teacher"]):
-            raise ConfigError(
-                "MODEL.CROSSKD.TEACHER: its weights are not those that this run started with; give "
-                "the same teacher, or start anew without --resume in another OUTPUT_DIR"
-            )
+        for key, ours in self._teacher_digests().items():
+            if ours and state.get(key, "") not in ("", ours):
+                raise ConfigError(
+                    f"MODEL.CROSSKD.TEACHER: its {_DIGESTS[key]} are not those that this run "
+                    "started with; give the same teacher, or start anew without --resume in "
+                    "another OUTPUT_DIR"
+                )
         if state[_NORMALIZER] is not None:
             setattr(unwrap(self.trainer.model), _NORMALIZER, state[_NORMALIZER])
         stream = self._stream()
@@ -131,12 +141,15 @@ class ResumeState(HookBase):
     def _stream(self):
         return getattr(self.trainer._trainer.data_loader, "stream", None)
 
-    def _teacher_digest(self) -> str:
-        """Of all tensors of each teacher; "" without one. They are frozen, so once is enough."""
-        if self._digest is None:
+    def _teacher_digests(self) -> Dict[str, str]:
+        """Of all tensors of each teacher, and of what it makes of its images and isn't among its
+        weights; "" without one. They are frozen, so once is enough."""
+        if not self._digests:
             teachers = getattr(unwrap(self.trainer.model), "teachers", ())
-            self._digest = " ".join(digest(teacher.model) for teacher in teachers)
-        return self._digest
+            weights = [digest(x.model.state_dict()) for x in teachers]
+            inputs = [f"{x.input_format} {digest(dict(x.model.named_buffers()))}" for x in teachers]
+            self._digests = dict(zip(_DIGESTS, (" ".join(weights), " ".join(inputs))))
+        return self._digests
 
 
 def _batch_statistics(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -146,10 +159,10 @@ def _batch_statistics(model: nn.Module) -> Iterator[torch.Tensor]:
             yield from module.buffers(recurse=False)
 
 
-def digest(model: nn.Module) -> str:
-    """A SHA-256 of the names and values of a model's parameters and buffers."""
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A SHA-256 of names and values."""
     found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()

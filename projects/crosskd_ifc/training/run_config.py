@@ -1,5 +1,6 @@
 """A run's config is kept in its checkpoints: what a resumed run does otherwise is told."""
 
+import os
 import re
 from typing import Any, Dict, List, Mapping, Tuple
 
@@ -8,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from ..common.config_files import check_yaml, default_config, flat
+from ..common.config_files import LAZY_CONFIG, check_yaml, default_config, flat
 from ..config import ConfigError
 
 # Where things lie, how they are evaluated, how often something is written, how data are read: what
@@ -21,6 +22,8 @@ _NO_CHANGE = re.compile(
 )
 _TEACHER = "MODEL.CROSSKD.TEACHER.CONFIG_FILE"  # another path is none, but no path is
 _PROCESSES = "number of processes"
+# Files, or teachers with files: their folders are no change.
+_FILES = ("MODEL.CROSSKD.TEACHERS", "MODEL.CROSSKD.IMPORTS", LAZY_CONFIG)
 
 
 def describe_run(cfg: CfgNode) -> Dict[str, Any]:
@@ -63,4 +66,15 @@ def _settings(kept: Mapping[str, Any]) -> Dict[str, Any]:
     except (AttributeError, KeyError, RecursionError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"what the checkpoint says of its run can't be read: {error}") from error
     settings[_TEACHER] = "a teacher" if settings.get(_TEACHER) else "no teacher"
-    return settings
+    return {k: _without_folders(v) if k in _FILES else v for k, v in settings.items()}
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str):
+        return os.path.basename(value)
+    if isinstance(value, list):
+        return [_without_folders(x) for x in value]
+    if isinstance(value, dict):  # a teacher's section
+        names = ("CONFIG_FILE", "WEIGHTS")
+        return {k: _without_folders(v) if k in names else v for k, v in value.items()}
+    return value

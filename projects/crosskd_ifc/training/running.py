@@ -14,10 +14,11 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..common.files import replacing
 from ..config import ConfigError
 from ..modeling.building import explained
 from ..weights.reading import MisfitError, StrictReader
-from .checkpointer import SafeCheckpointer, has_checkpoint
+from .checkpointer import SafeCheckpointer, check_tag, has_checkpoint
 from .errors import one_line_errors
 from .output_folder import check_output_folder, training_alone_in
 from .preflight import check_evaluation_config, check_training_config, check_weights
@@ -47,6 +48,8 @@ def check_run(
     with one_line_errors(cfg):
         check_output_folder(cfg.OUTPUT_DIR)
         (check_evaluation_config if args.eval_only else check_training)(cfg)
+        if args.resume or not args.eval_only:
+            check_tag(cfg.OUTPUT_DIR)
         goes_on = has_checkpoint(cfg.OUTPUT_DIR)
         if goes_on and not (args.resume or args.eval_only):
             raise ConfigError(
@@ -79,7 +82,7 @@ def train(
         start_logging(cfg, args, config)
         trainer = build()
         trainer.resume_or_load(resume=args.resume)
-        if comm.is_main_process():
+        if comm.is_main_process() and trainer.start_iter < trainer.max_iter:
             _save(config, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
         return trainer.train()
 
@@ -147,5 +150,5 @@ def _save(config: Config, path: str) -> None:
     if not isinstance(config, CfgNode):
         LazyConfig.save(config, path)
         return
-    with PathManager.open(path, "w") as f:
-        f.write(config.dump())
+    with PathManager.open(path, "wb") if "://" in path else replacing(path) as f:
+        f.write(config.dump().encode())

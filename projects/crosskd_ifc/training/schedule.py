@@ -70,8 +70,8 @@ def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
 
 class TeacherEvaluation(HookBase):
     """Evaluates the teachers whose settings ask for it on the student's test sets before the first
-    step, logs it as ``teacher/...``, that of teacher i > 1 as ``teacher_i/...``, and warns once of
-    a student that is better, at the start or later.
+    step, or that of a resumed run which hasn't yet, logs it as ``teacher/...``, that of teacher i >
+    1 as ``teacher_i/...``, and warns once of a student that is better, at the start or later.
 
     Put it after the student's evaluation.
     """
@@ -81,16 +81,15 @@ class TeacherEvaluation(HookBase):
         self._told: List[str] = []  # keys
 
     def before_train(self) -> None:
-        if self.trainer.start_iter > 0:
-            return
         student, cfg = unwrap(self.trainer.model), self.trainer.cfg
         for i, (_, one) in enumerate(teacher_configs(cfg)):
-            if one.MODEL.CROSSKD.TEACHER.EVAL_AT_START:
-                key = f"teacher_{i + 1}" if i else "teacher"
+            key = f"teacher_{i + 1}" if i else "teacher"
+            if one.MODEL.CROSSKD.TEACHER.EVAL_AT_START and key not in self._teachers:
                 teacher = student.teachers[i]
                 results = evaluate_teacher(cfg, student, self.trainer.test, teacher, key)
                 self._log(key, flatten_results_dict(results))
-        if self.trainer.checkpointer.is_complete:  # else its predictors are random
+        # Else the student's predictors are random.
+        if self.trainer.start_iter == 0 and self.trainer.checkpointer.is_complete:
             logger.info("Evaluating the student before the first step")
             results = self.trainer.test(cfg, student)
             self._compare(flatten_results_dict(results), "at the start")
@@ -103,7 +102,8 @@ class TeacherEvaluation(HookBase):
                 logger.info(
                     f"{whose} on {', '.join(self.trainer.cfg.DATASETS.TEST)}: {name} {value:.2f}"
                 )
-        self._teachers[key] = {k: v for k, v in results.items() if k.endswith("/AP")}
+        # Those of VOC's evaluator are numpy's.
+        self._teachers[key] = {k: float(v) for k, v in results.items() if k.endswith("/AP")}
 
     def after_step(self) -> None:
         self._look(self.trainer.iter)

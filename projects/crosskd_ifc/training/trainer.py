@@ -4,7 +4,6 @@ data set's type."""
 import contextlib
 import logging
 import os
-import sys
 import weakref
 from typing import Any, Dict, Iterator, Optional
 
@@ -32,6 +31,7 @@ from .checkpointer import SafeCheckpointer
 from .errors import message_in_traceback
 from .grad_norm import GradientNorm
 from .non_finite import DIVERGED, LastStepRecorder
+from .optimizer import go_on_with, set_fusion_weight_decay, settings_of
 from .preemption import (
     StopAfterStep,
     StoppableLoader,
@@ -148,13 +148,13 @@ class CrossKDTrainer(DefaultTrainer):
             raise
 
     def after_train(self) -> None:
-        on_its_way = sys.exc_info()[1]
-        if isinstance(on_its_way, Terminated):  # detectron2 would evaluate after the last step
+        has_failed = self.iter < self.max_iter
+        if has_failed:  # detectron2 would evaluate, in the last step; other processes may not come
             self._hooks = [h for h in self._hooks if not isinstance(h, (EvalHook, BestWeights))]
         try:
             super().after_train()
         except OSError as error:
-            if on_its_way is None:
+            if not has_failed:
                 raise
             # The writers' disk is full, too: that must not hide the first error.
             logger.warning(f"Not all could be written at the end: {error}")
@@ -210,8 +210,11 @@ class CrossKDTrainer(DefaultTrainer):
         if hasattr(student, "inherit_weights") and not resume:
             student.inherit_weights()
 
+    def state_dict(self) -> Dict[str, Any]:
+        return {**super().state_dict(), "optimizer_settings": self._optimizer_settings}
+
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """As the parent's.
+        """As the parent's; the optimizer keeps this run's settings.
 
         Raises:
             ValueError: if the state of one of detectron2's hooks is missing: it would start anew.
@@ -229,6 +232,10 @@ class CrossKDTrainer(DefaultTrainer):
             elif hook.state_dict():
                 raise ValueError(f"it lacks the state of {name}")
         super().load_state_dict(state_dict)
+        kept = state_dict.get("optimizer_settings")  # earlier versions didn't write them
+        kept = kept or settings_of(state_dict["_trainer"]["optimizer"]["param_groups"])
+        if self.iter + 1 < self.max_iter:  # there is a step to do
+            go_on_with(self._optimizer_settings, kept, self.optimizer, self.scheduler)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -277,6 +284,7 @@ class CrossKDTrainer(DefaultTrainer):
     def build_hooks(self):
         """detectron2's hooks, those that let a run be stopped and resumed exactly and, with a
         teacher, the distillation schedule and the teacher's evaluation."""
+        self._optimizer_settings = settings_of(self.optimizer.param_groups)
         # Here, since detectron2 makes its checkpointer just before and offers no other place.
         self.checkpointer = SafeCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, cfg=self.cfg, trainer=weakref.proxy(self)
@@ -327,31 +335,6 @@ def _insert_after(hooks: list, kind: type, more: list) -> None:
     """Insert hooks after the first of this kind."""
     place = [isinstance(h, kind) for h in hooks].index(True) + 1
     hooks[place:place] = more
-
-
-def set_fusion_weight_decay(
-    optimizer: torch.optim.Optimizer, cfg: CfgNode, model: nn.Module
-) -> torch.optim.Optimizer:
-    """Give what the distillation learns a parameter group with ``FUSION.WEIGHT_DECAY``.
-
-    For an optimizer of your own, before its first step; ``CrossKDTrainer`` calls it for
-    detectron2's.
-
-    Args:
-        optimizer: over the parameters of ``model``; changed in place.
-        cfg: the student's config.
-        model: the student, or a DDP wrapper around it.
-    """
-    fusion = getattr(unwrap(model), "fusion", None)
-    parameters = [] if fusion is None else list(fusion.parameters())
-    if parameters:
-        ours = {id(p) for p in parameters}
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in ours]
-        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-        decay = cfg.MODEL.CROSSKD.FUSION.WEIGHT_DECAY
-        optimizer.add_param_group({"params": parameters, "weight_decay": decay})
-    return optimizer
 
 
 @contextlib.contextmanager

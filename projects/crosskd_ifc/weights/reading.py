@@ -2,6 +2,7 @@
 detectron2's model zoo."""
 
 import collections
+import io
 import os
 import pickle
 import sys
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from .state_dicts import ADAPTER_PREFIX, describe_problems
 
@@ -90,6 +92,9 @@ for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
     )
 
 
+_WRITTEN_AS_THEY_ARE = (type(None), bool, int, float, str, bytes, torch.Tensor, nn.Parameter)
+
+
 # The one written in C reserves memory for as many entries as a number in the file asks for.
 class _NumpyUnpickler(pickle._Unpickler):
     """Admits arrays of plain numbers and plain containers; looking up anything else is where code
@@ -151,12 +156,31 @@ def _tensors(content: Any) -> Iterator[Tuple[Any, torch.Tensor]]:
             todo += value.items() if is_mapping else ((name, item) for item in value)
 
 
+def unreadable(content: Any, name: str = "") -> str:
+    """What :func:`load_weights` would refuse in a state that ``torch.save`` writes, or ""."""
+    if type(content) in (dict, collections.OrderedDict, list, tuple):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        pairs = ((x, f"{name}.{key}".lstrip(".")) for key, value in items for x in (key, value))
+        return next(filter(None, (unreadable(*pair) for pair in pairs)), "")
+    if isinstance(content, torch.Tensor) and (kind := _odd_kind(content)):
+        return f"{name} is {kind} tensor"
+    if type(content) not in _WRITTEN_AS_THEY_ARE:
+        file = io.BytesIO()
+        try:
+            torch.save(content, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception:  # of anyone's classes
+            return f"{name} is of type {type(content).__module__}.{type(content).__qualname__}"
+    return ""
+
+
 def _odd_kind(x: torch.Tensor) -> str:
     """What makes a tensor more than numbers in memory, or ""."""
     if x.layout != torch.strided:
         return "a sparse"
-    if x.device.type != "cpu":
-        return f"a {x.device.type}"
+    if x.is_meta:
+        return "a meta"
     if x.is_quantized:
         return "a quantized"
     # Numbers that are there once and stand for many could ask for any amount of memory.

@@ -1,0 +1,85 @@
+"""The optimizer's settings: the decay of what the distillation learns; a resumed run goes on with
+its own learning rate, momentum and decay, not with those of its checkpoint."""
+
+import copy
+import logging
+from typing import Any, Dict, List, Mapping, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier
+from torch import nn
+
+from ..modeling.student import unwrap
+from .run_config import as_table
+
+Settings = List[Dict[str, Any]]  # of each parameter group
+
+logger = logging.getLogger(__name__)
+
+_BASE = "initial_lr"  # that the schedule multiplies
+
+
+def set_fusion_weight_decay(
+    optimizer: torch.optim.Optimizer, cfg: CfgNode, model: nn.Module
+) -> torch.optim.Optimizer:
+    """Give what the distillation learns a parameter group with ``FUSION.WEIGHT_DECAY``.
+
+    For an optimizer of your own, before its first step; ``CrossKDTrainer`` calls it for
+    detectron2's.
+
+    Args:
+        optimizer: over the parameters of ``model``; changed in place.
+        cfg: the student's config.
+        model: the student, or a DDP wrapper around it.
+    """
+    fusion = getattr(unwrap(model), "fusion", None)
+    parameters = [] if fusion is None else list(fusion.parameters())
+    if parameters:
+        ours = {id(p) for p in parameters}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ours]
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        decay = cfg.MODEL.CROSSKD.FUSION.WEIGHT_DECAY
+        optimizer.add_param_group({"params": parameters, "weight_decay": decay})
+    return optimizer
+
+
+def settings_of(groups: Sequence[Mapping[str, Any]]) -> Settings:
+    """The settings of an optimizer's ``param_groups``, before the first step."""
+    return [
+        {
+            **{k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "lr")},
+            _BASE: copy.deepcopy(group.get(_BASE, group["lr"])),
+        }
+        for group in groups
+    ]
+
+
+def go_on_with(
+    settings: Settings, kept: Settings, optimizer: torch.optim.Optimizer, scheduler: Any
+) -> None:
+    """Give an optimizer that has loaded its state the settings that have changed since; the others
+    may be part of the state.
+
+    Args:
+        settings: of this run.
+        kept: of the run that has written the checkpoint.
+        optimizer: has as many groups.
+        scheduler: detectron2's; its learning rates become those of this iteration. One of another
+            kind is left as it is.
+    """
+    told = []
+    for group, then, now in zip(optimizer.param_groups, kept, settings):
+        changed = {k: v for k, v in now.items() if then.get(k) != v}
+        group.update(changed)
+        rows = [
+            (f"optimizer.{k.removeprefix('initial_')}", then.get(k), v) for k, v in changed.items()
+        ]
+        told += [row for row in rows if row not in told]
+    if isinstance(scheduler, LRMultiplier):
+        scheduler.base_lrs = [group[_BASE] for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, scheduler.get_lr()):
+            group["lr"] = rate
+    if told:
+        logger.warning(f"The optimizer goes on with other settings:\n{as_table(told)}")
