@@ -2,6 +2,7 @@
 detectron2's model zoo."""
 
 import collections
+import errno
 import io
 import os
 import pickle
@@ -213,9 +214,10 @@ def _read(local: str, path: str) -> Any:
             f"{path}: refused, since it holds {error}, not only numpy arrays and plain values: "
             "loading it could run code"
         ) from None
-    except OSError:
-        raise
     except Exception as error:  # readers raise what they like on foreign bytes
+        # One that goes to a place in front of the file raises EINVAL: the file is at fault.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         reason = f"{type(error).__name__} {error}".strip().split("\n")[0]
         raise WeightsError(
             f"{path}: {reader} can't read it; the file is damaged, or of another kind ({reason})"
