@@ -563,3 +563,22 @@ def test_the_example_of_a_protocol_can_be_run(tmp_path):
     protocol = load_protocol(str(tmp_path / "p.yaml"))
     assert list(protocol.arms) == ["teacher", "student", "crosskd", "temperature_1"]
     assert protocol.contrasts == (("crosskd", "student"),) and protocol.margin == 0.5
+
+
+@pytest.mark.parametrize(
+    "title, arm",
+    [
+        ("one loss per tap, and one for their mean", "taps_and_mean"),
+        ("one loss per tap", "taps"),
+        ("boosted", "boosted"),
+        ("anchored", "anchored"),
+        ("fc1 alone", "fc1"),
+        ("plain CrossKD and the student's own predictions", "both"),
+        ("mean of fc1 and fc2, today's CrossKD-IFC", "ifc"),
+        ("fc2 alone", "fc2"),
+    ],
+)
+def test_the_table_of_the_screen_is_that_of_the_recorded_runs(title, arm):
+    found = results("decisive_screen").difference(arm, "crosskd")
+    row = f"| {title} | {tell(found)} | {len(found.values)} |"
+    assert row in read("docs", "results.md").splitlines()
