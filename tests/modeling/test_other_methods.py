@@ -1,5 +1,6 @@
 """Students that learn by the losses of other methods: LOSS.FEATURE_TYPE and LOSS.CLS_TYPE."""
 
+import json
 import os
 import re
 
@@ -305,3 +306,17 @@ def test_the_table_of_costs_is_what_the_configs_say():
         if loss.FEATURE_WEIGHT:
             level = sum(p.numel() for p in build_level_loss(loss, 256, 256, 8).parameters())
         assert 5 * level == int(parameters.replace(",", "")), config
+
+
+def test_the_time_and_memory_of_each_method_are_the_measured_ones():
+    with open(os.path.join(DOCS, "methods.md")) as f:
+        rows = dict(re.findall(r"\| `(\w+)_R_18_FPN_1x` \| [\d,]+ \| \d+ \| (.*) \|", f.read()))
+    assert len(rows) == 9
+    for method, told in rows.items():
+        path = os.path.join(DOCS, "..", "benchmarks", "step_cost", f"method_{method}_cpu.json")
+        with open(path) as f:
+            found = json.load(f)
+        ratio, peak = found["ratios"]["c/a"], found["peak_bytes"]
+        cells = [f"{ratio['median']:.2f}", "{:.2f} to {:.2f}".format(*ratio["quartiles"])]
+        cells += [f"{(peak['distillation'] - peak['student']) / 2**20:.0f}"]
+        assert told == " | ".join(cells), method
