@@ -582,3 +582,16 @@ def test_the_table_of_the_screen_is_that_of_the_recorded_runs(title, arm):
     found = results("decisive_screen").difference(arm, "crosskd")
     row = f"| {title} | {tell(found)} | {len(found.values)} |"
     assert row in read("docs", "results.md").splitlines()
+
+
+def test_what_self_distillation_gives_is_told_as_recorded():
+    table = results("self_distillation")
+    teacher, student = (
+        "{1:.1f} ± {2:.1f}".format(*describe_sample(list(table.scores(arm).values())))
+        for arm in ("teacher", "self")
+    )
+    text = " ".join(read("docs", "teachers_and_students.md").split())
+    assert f"has {teacher} AP on the test images, the R18 that learns from it" in text
+    found = table.difference("self", "teacher")
+    assert f"scratch, {student}. The difference is {tell(found)}." in text
+    assert len(found.values) == 3
