@@ -20,6 +20,7 @@ from ..common.files import replacing
 from ..config import ConfigError
 from .protocol import TEACHER, Protocol
 from .runs import Run, is_same_input
+from .tables import replicate_number
 
 Key = Tuple[str, int]  # arm, seed
 
@@ -68,18 +69,20 @@ class Results:
         """
         groups: Dict[Tuple[int, int], List[dict]] = {}
         for entry in self._read_other(path)["runs"]:
-            groups.setdefault((entry["seed"], _number(entry)), []).append(entry)
+            groups.setdefault((entry["seed"], replicate_number(entry)), []).append(entry)
         with self._rewriting():
             before = len(self.entries)
             for entries in groups.values():
                 there = [o for o in self.entries for e in entries if _is_same_run(e, o)]
-                self._put(entries, sorted({_number(other) for other in there}))
+                self._put(entries, sorted({replicate_number(other) for other in there}))
             return len(self.entries) - before
 
     def _put(self, entries: List[dict], preferred: List[int]) -> None:
         """Append those that aren't there yet, as replicates of one number."""
         new = [e for e in entries if not any(_is_same_run(e, other) for other in self.entries)]
-        taken = {_number(o) for o in self.entries for e in new if _settings(o) == _settings(e)}
+        taken = {
+            replicate_number(o) for o in self.entries for e in new if _settings(o) == _settings(e)
+        }
         number = next(n for n in itertools.chain(preferred, itertools.count(1)) if n not in taken)
         for entry in new:
             entry = {k: v for k, v in entry.items() if k != "replicate"}
@@ -90,7 +93,7 @@ class Results:
         for other in self.entries:
             if other["arm"] == TEACHER != entry["arm"] and "teacher_sha256" in entry:
                 if other.get("teacher_sha256") == entry["teacher_sha256"]:
-                    return _number(other)
+                    return replicate_number(other)
         return None
 
     @contextlib.contextmanager
@@ -120,7 +123,7 @@ class Results:
             # Arms that the protocol had once come last: they cost time, too.
             arm = entry["arm"]
             known = order.index(arm) if arm in order else len(order)
-            return known, arm, entry["seed"], _number(entry)
+            return known, arm, entry["seed"], replicate_number(entry)
 
         return {
             "name": protocol.name,
@@ -226,10 +229,6 @@ def _is_flat(value) -> bool:
 
 def _key(entry: dict) -> Key:
     return entry["arm"], entry["seed"]
-
-
-def _number(entry: dict) -> int:
-    return entry.get("replicate", 1)
 
 
 def _settings(entry: dict) -> tuple:

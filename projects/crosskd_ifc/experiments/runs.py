@@ -217,13 +217,13 @@ def train(
     if done is not None:
         return done
     run = run.read_again()  # the child is about to
-    digest, inputs = run.digest(), run.inputs() or ""
-    with claim_folder(run.folder, name=run.name, digest=state_digest(run), stop=stop) as log:
+    digest, inputs, state_sha256 = run.digest(), run.inputs(), state_digest(run)
+    with claim_folder(run.folder, name=run.name, digest=state_sha256, stop=stop) as log:
         done = run.result()  # of the process that we waited for
         if done is not None:
             return done
         earlier = (read_json(run.path("started.json")) or {}).get("seconds", 0.0)
-        state = {"digest": state_digest(run), "seconds": earlier}
+        state = {"digest": state_sha256, "seconds": earlier}
         write_json(run.path("started.json"), state)
         needs = [file_sha256(needed.weights) for needed in run.needs]
         command = command_of(run, train_net, arguments)
@@ -253,7 +253,7 @@ def train(
         found = _collect(run) if diverged is None else _collect_diverged(run, diverged["iteration"])
         done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **found}
         done.update(versions=versions(), hardware=hardware(run.cfg().MODEL.DEVICE, threads))
-        done.update(inputs_sha256=inputs or None, needs_sha256=needs)
+        done.update(inputs_sha256=inputs, needs_sha256=needs)
         if diverged is None:
             done["weights_sha256"] = file_sha256(run.weights)
         write_json(run.path("run.json"), done)

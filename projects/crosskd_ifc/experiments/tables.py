@@ -8,6 +8,11 @@ from .contrasts import Contrast, judge
 from .statistics import Difference, summarize
 
 
+def replicate_number(run: dict) -> int:
+    """Which replicate a run of ``results.json`` is."""
+    return run.get("replicate", 1)
+
+
 class Section(NamedTuple):
     """The arms of one table: group ("" for the main arms), their names, and the arms that their
     differences are taken to."""
@@ -108,14 +113,16 @@ def _pairs(ours: List[dict], theirs: List[dict]) -> List[List[List[dict]]]:
     """The runs of two arms and one seed that belong together, without mere repetitions."""
     runs = [*ours, *theirs]
     known = all("teacher_sha256" in run for run in runs)
-    numbers = {_number(run) for run in ours} & {_number(run) for run in theirs}
+    numbers = {replicate_number(run) for run in ours} & {replicate_number(run) for run in theirs}
     found = []
     for teacher in dict.fromkeys(run["teacher_sha256"] if known else None for run in runs):
         sides = [
             [r for r in x if r.get("teacher_sha256") == teacher or not known]
             for x in (ours, theirs)
         ]
-        same = [[[r for r in x if _number(r) == n] for x in sides] for n in sorted(numbers)]
+        same = [
+            [[r for r in x if replicate_number(r) == n] for x in sides] for n in sorted(numbers)
+        ]
         same = [pair for pair in same if all(pair)]
         found += same or [sides] * (known and all(sides))
     return list({repr([sorted(map(_scores_of, x)) for x in pair]): pair for pair in found}.values())
@@ -126,10 +133,6 @@ def _mean_of(pair: List[List[dict]], key: str) -> List[float]:
         float(np.mean([run[key] for run in {_scores_of(run): run for run in runs}.values()]))
         for runs in pair
     ]
-
-
-def _number(run: dict) -> int:
-    return run.get("replicate", 1)
 
 
 def _scores_of(run: dict) -> str:
