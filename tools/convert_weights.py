@@ -5,7 +5,7 @@
     python tools/convert_weights.py resnet18-f37072fd.pth R-18.pth
     # the same for a model that takes the model zoo's input: BGR, std 1
     python tools/convert_weights.py resnet18-f37072fd.pth R-18.pth --fold-input
-    # mmdet's Faster R-CNN or RetinaNet with such a ResNet and an FPN: makes teacher.yaml, too
+    # mmdet's Faster R-CNN or RetinaNet with such a ResNet and an FPN: also makes teacher.yaml
     python tools/convert_weights.py retinanet_r101_fpn.pth teacher.pth
 
 Takes seconds. What IN holds is recognised; it may be a URL. Prints what the weights need in a

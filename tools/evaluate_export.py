@@ -50,7 +50,7 @@ def parse(argv: Optional[List[str]] = None):
     parser.add_argument(
         "--speed", type=int, default=0, metavar="ROUNDS", help="measure images per second, no AP"
     )
-    parser.add_argument("--teacher", default="", help="a checkpoint whose speed to measure, too")
+    parser.add_argument("--teacher", default="", help="a checkpoint whose speed to measure as well")
     parser.add_argument("--teacher-config", default="", help="the config it was trained with")
     parser.add_argument("--images", type=int, default=16, help="of a round")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")

@@ -253,7 +253,7 @@ def hash_tree(root: Path) -> Dict[str, str]:
 
 
 def why_suitable(installed: Installed, source: str, commit: str, manifest: Dict[str, str]) -> str:
-    """Say why the detectron2 that is there will do; "" where one has to be installed."""
+    """Say why the installed detectron2 will do; "" where one has to be installed."""
     if installed.root is None or installed.broken:
         return ""
     if tuple(int(n) for n in installed.version.split(".") if n) < MIN_VERSION:
@@ -325,7 +325,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         "--commit", default="", help="with --source git: what to build (%s)" % COMMIT[:7]
     )
     parser.add_argument("--wheel", type=Path, help="an already downloaded wheel of " + CARRIER)
-    parser.add_argument("--force", action="store_true", help="replace the detectron2 that is there")
+    parser.add_argument("--force", action="store_true", help="replace the installed detectron2")
     args = parser.parse_args(argv)
     if args.commit and args.source != "git":
         parser.error("--commit needs --source git; --source pypi always is %s" % COMMIT[:7])

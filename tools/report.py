@@ -6,7 +6,7 @@
 
 Curves of losses and AP, agreement with the teacher, AP by class beside the teacher's, the worst
 test images with the detections of teacher, cross-head and student, settings, cost. Everything is in
-the one file. A training that is still running can be looked at, too.
+the one file. It also shows a training that is still running.
 """
 
 import argparse

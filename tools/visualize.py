@@ -6,7 +6,7 @@
 
 detections.png: ground truth (of a data set), teacher, cross-head and student side by side.
 features.png: where each level of the student's feature pyramid responds more (red) or less (blue)
-than the teacher's. CONFIG is the student's, with its teacher; a plain student's weights do, too.
+than the teacher's. CONFIG is the student's, with its teacher; a plain student's weights also do.
 """
 
 import argparse
