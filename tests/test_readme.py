@@ -539,6 +539,19 @@ def test_files_that_a_document_names_exist(document):
     assert all(os.path.exists(os.path.join(ROOT, name)) for name in named), named
 
 
+def anchors(document):
+    """What a link can name after "#": the headings, as GitHub and the site write them."""
+    for heading in re.findall(r"^#+ (.+)$", read(document), re.MULTILINE):
+        yield re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", PAGES + [os.path.relpath(page, ROOT) for page in DOCS])
+def test_headings_that_a_document_links_to_exist(document):
+    for page, heading in re.findall(r"\]\(([^):#]*\.md)?#([^)]+)\)", read(document)):
+        found = os.path.normpath(os.path.join(os.path.dirname(document), page))
+        assert heading in anchors(found if page else document), (page, heading)
+
+
 def test_the_front_page_is_short():
     assert os.path.getsize(os.path.join(ROOT, "README.md")) <= 8000
 
