@@ -13,18 +13,9 @@ from ..loss_types import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY, FEATURE_LOSS_REGI
 from . import class_map
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-
-
 MIMICS = ("cross_head", "student_head", "both")
-
-
-MASK_REDUCTIONS = ("mean", "published")
-
-
-# Of several teachers.
 TEACHERS_LOSSES = ("mean", "one")
-
-
+MASK_REDUCTIONS = ("mean", "published")
 MASK_CHANNELS = ("all", "ground_truth")
 
 
