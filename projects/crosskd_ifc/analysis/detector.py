@@ -22,7 +22,7 @@ from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
 from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
-from ..weights.reading import MisfitError, StrictReader
+from ..weights.reading import load_strictly
 from ..weights.stock import read_exported_fcos
 
 # In a folder: of an export, of a run.
@@ -173,22 +173,3 @@ def _check_device(cfg: CfgNode) -> None:
     fault = device_fault(cfg.MODEL.DEVICE)
     if fault:
         raise ConfigError(f"the device is {cfg.MODEL.DEVICE!r}, {fault}")
-
-
-def load_strictly(model: nn.Module, weights: str) -> None:
-    """Load all of a detector.
-
-    Raises:
-        ConfigError: if the file can't be read or doesn't fit.
-    """
-    try:
-        StrictReader(model).load(weights)
-    except MisfitError as error:
-        raise ConfigError(
-            f"MODEL.WEIGHTS {weights!r} does not fit the model of its config. Weights {error}"
-        ) from None
-    except Exception as error:  # on foreign bytes, readers raise what they like
-        reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0]
-        raise ConfigError(
-            f"MODEL.WEIGHTS {weights!r} can't be read as weights: {reason}"
-        ) from error

@@ -15,8 +15,8 @@ from ..distillation.teacher import Teacher
 from ..modeling import classes
 from ..modeling.attach import attach_teacher
 from ..training.preflight import check_evaluation_config, check_weights
+from ..weights.reading import load_strictly
 from .detections import COLUMNS, compare_detections, spread_evenly
-from .detector import load_strictly
 from .feature_maps import compare_features
 
 MAX_IMAGES = 100  # a row each; matplotlib refuses pictures that are much higher

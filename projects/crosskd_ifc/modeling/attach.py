@@ -6,22 +6,27 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.config_files import find_config, merge_from_file, merge_from_list
+from ..common.config_files import (
+    default_config,
+    find_config,
+    merge_from_file,
+    merge_from_list,
+)
 from ..common.lazy_config import instantiate_model, is_lazy, load_lazy_config
 from ..common.lazy_detectors import config_of, dataset_names, input_format_of, student_config
 from ..common.paths import tried
 from ..common.random_state import same_random_state
-from ..config import ConfigError, add_crosskd_ifc_config, saying, teacher_configs
+from ..config import ConfigError, saying, teacher_configs
 from ..data.cards import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
-from ..weights.reading import MisfitError, StrictReader
+from ..weights.reading import load_strictly
 from ..weights.state_dicts import is_missing
 from .building import explained
 from .student import Offer
@@ -84,7 +89,7 @@ def _offer(model: nn.Module, cfg: CfgNode, teacher: Optional[nn.Module], name: s
     options = {"student_format": cfg.INPUT.FORMAT, "precision": precision}
     if teacher is None:
         built, weights = _build_teacher(cfg, model.device, options)
-        load = functools.partial(_load_strictly, built.model, weights)
+        load = functools.partial(_load, built.model, weights)
     else:
         built = Teacher(teacher.to(model.device), **options)
     _check_square(cfg, built)
@@ -162,8 +167,7 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[Union[CfgNode, DictConfig], str]:
         key = "MODEL.CROSSKD.TEACHER.CONFIG_FILE (with TEACHER.OPTS)"
         teacher_cfg = load_lazy_config(path, kd.OPTS, key=key)
     else:
-        teacher_cfg = get_cfg()
-        add_crosskd_ifc_config(teacher_cfg)
+        teacher_cfg = default_config()
         merge_from_file(teacher_cfg, path, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
         merge_from_list(teacher_cfg, kd.OPTS, key=f"MODEL.CROSSKD.TEACHER.OPTS {tuple(kd.OPTS)}")
         fill_in_class_count(teacher_cfg)
@@ -192,21 +196,7 @@ def check_teacher_weights(weights: str) -> None:
         )
 
 
-def _load_strictly(model: nn.Module, weights: str) -> None:
-    """Load a file or URL into ``model``; whatever is wrong with it is a :class:`ConfigError`."""
+def _load(model: nn.Module, weights: str) -> None:
     check_teacher_weights(weights)
-    try:
-        StrictReader(model).load(weights)
-    except MisfitError as error:
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.WEIGHTS {weights!r} does not fit the model of "
-            f"TEACHER.CONFIG_FILE (with TEACHER.OPTS). Weights {error}"
-        ) from None
-    except (
-        Exception
-    ) as error:  # on foreign bytes and failed downloads, readers raise what they like
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.WEIGHTS {weights!r} can't be read as weights: "
-            f"{type(error).__name__} {reason}"
-        ) from error
+    source = "TEACHER.CONFIG_FILE (with TEACHER.OPTS)"
+    load_strictly(model, weights, key="MODEL.CROSSKD.TEACHER.WEIGHTS", source=source)

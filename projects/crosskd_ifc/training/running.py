@@ -17,7 +17,7 @@ from torch import nn
 from ..common.files import replacing
 from ..config import ConfigError
 from ..modeling.building import explained
-from ..weights.reading import MisfitError, StrictReader
+from ..weights.reading import load_strictly
 from .checkpointer import SafeCheckpointer, check_tag, has_checkpoint
 from .errors import one_line_errors
 from .output_folder import check_output_folder, training_alone_in
@@ -119,12 +119,7 @@ def evaluate(
         elif not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: --eval-only would score random weights")
         else:
-            try:
-                StrictReader(model).load(cfg.MODEL.WEIGHTS)
-            except MisfitError as error:
-                raise ConfigError(
-                    f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} don't fit this config's model; {error}"
-                ) from error
+            load_strictly(model, cfg.MODEL.WEIGHTS)
     return test(model)
 
 

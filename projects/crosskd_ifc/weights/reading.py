@@ -17,6 +17,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..config import ConfigError
 from .state_dicts import ADAPTER_PREFIX, describe_problems
 
 
@@ -303,6 +304,32 @@ class StrictReader(SafeReader):
         if problems:
             raise MisfitError(problems)
         return incompatible
+
+
+def load_strictly(
+    model: nn.Module, weights: str, *, key: str = "MODEL.WEIGHTS", source: str = "its config"
+) -> None:
+    """Load all of a detector.
+
+    Args:
+        weights: a path or URL.
+        key: the config key that named it, for the error.
+        source: where the model comes from, for the error.
+
+    Raises:
+        ConfigError: if the file can't be read or doesn't fit.
+    """
+    try:
+        StrictReader(model).load(weights)
+    except MisfitError as error:
+        raise ConfigError(
+            f"{key} {weights!r} does not fit the model of {source}. Weights {error}"
+        ) from None
+    except (
+        Exception
+    ) as error:  # on foreign bytes and failed downloads, readers raise what they like
+        reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0]
+        raise ConfigError(f"{key} {weights!r} can't be read as weights: {reason}") from error
 
 
 def _of_detector(keys: Iterable[str]) -> List[str]:
