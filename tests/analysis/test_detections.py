@@ -155,7 +155,7 @@ def test_losses_of_the_stages_of_a_cascade_are_drawn_as_their_sum(tmp_path, monk
     line = {"iteration": 20, **dict(zip(keys, (1.0, 2.0, 4.0, 8.0)))}
     metrics = tmp_path / "metrics.json"
     metrics.write_text(json.dumps(line) + "\n")
-    plot_curves({"cascade": str(metrics)}, "")
+    plot_curves({"cascade": str(metrics)}, "", title="")
     values = {axis.get_title(): [list(x.get_ydata()) for x in axis.lines] for axis in drawn}
     assert values["classification loss (ground truth)"] == [[3.0]]
     assert values["classification loss (distillation)"] == [[12.0]]

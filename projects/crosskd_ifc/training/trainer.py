@@ -307,17 +307,13 @@ class CrossKDTrainer(DefaultTrainer):
         _insert_after(hooks, EvalHook, after)
         if getattr(student, "teacher", None) is None:
             return hooks
-        kd = self.cfg.MODEL.CROSSKD
-        ours: list = [
-            DistillationSchedule(
-                start=kd.SCHEDULE.START_ITER,
-                warmup=kd.SCHEDULE.WARMUP_ITERS,
-                stop=kd.SCHEDULE.STOP_ITER,
-            )
-        ]
         if any(x.MODEL.CROSSKD.TEACHER.EVAL_AT_START for _, x in teacher_configs(self.cfg)):
             _insert_after(hooks, EvalHook, [TeacherEvaluation()])
-        return ours + hooks
+        kd = self.cfg.MODEL.CROSSKD.SCHEDULE
+        schedule = DistillationSchedule(
+            start=kd.START_ITER, warmup=kd.WARMUP_ITERS, stop=kd.STOP_ITER
+        )
+        return [schedule, *hooks]
 
     def build_writers(self) -> list:
         """detectron2's, and one for Weights & Biases if ``WANDB.PROJECT`` names a project."""
