@@ -1,4 +1,4 @@
-"""Pictures of a distillation: boxes side by side, and learning curves.
+"""Pictures of a distillation: boxes of student, cross-head and teacher side by side.
 
 matplotlib and detectron2's visualizer are imported inside the functions: training needs neither.
 """
@@ -76,40 +76,6 @@ def comparison_picture(
     if title:
         figure.suptitle(literal(title), fontsize=13)
     save_figure(figure, path)
-
-
-def compare_on_dataset(
-    student: CrossKDRCNN,
-    loader,
-    ground_truth: Sequence[dict],
-    class_names: Sequence[str],
-    path: str,
-    *,
-    images: int = 4,
-    threshold: float = 0.5,
-) -> None:
-    """Write ground truth | teacher | cross-head | student for some images of a test loader.
-
-    The images are spread evenly over the data set, the same for every run.
-
-    Args:
-        student: with a teacher attached; it is put into evaluation mode.
-        loader: detectron2's test loader for the data set.
-        ground_truth: the data set's dicts, in the loader's order.
-        class_names: names of the classes, of teacher and student.
-        path: PNG to write.
-        images: number of rows.
-        threshold: detections below this score aren't drawn.
-    """
-    chosen = spread_evenly(images, len(ground_truth))
-    compare_detections(
-        student,
-        [loader.dataset[i] for i in chosen],
-        dict.fromkeys(COLUMNS, class_names),
-        path,
-        annotations=[ground_truth[i]["annotations"] for i in chosen],
-        threshold=threshold,
-    )
 
 
 def compare_detections(
