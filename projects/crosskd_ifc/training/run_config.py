@@ -9,7 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from ..common.config_files import LAZY_CONFIG, check_yaml, default_config, flat
+from ..common.config_files import LAZY_CONFIG, default_config, flat
+from ..common.safe_yaml import load_yaml
 from ..config import ConfigError
 
 # Where things lie, how they are evaluated, how often something is written, how data are read: what
@@ -60,8 +61,7 @@ def _shown(value: Any) -> str:
 
 def _settings(kept: Mapping[str, Any]) -> Dict[str, Any]:
     try:
-        check_yaml(kept["yaml"])
-        settings = dict(flat(yaml.safe_load(kept["yaml"])))
+        settings = dict(flat(load_yaml(kept["yaml"])))
         settings[_PROCESSES] = kept["processes"]
     except (AttributeError, KeyError, RecursionError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"what the checkpoint says of its run can't be read: {error}") from error
