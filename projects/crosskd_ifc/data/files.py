@@ -65,9 +65,7 @@ def read_yaml(path: str) -> Any:
     text = read_text(path)
     try:
         return load_yaml(text)
-    except (
-        Exception
-    ) as error:  # PyYAML raises what it likes on a value that isn't of its tag's type
+    except Exception as error:  # PyYAML raises what it likes on wrong tags
         raise ValueError(f"{path}: not valid YAML: {error}") from error
 
 

@@ -22,7 +22,7 @@ from ..common.lazy_config import instantiate_model, is_lazy, load_lazy_config
 from ..common.lazy_detectors import config_of, dataset_names, input_format_of, student_config
 from ..common.paths import tried
 from ..common.random_state import same_random_state
-from ..config import ConfigError, saying, teacher_configs
+from ..config import ConfigError, error_prefix, teacher_configs
 from ..data.cards import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
@@ -75,7 +75,7 @@ def attach_teacher(
     with same_random_state(model.device):
         offers = []
         for name, one in teacher_configs(cfg) if teacher is None else [("", cfg)]:
-            with saying(name):
+            with error_prefix(name):
                 offers.append(_offer(model, one, teacher, name))
         model.set_teachers(offers, loss=cfg.MODEL.CROSSKD.TEACHERS_LOSS)
     for offer in offers:

@@ -20,7 +20,7 @@ from detectron2.modeling import GeneralizedRCNN
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import saying
+from ..config import error_prefix
 from ..distillation.distiller import Distiller
 from ..distillation.several import SeveralTeachers
 from ..distillation.teacher import Teacher
@@ -104,12 +104,12 @@ class Student(nn.Module):
         """
         cfg, distillers, inheritance = offers[0].cfg, [], None
         for offer in offers if cfg.MODEL.CROSSKD.ENABLED else ():
-            with saying(offer.name):
+            with error_prefix(offer.name):
                 distillers.append(self.build_distiller(offer.cfg, offer.teacher))
                 if inheritance is None:
                     inheritance = plan_inheritance(offer.cfg, self, offer.teacher)
         for offer in offers:
-            with saying(offer.name):
+            with error_prefix(offer.name):
                 if offer.load is not None:
                     offer.load()
         # All at once: a student that was refused a teacher stays as it was.

@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 import zipfile
-from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Mapping, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, Mapping, Tuple
 
 import numpy as np
 import safetensors.torch
@@ -291,19 +291,32 @@ class StrictReader(SafeReader):
             MisfitError: unless all keys and shapes fit, less those of distillation adapters.
         """
         incompatible = super()._load_model(checkpoint)
-        # fvcore reports a key of another shape as missing, too.
-        other_shape = {k for k, _, _ in incompatible.incorrect_shapes}
-        problems = describe_problems(
-            missing=_of_detector(k for k in incompatible.missing_keys if k not in other_shape),
-            unexpected=_of_detector(incompatible.unexpected_keys),
-            wrong_shapes=[
-                f"{k} {found} instead of {expected}"
-                for k, found, expected in incompatible.incorrect_shapes
-            ],
-        )
+        problems = describe_misfit(incompatible, with_adapters=False)
         if problems:
             raise MisfitError(problems)
         return incompatible
+
+
+def describe_misfit(found: Any, *, with_adapters: bool) -> str:
+    """In what a checkpoint doesn't fit its model, or "".
+
+    Args:
+        found: what a checkpointer's ``_load_model`` returns.
+        with_adapters: whether those of a distillation count, too.
+    """
+    # fvcore reports a key of another shape as missing, too.
+    other_shape = {k for k, _, _ in found.incorrect_shapes}
+    missing, unexpected = (
+        [k for k in keys if with_adapters or not k.startswith(ADAPTER_PREFIX)]
+        for keys in (found.missing_keys, found.unexpected_keys)
+    )
+    return describe_problems(
+        missing=[k for k in missing if k not in other_shape],
+        unexpected=unexpected,
+        wrong_shapes=[
+            f"{k} {ours} instead of {model}" for k, ours, model in found.incorrect_shapes
+        ],
+    )
 
 
 def load_strictly(
@@ -325,12 +338,6 @@ def load_strictly(
         raise ConfigError(
             f"{key} {weights!r} does not fit the model of {source}. Weights {error}"
         ) from None
-    except (
-        Exception
-    ) as error:  # on foreign bytes and failed downloads, readers raise what they like
+    except Exception as error:  # readers raise what they like on foreign bytes
         reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0]
         raise ConfigError(f"{key} {weights!r} can't be read as weights: {reason}") from error
-
-
-def _of_detector(keys: Iterable[str]) -> List[str]:
-    return [k for k in keys if not k.startswith(ADAPTER_PREFIX)]
