@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -20,6 +19,7 @@ from ..config import ConfigError, class_count, teacher_configs
 from ..data.cards import fill_in_class_count
 from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
+from ..modeling.building import build_detector
 from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
 from ..weights.reading import load_strictly
@@ -152,11 +152,7 @@ def _find(weights: str, config_file: str) -> Tuple[str, str]:
 
 def _build(cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
     _check_device(cfg)
-    try:
-        model = build_model(cfg)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise ConfigError(f"{weights}: its config builds no model: {reason}") from error
+    model = build_detector(cfg, what=f"{weights}: its config")
     return _loaded(model, cfg, weights, names)
 
 

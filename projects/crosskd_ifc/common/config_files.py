@@ -3,7 +3,7 @@
 import io
 import os
 import traceback
-from typing import Any, Dict, Iterator, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Sequence, Tuple
 
 import yaml
 from detectron2 import model_zoo
@@ -73,7 +73,8 @@ class _CheckedCfg(CN):
             if isinstance(node.get(leaf), str):  # may be a tuple in yacs' notation
                 node[leaf] = cls._decode_cfg_value(node[leaf])
             if leaf in node:
-                node[leaf] = _beside(node[leaf], filename)
+                # Those that are there; others stay as they are.
+                node[leaf] = map_files(lambda file: beside(file, filename), node[leaf])
         return io.StringIO(yaml.safe_dump(content))
 
 
@@ -254,15 +255,15 @@ def flat(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _beside(value: Any, filename: str) -> Any:
-    """A value of one of ``_FILES`` with the files beside ``filename``, where they are there."""
+def map_files(change: Callable[[str], str], value: Any) -> Any:
+    """A setting with its files changed: a file, a list of files, or teachers' sections."""
     if isinstance(value, str):
-        return beside(value, filename)
+        return change(value)
     if isinstance(value, (list, tuple)):
-        return [_beside(x, filename) for x in value]
+        return [map_files(change, x) for x in value]
     if isinstance(value, dict):  # a teacher's section
         names = ("CONFIG_FILE", "WEIGHTS")
-        return {k: _beside(v, filename) if k in names else v for k, v in value.items()}
+        return {k: map_files(change, v) if k in names else v for k, v in value.items()}
     return value
 
 

@@ -7,7 +7,6 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +27,7 @@ from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
 from ..weights.reading import load_strictly
 from ..weights.state_dicts import is_missing
-from .building import explained
+from .building import build_detector
 from .student import Offer
 
 logger = logging.getLogger(__name__)
@@ -131,12 +130,7 @@ def _build_teacher(
     if isinstance(config, CfgNode):
         teacher_cfg, input_format = config, None
         teacher_cfg.MODEL.DEVICE = str(device)
-        try:
-            with explained(teacher_cfg):
-                model = build_model(teacher_cfg)
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__} {error}"
-            raise ConfigError(f"{what} builds no model: {reason}") from error
+        model = build_detector(teacher_cfg, what=what)
     else:
         model = instantiate_model(config, what=what).to(device)
         own_format = getattr(model, "input_format", None)

@@ -4,6 +4,8 @@ import contextlib
 from typing import Iterator
 
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
 
 from ..config import ConfigError
 
@@ -28,3 +30,19 @@ def explained(cfg: CfgNode) -> Iterator[None]:
             f"MODEL.RESNETS.DEPTH is {depth}; possible values: "
             + ", ".join(map(str, _RESNET_DEPTHS))
         ) from error
+
+
+def build_detector(cfg: CfgNode, *, what: str) -> nn.Module:
+    """The model of a config, with random weights.
+
+    Args:
+        what: what the config is, for the error.
+
+    Raises:
+        ConfigError: if it can't be built.
+    """
+    try:
+        with explained(cfg):
+            return build_model(cfg)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{what} builds no model: {type(error).__name__} {error}") from error
