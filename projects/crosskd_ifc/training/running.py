@@ -16,7 +16,6 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
-from ..modeling.building import explained
 from ..weights.reading import load_strictly
 from .checkpointer import SafeCheckpointer, check_tag, has_checkpoint
 from .errors import one_line_errors
@@ -111,8 +110,7 @@ def evaluate(
         start_logging(cfg, args, config)
         check_test_data(cfg)
         check_classes(cfg, evaluation=True)
-        with explained(cfg):
-            model = build_model()
+        model = build_model()
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
         if args.resume and checkpointer.all_have_checkpoint():
             checkpointer.resume_or_load("")

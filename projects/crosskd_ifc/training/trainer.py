@@ -21,7 +21,6 @@ from ..common.random_state import same_random_state
 from ..config import distillation_requested, teacher_configs
 from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
-from ..modeling.building import explained
 from ..modeling.student import unwrap
 from ..modeling.summary import describe_distillation
 from .accumulation import accumulating
@@ -174,8 +173,7 @@ class CrossKDTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The student and, if the config asks for one, its teacher, attached."""
-        with explained(cfg):
-            model = super().build_model(cfg)
+        model = super().build_model(cfg)
         if distillation_requested(cfg):
             attach_teacher(model, cfg)
             if comm.is_main_process():
