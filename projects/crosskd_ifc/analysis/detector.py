@@ -24,6 +24,7 @@ from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
 from ..weights.reading import load_strictly
 from ..weights.stock import read_exported_fcos
+from ..weights.student import config_beside
 
 # In a folder: of an export, of a run.
 _WEIGHTS = ("model.pth", "model_final.pth")
@@ -142,12 +143,11 @@ def _find(weights: str, config_file: str) -> Tuple[str, str]:
     if config_file:
         find_config(config_file, key="--config-file")
         return file, ""
-    beside = [os.path.splitext(file)[0] + ".yaml"]
-    beside.append(os.path.join(os.path.dirname(file), "config.yaml"))
-    for path in beside:
-        if PathManager.isfile(path):
-            return file, path
-    raise ConfigError(f"{file}: there is no {' or '.join(beside)}; give --config-file")
+    config = config_beside(file)
+    if not config:
+        own = f"{os.path.splitext(os.path.basename(file))[0]}.yaml"
+        raise ConfigError(f"{file}: beside it there is no {own} or config.yaml; give --config-file")
+    return file, config
 
 
 def _build(cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
