@@ -8,6 +8,7 @@ from typing import Dict, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
+from detectron2.data.detection_utils import read_image
 
 from ..common.plotting import pyplot, save_figure
 from ..config import ConfigError
@@ -84,8 +85,6 @@ def compare_features(student: CrossKDRCNN, inputs: Sequence[dict], path: str) ->
     Raises:
         ConfigError: if the networks share no level.
     """
-    from detectron2.data.detection_utils import read_image
-
     levels = shared_levels(student)
     if not levels:
         raise ConfigError(

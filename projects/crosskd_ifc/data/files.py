@@ -14,6 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from xml.etree import ElementTree
 
 from detectron2.utils.file_io import PathManager
+from PIL import Image, UnidentifiedImageError
 
 from ..common.safe_yaml import load_yaml
 from .near_duplicates import is_available, perceptual_hash
@@ -188,8 +189,6 @@ class ImageFacts(NamedTuple):
 
 def inspect_image(path: str) -> ImageFacts:
     """Decodes an image in full, within Pillow's limit against decompression bombs; never raises."""
-    from PIL import Image, UnidentifiedImageError
-
     faults: List[Tuple[str, str]] = []
     if not PathManager.isfile(path):
         stem = os.path.splitext(path)[0]
