@@ -5,7 +5,6 @@ from 1 and the last one is inside the box, so that 1 <= xmin < xmax <= width; in
 (x, y, width, height) from 0.
 """
 
-import itertools
 import math
 import os
 from collections import Counter
@@ -26,6 +25,7 @@ from typing import (
 
 from detectron2.utils.file_io import PathManager
 
+from .class_names import first_difference
 from .fields import (
     ANNOTATION_FIELDS,
     CATEGORY_FIELDS,
@@ -167,8 +167,7 @@ def _check_categories(report: Findings, records: _CocoRecords, categories: list)
         records.tell("broken record", "no categories")
     elif classes != report.classes:
         report.in_file = report.in_file or (classes if report.card.classes else ())
-        pairs = enumerate(itertools.zip_longest(classes, report.classes))
-        number, (here, there) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+        number, here, there = first_difference(classes, report.classes)
         records.tell("different classes", f"class {number} is {here!r}, expected {there!r}")
     return names
 
