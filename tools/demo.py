@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """The main job on the built-in data set: teacher, plain student, plain CrossKD, CrossKD-IFC.
 
-Does the runs of benchmarks/protocols/demo.yaml, prints one table, and writes a picture of
-detections and a plot of the curves. Finished runs are skipped, interrupted ones resumed: just run
-it again.
+Does the runs of benchmarks/protocols/demo.yaml, prints one table, and writes pictures of
+detections and features and a plot of the curves. Finished runs are skipped, interrupted ones
+resumed: just run it again.
 
     python tools/demo.py [--output output/demo]
     python tools/demo.py --quick    # does it run here? A few steps on a few images, in a minute
@@ -13,37 +13,32 @@ import os
 import sys
 import time
 
-import crosskd_ifc  # before detectron2, whose warnings about itself it ignores
+import crosskd_ifc  # noqa: F401  before detectron2, whose warnings about itself it ignores
 
 # isort: split
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from crosskd_ifc.analysis.curves import plot_curves
-from crosskd_ifc.analysis.detections import compare_on_dataset
+from crosskd_ifc.analysis.pictures import inspect_pair
 from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
 from crosskd_ifc.common.paths import TOOLS
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, has_weights
 from crosskd_ifc.experiments.protocol import TEACHER, load_protocol
 from crosskd_ifc.experiments.results import Results
 
-DRAWN = "crosskd_ifc"  # the arm of the picture
+DRAWN = "crosskd_ifc"  # the arm of the pictures
 
 
 def draw(titles, runs, output):
-    """The picture and the plot; returns their paths."""
-    cfg = runs[DRAWN].cfg()
-    student = build_model(cfg)
-    crosskd_ifc.attach_teacher(student, cfg)  # first: it adds the adapters, if there are any
-    DetectionCheckpointer(student).load(runs[DRAWN].weights)
-    name = cfg.DATASETS.TEST[0]
-    picture, plot = os.path.join(output, "detections.png"), os.path.join(output, "curves.png")
-    loader = build_detection_test_loader(cfg, name, num_workers=0)
-    classes = MetadataCatalog.get(name).thing_classes
-    compare_on_dataset(student, loader, DatasetCatalog.get(name), classes, picture)
+    """The pictures and the plot; returns the paths of that of detections and of the plot."""
+    cfg = runs[DRAWN].cfg().clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = runs[DRAWN].weights
+    picture, _ = inspect_pair(cfg, output, force=True)
+    plot = os.path.join(output, "curves.png")
     students = {titles[n]: r.path("metrics.json") for n, r in runs.items() if n != TEACHER}
     plot_curves(students, plot, title="Built-in data set: three students, same recipe and seed")
     return picture, plot

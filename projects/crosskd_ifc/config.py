@@ -212,8 +212,8 @@ def class_count(cfg: CN) -> Tuple[str, int]:
 
 
 def teacher_configs(cfg: CN) -> List[Tuple[str, CN]]:
-    """For each teacher its name for errors, see :func:`saying`, and the config of a student that
-    has it alone: its settings in ``MODEL.CROSSKD.TEACHER``, ``TEACHERS`` ().
+    """For each teacher the beginning of its errors, see :func:`error_prefix`, and the config of a
+    student that has it alone: its settings in ``MODEL.CROSSKD.TEACHER``, ``TEACHERS`` ().
 
     Raises:
         ConfigError: if an item of TEACHERS isn't a section of TEACHER's keys.
@@ -237,12 +237,12 @@ def teacher_configs(cfg: CN) -> List[Tuple[str, CN]]:
 
 
 @contextlib.contextmanager
-def saying(name: str) -> Iterator[None]:
-    """Within this context an error begins with ``name``, which says whose it is."""
+def error_prefix(prefix: str) -> Iterator[None]:
+    """Within this context a ConfigError begins with ``prefix``, which says whose it is."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{name}{error}") from error
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def distillation_requested(cfg: CN) -> bool:

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.structures import BoxMode
-from helpers import distilling, tiny_batch, tiny_cfg
+from helpers import distilling, tiny_batch
 from PIL import Image
 
 from crosskd_ifc.analysis import curves
@@ -16,12 +15,10 @@ from crosskd_ifc.analysis.curves import plot_curves, read_metrics
 from crosskd_ifc.analysis.detections import (
     COLUMNS,
     compare_detections,
-    compare_on_dataset,
     draw_boxes,
     predict_all,
     spread_evenly,
 )
-from crosskd_ifc.data.shapes import CLASSES, register_shapes
 
 
 def test_predictions_of_all_three_are_detections_of_their_own_heads():
@@ -41,21 +38,6 @@ def test_predictions_of_all_three_are_detections_of_their_own_heads():
     found = predict_all(student, batch)
     assert len(found["student"][0]) > 0
     assert torch.equal(found["student"][0].scores, found["cross-head"][0].scores)
-
-
-def test_the_comparison_of_a_data_set_is_written_as_a_picture(tmp_path):
-    (name,) = register_shapes(
-        "picture_test", root=str(tmp_path / "data"), num_images={"test": 5}, image_size=64
-    )
-    classes = ("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES), "DATASETS.TEST", (name,))
-    student, _ = distilling(*classes, teacher_opts=classes)
-    loader = build_detection_test_loader(tiny_cfg(*classes), name, num_workers=0)
-    path = tmp_path / "picture.png"
-    compare_on_dataset(
-        student, loader, DatasetCatalog.get(name), CLASSES, str(path), images=2, threshold=0.1
-    )
-    width, height = Image.open(path).size
-    assert width == 300 * len(COLUMNS) and height > 2 * 300
 
 
 @pytest.mark.parametrize("mimic, columns", [("cross_head", 3), ("student_head", 2)])
@@ -155,7 +137,7 @@ def test_losses_of_the_stages_of_a_cascade_are_drawn_as_their_sum(tmp_path, monk
     line = {"iteration": 20, **dict(zip(keys, (1.0, 2.0, 4.0, 8.0)))}
     metrics = tmp_path / "metrics.json"
     metrics.write_text(json.dumps(line) + "\n")
-    plot_curves({"cascade": str(metrics)}, "")
+    plot_curves({"cascade": str(metrics)}, "", title="")
     values = {axis.get_title(): [list(x.get_ydata()) for x in axis.lines] for axis in drawn}
     assert values["classification loss (ground truth)"] == [[3.0]]
     assert values["classification loss (distillation)"] == [[12.0]]

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 
-from crosskd_ifc import ConfigError, CrossKDTrainer, Teacher, attach_teacher
+from crosskd_ifc import ConfigError, Teacher, attach_teacher
 from crosskd_ifc.common.config_files import find_config, merge_from_file
 from crosskd_ifc.weights.reading import StrictReader
 
@@ -378,15 +378,6 @@ def test_a_student_stays_without_a_teacher_whose_weights_do_not_load(teacher_fil
     with pytest.raises(ConfigError, match="TEACHER.WEIGHTS"):
         attach_teacher(student, cfg)
     assert student.teacher is None and student.distiller is None
-
-
-def test_a_depth_that_resnets_do_not_have_names_its_key(teacher_files):
-    depths = "MODEL.RESNETS.DEPTH is 19; possible values: 18, 34, 50, 101, 152"
-    with pytest.raises(ConfigError, match=f"TEACHER.OPTS.*{depths}"):
-        attach(student_cfg(teacher_files, T + "OPTS", ("MODEL.RESNETS.DEPTH", 19)))
-    cfg = tiny_cfg("MODEL.RESNETS.DEPTH", 19, "MODEL.CROSSKD.ENABLED", False)
-    with pytest.raises(ConfigError, match=depths):
-        CrossKDTrainer.build_model(cfg)
 
 
 def test_a_lazyconfig_file_where_yaml_is_needed_is_said_to_be_one():

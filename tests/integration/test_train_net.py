@@ -475,10 +475,10 @@ def test_an_evaluation_without_weights_that_fit_is_refused(files, tmp_path):
     teacher = torch.load(files / "teacher.pth", weights_only=False)
     backbone = {k: v for k, v in teacher["model"].items() if k.startswith("backbone")}
     torch.save({"model": backbone}, tmp_path / "backbone.pth")
-    with pytest.raises(ConfigError, match="MODEL.WEIGHTS '.*backbone.pth' don't fit .*missing: "):
+    with pytest.raises(ConfigError, match="WEIGHTS '.*backbone.pth' does not fit .*missing: "):
         run(config, "--eval-only", "MODEL.WEIGHTS", tmp_path / "backbone.pth")
     other = ("MODEL.WEIGHTS", files / "teacher.pth", "MODEL.RESNETS.DEPTH", 101)
-    with pytest.raises(ConfigError, match="MODEL.WEIGHTS '.*teacher.pth' don't fit"):
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS '.*teacher.pth' does not fit"):
         run(config, "--eval-only", *other)
 
 

@@ -24,22 +24,19 @@ def read_metrics(path: str) -> List[dict]:
     return lines
 
 
-def plot_curves(
-    runs: Mapping[str, str], path: str, *, metric: str = "bbox/AP", title: str = ""
-) -> None:
+def plot_curves(runs: Mapping[str, str], path: str, *, title: str) -> None:
     """Plot the learning curves and the distillation losses of several runs, as PNG.
 
     Args:
         runs: label -> ``metrics.json`` of the run. One without distillation losses appears in the
             learning curves only.
         path: file to write.
-        metric: the evaluation metric.
         title: a line above the plots.
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
     panels = {
-        metric: f"{metric.split('/')[-1]} on the test set",
+        "bbox/AP": "AP on the test set",
         "loss_cls": "classification loss (ground truth)",
         "loss_cls_kd": "classification loss (distillation)",
         "loss_box_reg_kd": "box loss (distillation)",
@@ -50,7 +47,7 @@ def plot_curves(
             values = ((line["iteration"], _stages(line, key)) for line in lines)
             points = [(iteration, sum(found)) for iteration, found in values if found]
             if points:
-                marker = "o" if key == metric else ""
+                marker = "o" if key == "bbox/AP" else ""
                 axis.plot(*zip(*points), marker=marker, label=literal(label), color=f"C{i}")
     for axis, name in zip(axes, panels.values()):
         axis.set_title(name, fontsize=11)
@@ -60,8 +57,7 @@ def plot_curves(
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=9)
-    if title:
-        figure.suptitle(literal(title))
+    figure.suptitle(literal(title))
     save_figure(figure, path)
 
 

@@ -1,13 +1,11 @@
-"""Pictures of a distillation: boxes side by side, and learning curves.
-
-matplotlib and detectron2's visualizer are imported inside the functions: training needs neither.
-"""
+"""Pictures of a distillation: boxes of student, cross-head and teacher side by side."""
 
 import logging
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from detectron2.data.detection_utils import annotations_to_instances, read_image
 from detectron2.structures import Instances
 
 from ..common.plotting import literal, pyplot, save_figure
@@ -78,40 +76,6 @@ def comparison_picture(
     save_figure(figure, path)
 
 
-def compare_on_dataset(
-    student: CrossKDRCNN,
-    loader,
-    ground_truth: Sequence[dict],
-    class_names: Sequence[str],
-    path: str,
-    *,
-    images: int = 4,
-    threshold: float = 0.5,
-) -> None:
-    """Write ground truth | teacher | cross-head | student for some images of a test loader.
-
-    The images are spread evenly over the data set, the same for every run.
-
-    Args:
-        student: with a teacher attached; it is put into evaluation mode.
-        loader: detectron2's test loader for the data set.
-        ground_truth: the data set's dicts, in the loader's order.
-        class_names: names of the classes, of teacher and student.
-        path: PNG to write.
-        images: number of rows.
-        threshold: detections below this score aren't drawn.
-    """
-    chosen = spread_evenly(images, len(ground_truth))
-    compare_detections(
-        student,
-        [loader.dataset[i] for i in chosen],
-        dict.fromkeys(COLUMNS, class_names),
-        path,
-        annotations=[ground_truth[i]["annotations"] for i in chosen],
-        threshold=threshold,
-    )
-
-
 def compare_detections(
     student: CrossKDRCNN,
     inputs: Sequence[dict],
@@ -172,8 +136,6 @@ def draw_row(
     Returns:
         Column, in the order of ``COLUMNS`` -> (H, W, 3) RGB uint8, all of the same size.
     """
-    from detectron2.data.detection_utils import read_image
-
     names = list(dict.fromkeys(name for column in class_names.values() for name in column))
     palette = dict(zip(names, bright_colors(len(names))))
     picture = read_image(file_name, "RGB")
@@ -199,8 +161,6 @@ def as_instances(
     annotations: List[dict], size: Tuple[int, int], with_masks: bool = False
 ) -> Instances:
     """Annotations in the fields of detections; crowds are left out, as detectron2's mapper does."""
-    from detectron2.data.detection_utils import annotations_to_instances
-
     with_masks = with_masks and all("segmentation" in a for a in annotations)
     keys = ("bbox", "bbox_mode", "category_id", *(("segmentation",) if with_masks else ()))
     single = [{k: a[k] for k in keys} for a in annotations if not a.get("iscrowd", 0)]

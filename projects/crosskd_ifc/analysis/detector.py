@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -20,10 +19,12 @@ from ..config import ConfigError, class_count, teacher_configs
 from ..data.cards import fill_in_class_count
 from ..data.class_names import class_names
 from ..modeling.attach import load_teacher_config
+from ..modeling.building import build_detector
 from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
-from ..weights.reading import MisfitError, StrictReader
+from ..weights.reading import load_strictly
 from ..weights.stock import read_exported_fcos
+from ..weights.student import config_beside
 
 # In a folder: of an export, of a run.
 _WEIGHTS = ("model.pth", "model_final.pth")
@@ -142,21 +143,16 @@ def _find(weights: str, config_file: str) -> Tuple[str, str]:
     if config_file:
         find_config(config_file, key="--config-file")
         return file, ""
-    beside = [os.path.splitext(file)[0] + ".yaml"]
-    beside.append(os.path.join(os.path.dirname(file), "config.yaml"))
-    for path in beside:
-        if PathManager.isfile(path):
-            return file, path
-    raise ConfigError(f"{file}: there is no {' or '.join(beside)}; give --config-file")
+    config = config_beside(file)
+    if not config:
+        own = f"{os.path.splitext(os.path.basename(file))[0]}.yaml"
+        raise ConfigError(f"{file}: beside it there is no {own} or config.yaml; give --config-file")
+    return file, config
 
 
 def _build(cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
     _check_device(cfg)
-    try:
-        model = build_model(cfg)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise ConfigError(f"{weights}: its config builds no model: {reason}") from error
+    model = build_detector(cfg, what=f"{weights}: its config")
     return _loaded(model, cfg, weights, names)
 
 
@@ -173,22 +169,3 @@ def _check_device(cfg: CfgNode) -> None:
     fault = device_fault(cfg.MODEL.DEVICE)
     if fault:
         raise ConfigError(f"the device is {cfg.MODEL.DEVICE!r}, {fault}")
-
-
-def load_strictly(model: nn.Module, weights: str) -> None:
-    """Load all of a detector.
-
-    Raises:
-        ConfigError: if the file can't be read or doesn't fit.
-    """
-    try:
-        StrictReader(model).load(weights)
-    except MisfitError as error:
-        raise ConfigError(
-            f"MODEL.WEIGHTS {weights!r} does not fit the model of its config. Weights {error}"
-        ) from None
-    except Exception as error:  # on foreign bytes, readers raise what they like
-        reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0]
-        raise ConfigError(
-            f"MODEL.WEIGHTS {weights!r} can't be read as weights: {reason}"
-        ) from error

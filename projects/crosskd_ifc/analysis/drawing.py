@@ -6,6 +6,7 @@ matplotlib and detectron2's visualizer are imported inside the functions: traini
 import colorsys
 from typing import List, Optional, Sequence, Tuple
 
+import cv2
 import numpy as np
 
 from ..common.plotting import literal
@@ -36,7 +37,6 @@ def draw_boxes(
     Returns:
         (height, width, 3) RGB uint8.
     """
-    import cv2
     from detectron2.utils.visualizer import Visualizer
 
     scale = height / image.shape[0]

@@ -4,10 +4,11 @@ Shape shorthand: C channels, (H, W) an image in the network's pixels, (Hl, Wl) a
 stride.
 """
 
-from typing import Dict, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
+from detectron2.data.detection_utils import read_image
 
 from ..common.plotting import pyplot, save_figure
 from ..config import ConfigError
@@ -71,24 +72,19 @@ def feature_differences(student: CrossKDRCNN, image: Dict) -> Dict[str, np.ndarr
     }
 
 
-def compare_features(
-    student: CrossKDRCNN, inputs: Sequence[dict], path: str, *, limit: Optional[float] = None
-) -> None:
+def compare_features(student: CrossKDRCNN, inputs: Sequence[dict], path: str) -> None:
     """Write a grid with an image per row and a level per column: the maps of
-    :func:`attention_difference` over the grey images, all in the same colours.
+    :func:`attention_difference` over the grey images, all in the same colours, which end at the
+    99th percentile of all absolute differences.
 
     Args:
         student: with a teacher attached; it is put into evaluation mode.
         inputs: the images, as detectron2's test mapper gives them, "file_name" included.
         path: PNG to write.
-        limit: where the colours end on both sides; None for the 99th percentile of all absolute
-            differences.
 
     Raises:
         ConfigError: if the networks share no level.
     """
-    from detectron2.data.detection_utils import read_image
-
     levels = shared_levels(student)
     if not levels:
         raise ConfigError(
@@ -98,9 +94,8 @@ def compare_features(
     student.eval()
     pictures = [read_image(one["file_name"], "RGB") for one in inputs]
     maps = [feature_differences(student, one) for one in inputs]
-    if limit is None:
-        values = np.concatenate([m.ravel() for row in maps for m in row.values()])
-        limit = float(np.percentile(np.abs(values), 99)) or 1.0
+    values = np.concatenate([m.ravel() for row in maps for m in row.values()])
+    limit = float(np.percentile(np.abs(values), 99)) or 1.0
     sizes = [tuple(one["image"].shape[-2:]) for one in inputs]
     _draw_maps(list(zip(pictures, sizes, maps)), levels, limit, path)
 

@@ -4,6 +4,7 @@ import base64
 import html
 from typing import Any, List, Sequence
 
+import cv2
 import numpy as np
 
 _STYLE = """
@@ -94,8 +95,6 @@ def svg(text: str, what: str) -> str:
 
 def picture(image: np.ndarray, what: str) -> str:
     """An (H, W, 3) RGB uint8 picture, as JPEG."""
-    import cv2
-
     _, encoded = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
     return _image("image/jpeg", encoded.tobytes(), what)
 

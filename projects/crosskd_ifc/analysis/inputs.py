@@ -4,9 +4,12 @@ import logging
 import os
 from typing import Dict, Iterator, List, NamedTuple, Sequence
 
+import cv2
 import numpy as np
+from detectron2.data.detection_utils import read_image
 
 from ..config import ConfigError
+from ..data.mapper import check_image
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +112,6 @@ def read_frames(source: Source, limit: int = 0) -> Iterator[Frame]:
     if source.is_image:
         yield Frame(_read_image(source.path), source, 0.0)
         return
-    import cv2
-
     is_camera = source.path.startswith(_CAMERA)
     number = int(source.path[len(_CAMERA) :]) if is_camera else None
     capture = cv2.VideoCapture(source.path if number is None else number)
@@ -131,10 +132,6 @@ def read_frames(source: Source, limit: int = 0) -> Iterator[Frame]:
 
 
 def _read_image(path: str) -> np.ndarray:
-    from detectron2.data.detection_utils import read_image
-
-    from ..data.mapper import check_image
-
     try:
         check_image(path)  # as in training
         return read_image(path, "BGR")  # turned as its EXIF data say

@@ -10,13 +10,14 @@ from detectron2.modeling import build_model
 
 from ..common.files import make_folder_of, refuse_overwriting
 from ..config import ConfigError, class_count, distillation_requested, teacher_configs
+from ..data.class_names import class_names as known_names
 from ..data.mapper import SampleError, build_mapper
 from ..distillation.teacher import Teacher
-from ..modeling import classes
 from ..modeling.attach import attach_teacher
+from ..modeling.classes import num_classes
 from ..training.preflight import check_evaluation_config, check_weights
+from ..weights.reading import load_strictly
 from .detections import COLUMNS, compare_detections, spread_evenly
-from .detector import load_strictly
 from .feature_maps import compare_features
 
 MAX_IMAGES = 100  # a row each; matplotlib refuses pictures that are much higher
@@ -104,19 +105,19 @@ def load_inputs(cfg: CfgNode, records: Sequence[dict], source: str) -> List[dict
 def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
     """The names of the classes in each column of the picture of detections.
 
-    Numbers where :func:`.classes.class_names` knows none. A teacher whose names aren't
-    known has the student's, unless ``TEACHER.CLASS_MAP`` says that its classes are others.
+    Numbers where no data set tells the names. A teacher whose names aren't known has the student's,
+    unless ``TEACHER.CLASS_MAP`` says that its classes are others.
 
     Args:
         cfg: the student's config.
         teacher: the attached teacher.
     """
-    ours, theirs = (classes.class_names(c, load=True) for c in (cfg, teacher.cfg))
+    ours, theirs = (known_names(c, load=True) for c in (cfg, teacher.cfg))
     kind = teacher_configs(cfg)[0][1].MODEL.CROSSKD.TEACHER.CLASS_MAP
     if theirs is None and not kind:
         theirs = ours
     ours = ours or [str(i) for i in range(class_count(cfg)[1])]
-    theirs = theirs or [str(i) for i in range(classes.num_classes(teacher.model))]
+    theirs = theirs or [str(i) for i in range(num_classes(teacher.model))]
     return {column: theirs if column in ("teacher", "cross-head") else ours for column in COLUMNS}
 
 

@@ -7,7 +7,9 @@ import os
 import time
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+import cv2
 import numpy as np
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
@@ -155,8 +157,6 @@ class CocoIds:
 
     def entries(self, found: Instances, frame: Frame) -> List[Dict[str, Any]]:
         """The results of one picture, with "file_name" and "category" besides COCO's fields."""
-        from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-
         if self._listed:
             image_id = self._listed_id(frame.source)
         else:
@@ -192,8 +192,6 @@ class _Drawing:
         Returns:
             (H', W', 3) BGR, no smaller than the image.
         """
-        import cv2
-
         pictures = []
         for title, instances in found.items():
             chosen = instances[instances.scores >= self._threshold]
@@ -256,8 +254,6 @@ def _writer(path: Optional[str]) -> Iterator[Any]:
     if path is None:
         yield None
         return
-    import cv2
-
     if not path.endswith(".mp4"):
 
         def write_image(picture: np.ndarray, _: float) -> None:

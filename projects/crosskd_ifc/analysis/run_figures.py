@@ -72,7 +72,8 @@ def _panels(count: int):
     columns = min(count, 3)
     rows = -(-count // columns)
     figure, axes = pyplot().subplots(
-        *(rows, columns),
+        rows,
+        columns,
         figsize=(_WIDTH * columns, _HEIGHT * rows),
         squeeze=False,
         layout="constrained",

@@ -81,9 +81,9 @@ class RunRecord:
         # Evaluations in between are counted from 0, the last one is not.
         return [(min(i + 1, self.cfg.SOLVER.MAX_ITER), value) for i, value in points]
 
-    def per_class(self, task: str, *, teacher: bool = False) -> Dict[str, float]:
+    def per_class(self, task: str) -> Dict[str, float]:
         """Class name -> AP in the last evaluation; NaN where a class has no box."""
-        prefix = f"{'teacher/' if teacher else ''}{self.test_prefix}{task}/AP-"
+        prefix = f"{self.test_prefix}{task}/AP-"
         found: Dict[str, float] = {}
         for line in self._lines:
             for key, value in line.items():

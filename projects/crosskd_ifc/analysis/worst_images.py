@@ -13,7 +13,13 @@ _SAME = 0.5  # overlap from which a box counts as found
 
 
 class Errors(NamedTuple):
-    """Of a detector on one image: objects that it missed, boxes that are none, and both right."""
+    """Those of a detector on one image.
+
+    Attributes:
+        missed: objects that it hasn't found.
+        false: detections of no object.
+        right: detections of an object, one for each.
+    """
 
     missed: int
     false: int

@@ -1,10 +1,9 @@
 """Finding config files and merging them, with errors that say where they come from."""
 
 import io
-import math
 import os
 import traceback
-from typing import Any, Dict, Iterator, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Sequence, Tuple
 
 import yaml
 from detectron2 import model_zoo
@@ -15,6 +14,7 @@ from fvcore.common.config import BASE_KEY
 from ..config import ConfigError, add_crosskd_ifc_config
 from .lazy_config import is_lazy, is_saved_lazy
 from .paths import beside, resolve_path
+from .safe_yaml import load_yaml
 from .user_code import import_user_code, refuse_user_code
 
 # A key of configs that stand for a LazyConfig: the file.
@@ -34,8 +34,6 @@ _MERGE_ERRORS = (
     ValueError,
     yaml.YAMLError,
 )
-# A config has some 300; aliases of aliases can stand for billions.
-_MOST_VALUES = 100_000
 # Keys of files, lists of files, or teachers with files: looked up beside the config that names
 # them.
 _FILES = (
@@ -58,8 +56,7 @@ class _CheckedCfg(CN):
             raise ConfigError(f"{filename}: {_LAZY}")
         with super()._open_cfg(filename) as f:
             text = f.read()
-        check_yaml(text)
-        content = yaml.safe_load(text)
+        content = load_yaml(text)
         if not isinstance(content, dict):
             found = "it is empty" if content is None else f"a {type(content).__name__}"
             raise ConfigError(f"{filename}: {found}; expected KEY: VALUE sections, as in a config")
@@ -76,7 +73,8 @@ class _CheckedCfg(CN):
             if isinstance(node.get(leaf), str):  # may be a tuple in yacs' notation
                 node[leaf] = cls._decode_cfg_value(node[leaf])
             if leaf in node:
-                node[leaf] = _beside(node[leaf], filename)
+                # Those that are there; others stay as they are.
+                node[leaf] = map_files(lambda file: beside(file, filename), node[leaf])
         return io.StringIO(yaml.safe_dump(content))
 
 
@@ -235,8 +233,7 @@ def load_config_text(text: str, *, source: str) -> CN:
     """
     cfg = default_config()
     try:
-        check_yaml(text)
-        content = CN(yaml.safe_load(text))
+        content = CN(load_yaml(text))
         lazy = content.pop(LAZY_CONFIG, None)
         cfg.merge_from_other_cfg(content)
     except _MERGE_ERRORS as error:
@@ -258,44 +255,15 @@ def flat(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def check_yaml(text: str) -> None:
-    """
-    Raises:
-        yaml.YAMLError: for a key that is there twice, and for aliases that stand for more values
-            than any config has. (Single aliases are in what detectron2 dumps.)
-    """
-    if _count_values(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_VALUES:
-        raise yaml.YAMLError(f"its aliases (*name) stand for more than {_MOST_VALUES} values")
-
-
-def _count_values(node: Any, known: Dict[Any, float]) -> float:
-    """As many as are there with each alias written out."""
-    if node in known:
-        return known[node]
-    known[node] = math.inf  # if it leads back to itself
-    children = node.value if isinstance(node, yaml.CollectionNode) else []
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(
-                f"{twice} is there twice in the section that begins in line {line}"
-            )
-        children = [node for pair in children for node in pair]
-    known[node] = 1 + sum(_count_values(child, known) for child in children)
-    return known[node]
-
-
-def _beside(value: Any, filename: str) -> Any:
-    """A value of one of ``_FILES`` with the files beside ``filename``, where they are there."""
+def map_files(change: Callable[[str], str], value: Any) -> Any:
+    """A setting with its files changed: a file, a list of files, or teachers' sections."""
     if isinstance(value, str):
-        return beside(value, filename)
+        return change(value)
     if isinstance(value, (list, tuple)):
-        return [_beside(x, filename) for x in value]
+        return [map_files(change, x) for x in value]
     if isinstance(value, dict):  # a teacher's section
         names = ("CONFIG_FILE", "WEIGHTS")
-        return {k: _beside(v, filename) if k in names else v for k, v in value.items()}
+        return {k: map_files(change, v) if k in names else v for k, v in value.items()}
     return value
 
 

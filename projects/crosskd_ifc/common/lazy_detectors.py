@@ -2,7 +2,7 @@
 
 from typing import Any, Mapping, Optional, Sequence
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.utils.registry import locate
@@ -10,7 +10,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from ..config import META_ARCHITECTURES, ConfigError, add_crosskd_ifc_config, head_section
+from ..config import META_ARCHITECTURES, ConfigError, head_section
+from .config_files import default_config
 
 
 def config_of(model: nn.Module, *, input_format: str, datasets: Sequence[str] = ()) -> CfgNode:
@@ -55,8 +56,7 @@ def config_of_node(config: DictConfig) -> CfgNode:
 
 
 def _config_of_kind(kind: type, *, classes: Optional[int], masks: bool, keypoints: bool) -> CfgNode:
-    cfg = get_cfg()
-    add_crosskd_ifc_config(cfg)
+    cfg = default_config()
     kinds = {RetinaNet: "RetinaNet", FCOS: "FCOS"}
     stock = [name for stock, name in kinds.items() if issubclass(kind, stock)]
     cfg.MODEL.META_ARCHITECTURE = stock[0] if stock else "GeneralizedRCNN"

@@ -5,16 +5,18 @@ from 1 and the last one is inside the box, so that 1 <= xmin < xmax <= width; in
 (x, y, width, height) from 0.
 """
 
-import itertools
 import math
 import os
 from collections import Counter
 from reprlib import repr as short
 from typing import (
     Any,
+    Callable,
+    Container,
     Dict,
     Iterable,
     List,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -23,6 +25,7 @@ from typing import (
 
 from detectron2.utils.file_io import PathManager
 
+from .class_names import first_difference
 from .fields import (
     ANNOTATION_FIELDS,
     CATEGORY_FIELDS,
@@ -102,97 +105,43 @@ def check_voc(report: Findings, split: str) -> List[ListedImage]:
     return pictures
 
 
+class _CocoRecords:
+    """Looks at the records of one COCO file, and tells what is wrong with them."""
+
+    def __init__(self, report: Findings, path: str):
+        self._report, self._path = report, path
+
+    def tell(self, kind: str, what: str) -> None:
+        self._report.add(kind, f"{self._path}: {what}")
+
+    def is_valid(self, kind: str, record: Any, fields: Mapping[str, Callable]) -> bool:
+        """Whether a record has these fields, each as its test wants it."""
+        record = record if isinstance(record, dict) else {}
+        bad = [key for key, test in fields.items() if not test(record.get(key))]
+        if bad:
+            named = f"{short(record['id'])}: " if "id" in record else ""
+            what = f"{kind} {named}{short(record)}, missing or wrong: {', '.join(bad)}"
+            self.tell("broken record", what)
+        return not bad
+
+    def is_new(self, kind: str, key: Any, seen: Container) -> bool:
+        if key in seen:
+            self.tell("duplicate id", f"{kind} {short(key)}")
+        return key not in seen
+
+
 def check_coco(report: Findings, split: str) -> List[ListedImage]:
     """Does for a COCO json file what `check_voc` does for a VOC split."""
-    files, counts = report.card.splits[split], report.counts[split]
+    files = report.card.splits[split]
     try:
         content = read_coco_json(files["json"])
     except ValueError as error:
         report.add("unreadable split", str(error))
         return []
-
-    def broken(what):
-        report.add("broken record", f"{files['json']}: {what}")
-
-    def valid(kind, record, fields):
-        record = record if isinstance(record, dict) else {}
-        bad = [key for key, test in fields.items() if not test(record.get(key))]
-        if bad:
-            named = f"{short(record['id'])}: " if "id" in record else ""
-            broken(f"{kind} {named}{short(record)}, missing or wrong: {', '.join(bad)}")
-        return not bad
-
-    def unique(kind, key, seen):
-        if key in seen:
-            report.add("duplicate id", f"{files['json']}: {kind} {short(key)}")
-        return key not in seen
-
-    names: Dict[Any, str] = {}
-    for record in content["categories"]:
-        if valid("category", record, CATEGORY_FIELDS) and unique("category", record["id"], names):
-            unique("category name", record["name"], names.values())
-            names[record["id"]] = record["name"]
-    index = {category: i for i, category in enumerate(sorted(names))}
-    classes = tuple(names[category] for category in index)
-    report.classes = report.classes or classes
-    if not classes:
-        broken("no categories")
-    elif classes != report.classes:
-        report.in_file = report.in_file or (classes if report.card.classes else ())
-        pairs = enumerate(itertools.zip_longest(classes, report.classes))
-        number, (here, there) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
-        report.add(
-            "different classes", f"{files['json']}: class {number} is {here!r}, expected {there!r}"
-        )
-
-    images: Dict[Any, dict] = {}
-    for record in content["images"]:
-        if valid("image", record, IMAGE_FIELDS) and unique("image", record["id"], images):
-            images[record["id"]] = record
-    if len(set(map(type, images))) > 1:
-        broken("image ids are numbers and strings")  # detectron2 sorts them
-    boxes: Dict[Any, set] = {image: set() for image in images}
-    seen: set = set()
-    for record in content.get("annotations", []):
-        if not valid("annotation", record, ANNOTATION_FIELDS):
-            continue
-        unique("annotation", record["id"], seen)
-        seen.add(record["id"])
-        where = f"{files['json']}: annotation {record['id']}"
-        if record["id"] == 0:
-            report.add("annotation id 0", where)  # pycocotools takes 0 for "not matched"
-        if record["image_id"] not in images:
-            fault = text_id_fault(record, images)
-            if fault:
-                broken(f"annotation {record['id']}: {fault}")
-            else:
-                report.add("box of no image", f"{where}, image_id {short(record['image_id'])}")
-            continue
-        image, box = images[record["image_id"]], record["bbox"]
-        name = names.get(record["category_id"], "")
-        shown = quoted(name) if name else f"category {short(record['category_id'])}"
-        where += f" in {image['file_name']}, {shown} {_numbers(box)}"
-        counts["boxes"] += 1
-        report.sizes[split].append((box[2], box[3]))
-        if name not in report.classes and record["category_id"] in index:
-            report.unknown[name] += 1
-        if record["category_id"] in index:
-            counts[index[record["category_id"]]] += 1
-        else:
-            report.add("unknown class", where)
-        corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
-        _check_box(report, where, corners, (image["width"], image["height"]), first=0)
-        key = (record["category_id"], *box)
-        if key in boxes[image["id"]]:
-            report.add("duplicate box", where)
-        boxes[image["id"]].add(key)
-        outline = record.get("segmentation")
-        fault = outline_fault(outline, (image["height"], image["width"]))
-        if fault:
-            report.add("broken outline", f"{where}: {fault}")
-        elif outline and isinstance(outline, list):
-            if not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in outline):
-                report.add("unusable outline", where)
+    records = _CocoRecords(report, files["json"])
+    names = _check_categories(report, records, content["categories"])
+    images = _check_images(records, content["images"])
+    boxes = _check_annotations(report, split, content.get("annotations", []), names, images)
     pictures = []
     for image_id, record in images.items():
         path = os.path.join(files["images"], record["file_name"])
@@ -200,6 +149,92 @@ def check_coco(report: Findings, split: str) -> List[ListedImage]:
         if "annotations" in content and not boxes[image_id]:
             report.add("image without boxes", path)
     return pictures
+
+
+def _check_categories(report: Findings, records: _CocoRecords, categories: list) -> Dict[Any, str]:
+    """Returns category id -> name, in the order of the ids, which is that of the classes."""
+    names: Dict[Any, str] = {}
+    for record in categories:
+        if not records.is_valid("category", record, CATEGORY_FIELDS):
+            continue
+        if records.is_new("category", record["id"], names):
+            records.is_new("category name", record["name"], names.values())
+            names[record["id"]] = record["name"]
+    names = {category: names[category] for category in sorted(names)}
+    classes = tuple(names.values())
+    report.classes = report.classes or classes
+    if not classes:
+        records.tell("broken record", "no categories")
+    elif classes != report.classes:
+        report.in_file = report.in_file or (classes if report.card.classes else ())
+        number, here, there = first_difference(classes, report.classes)
+        records.tell("different classes", f"class {number} is {here!r}, expected {there!r}")
+    return names
+
+
+def _check_images(records: _CocoRecords, images: list) -> Dict[Any, dict]:
+    """Returns image id -> record, of those that can be used."""
+    found: Dict[Any, dict] = {}
+    for record in images:
+        if records.is_valid("image", record, IMAGE_FIELDS):
+            if records.is_new("image", record["id"], found):
+                found[record["id"]] = record
+    if len(set(map(type, found))) > 1:
+        records.tell("broken record", "image ids are numbers and strings")  # detectron2 sorts them
+    return found
+
+
+def _check_annotations(
+    report: Findings, split: str, annotations: list, names: Dict[Any, str], images: Dict[Any, dict]
+) -> Dict[Any, set]:
+    """Returns image id -> its boxes; counts them in ``report``."""
+    counts, path = report.counts[split], report.card.splits[split]["json"]
+    records = _CocoRecords(report, path)
+    index = {category: i for i, category in enumerate(names)}
+    boxes: Dict[Any, set] = {image: set() for image in images}
+    seen: set = set()
+    for record in annotations:
+        if not records.is_valid("annotation", record, ANNOTATION_FIELDS):
+            continue
+        records.is_new("annotation", record["id"], seen)
+        seen.add(record["id"])
+        where = f"{path}: annotation {record['id']}"
+        if record["id"] == 0:
+            report.add("annotation id 0", where)  # pycocotools takes 0 for "not matched"
+        if record["image_id"] not in images:
+            fault = text_id_fault(record, images)
+            if fault:
+                records.tell("broken record", f"annotation {record['id']}: {fault}")
+            else:
+                report.add("box of no image", f"{where}, image_id {short(record['image_id'])}")
+            continue
+        image, category, box = images[record["image_id"]], record["category_id"], record["bbox"]
+        shown = quoted(names[category]) if category in names else f"category {short(category)}"
+        where += f" in {image['file_name']}, {shown} {_numbers(box)}"
+        counts["boxes"] += 1
+        report.sizes[split].append((box[2], box[3]))
+        if category in names:
+            counts[index[category]] += 1
+            if names[category] not in report.classes:
+                report.unknown[names[category]] += 1
+        else:
+            report.add("unknown class", where)
+        corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+        _check_box(report, where, corners, (image["width"], image["height"]), first=0)
+        if (category, *box) in boxes[image["id"]]:
+            report.add("duplicate box", where)
+        boxes[image["id"]].add((category, *box))
+        _check_outline(report, where, record.get("segmentation"), image)
+    return boxes
+
+
+def _check_outline(report: Findings, where: str, outline: Any, image: dict) -> None:
+    fault = outline_fault(outline, (image["height"], image["width"]))
+    if fault:
+        report.add("broken outline", f"{where}: {fault}")
+    elif outline and isinstance(outline, list):
+        if not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in outline):
+            report.add("unusable outline", where)
 
 
 def _check_box(

@@ -14,6 +14,8 @@ from functools import partial
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 
 from ..common.paths import resolve_path
 from ..config import ConfigError, class_count
@@ -70,8 +72,6 @@ def register_card(path: str) -> List[str]:
     Raises:
         ValueError: the card is wrong, or one of its names belongs to another data set.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     card = load_card(path)
     names = {f"{card.name}_{split}": split for split in card.splits}
     for name in names:
@@ -105,8 +105,6 @@ def register_card(path: str) -> List[str]:
 
 def card_of(name: str) -> Optional[Tuple[Card, str]]:
     """The card that has registered a data set, and the split; None if no card has."""
-    from detectron2.data import DatasetCatalog
-
     # Not by name: someone may have removed the data set and registered another one.
     loader = DatasetCatalog[name] if name in DatasetCatalog else None
     is_ours = isinstance(loader, partial) and loader.func is load_split
@@ -203,8 +201,6 @@ def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], in
 
 
 def _has_area(annotation: dict) -> bool:
-    from detectron2.structures import BoxMode
-
     box = [float(v) for v in annotation["bbox"]]
     if annotation["bbox_mode"] in (BoxMode.XYXY_ABS, BoxMode.XYXY_REL):
         box[2:4] = box[2] - box[0], box[3] - box[1]
@@ -212,8 +208,6 @@ def _has_area(annotation: dict) -> bool:
 
 
 def _is_outside(annotation: dict, record: dict) -> bool:
-    from detectron2.structures import BoxMode
-
     width, height = record.get("width"), record.get("height")
     if annotation["bbox_mode"] not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) or not (
         width and height

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from typing import Dict, List
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
@@ -29,8 +30,6 @@ def check_dataset(target: str) -> Findings:
         ValueError: what ``target`` names can't be checked: a wrong card, or a missing folder.
         FileNotFoundError: ``target`` is neither.
     """
-    from detectron2.data import DatasetCatalog
-
     if target in DatasetCatalog:
         return check_card(_registered_as_card(target))
     names = f"a registered data set: none of the {len(DatasetCatalog)} has this name"
@@ -58,8 +57,6 @@ def check_card(card: Card) -> Findings:
 
 
 def _registered_as_card(name: str) -> Card:
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     meta = MetadataCatalog.get(name)
     evaluator, classes = meta.get("evaluator_type", "coco"), meta.get("thing_classes")
     classes = tuple(classes) if classes else None

@@ -1,7 +1,8 @@
 """The names of a model's classes, from the data sets of its config."""
 
+import itertools
 import logging
-from typing import Optional, Sequence
+from typing import Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -50,3 +51,12 @@ def dataset_class_names(dataset: str, *, load: bool = False) -> Optional[Sequenc
         except Exception as error:  # a data set's loader is anyone's code
             logger.warning(f"{dataset}: {type(error).__name__} {error}")
     return metadata.get("thing_classes", None)
+
+
+def first_difference(
+    one: Sequence[str], other: Sequence[str]
+) -> Tuple[int, Optional[str], Optional[str]]:
+    """The first index at which two lists of class names differ, and both names there; None where
+    one is at its end."""
+    pairs = enumerate(itertools.zip_longest(one, other))
+    return next((i, a, b) for i, (a, b) in pairs if a != b)

@@ -13,9 +13,10 @@ from reprlib import repr as short
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from xml.etree import ElementTree
 
-import yaml
 from detectron2.utils.file_io import PathManager
+from PIL import Image, UnidentifiedImageError
 
+from ..common.safe_yaml import load_yaml
 from .near_duplicates import is_available, perceptual_hash
 
 __all__ = [
@@ -43,26 +44,6 @@ class _NoDoctype(ElementTree.TreeBuilder):
         raise ValueError("<!DOCTYPE> is not allowed in an annotation")
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which tags, aliases (YAML bombs) and keys that are given twice are errors."""
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed")
-        if event.tag is not None:  # !!int on what is none fails in Python's own ways
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            line = event.start_mark.line + 1
-            raise yaml.YAMLError(f"line {line}: tags such as {tag[:40]} are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(keys)) < len(keys):
-            raise yaml.YAMLError(f"one of the keys {', '.join(keys)[:200]} is there twice")
-        return super().construct_mapping(node, deep)
-
-
 def read_text(path: str, *, drop_bom: bool = False) -> str:
     """Returns the content of a UTF-8 file.
 
@@ -81,11 +62,11 @@ def read_text(path: str, *, drop_bom: bool = False) -> str:
 
 
 def read_yaml(path: str) -> Any:
-    """Returns the content of a YAML file of plain values: no tags, no aliases, no key twice."""
+    """Returns the content of a YAML file of plain values, without a key that is there twice."""
     text = read_text(path)
     try:
-        return yaml.load(text, _StrictLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        return load_yaml(text)
+    except Exception as error:  # PyYAML raises what it likes on wrong tags
         raise ValueError(f"{path}: not valid YAML: {error}") from error
 
 
@@ -208,8 +189,6 @@ class ImageFacts(NamedTuple):
 
 def inspect_image(path: str) -> ImageFacts:
     """Decodes an image in full, within Pillow's limit against decompression bombs; never raises."""
-    from PIL import Image, UnidentifiedImageError
-
     faults: List[Tuple[str, str]] = []
     if not PathManager.isfile(path):
         stem = os.path.splitext(path)[0]

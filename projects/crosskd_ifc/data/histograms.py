@@ -5,7 +5,7 @@ import os
 
 from PIL import Image
 
-from ..common.plotting import pyplot, save_figure
+from ..common.plotting import literal, pyplot, save_figure
 from .findings import Findings
 
 __all__ = ["draw_histograms", "refuse_other_files"]
@@ -53,7 +53,7 @@ def draw_histograms(report: Findings, path: str) -> None:
         counts = [report.counts[split][i] for i in shown]
         left.barh(range(len(shown)), counts, left=starts, label=split)
         starts = [a + b for a, b in zip(starts, counts)]
-    names = [report.classes[i][:30].replace("$", r"\$") for i in shown]
+    names = [literal(report.classes[i][:30]) for i in shown]
     left.set_yticks(range(len(shown)), names)
     left.invert_yaxis()
     left.set_xlabel("boxes")

@@ -12,6 +12,7 @@ from typing import List, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.datasets import load_coco_json, load_voc_instances
 from torch.utils.data import IterableDataset
 
 from ..common.command_line import tool_command
@@ -70,8 +71,6 @@ def load_split(card: Card, split: str, name: str) -> List[dict]:
     Raises:
         SampleError: for whatever is wrong; names the card, the split and the file.
     """
-    from detectron2.data.datasets import load_coco_json
-
     source = card.splits[split]
     try:
         if card.format == "voc":
@@ -130,8 +129,6 @@ def _repeated(items: Sequence[str]) -> List[Tuple[str, int]]:
 
 
 def _load_voc(root: str, split: str, classes: Sequence[str]) -> List[dict]:
-    from detectron2.data.datasets import load_voc_instances
-
     ids = read_voc_split(root, split)
     for image_id, count in _repeated(ids):  # VOC's AP would miss the boxes of each copy
         path = f"{root}/ImageSets/Main/{split}.txt"

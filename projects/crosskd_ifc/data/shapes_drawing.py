@@ -14,6 +14,7 @@ Shape shorthand and format:
 
 from typing import Dict, List, Optional, Tuple
 
+import cv2
 import numpy as np
 
 CLASSES = ("striped_disk", "dotted_disk", "ring", "crescent", "triangle", "cross", "star5", "star6")
@@ -164,8 +165,6 @@ def _camera(canvas, rng, x, y) -> np.ndarray:
 
 def _polygons(mask) -> List[np.ndarray]:
     """Outlines, each (P, 2), of a bool mask. Where it has a hole, it is cut: COCO has none."""
-    import cv2
-
     s = 4  # on an enlarged, smoothed mask, pixel centres lie close to the true outline
     large = cv2.resize(np.pad(mask, 1).astype(np.float32), None, fx=s, fy=s)
     large = (large > 0.5).astype(np.uint8)
@@ -181,8 +180,6 @@ def _polygons(mask) -> List[np.ndarray]:
 
 def _annotation(kind, mask) -> Optional[dict]:
     """The COCO annotation, without ids, of a visible bool mask (H, W); None if it is crumbs."""
-    import cv2
-
     x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
     polygons = [p + (x, y) for p in _polygons(mask[y : y + h, x : x + w])]
     if not polygons:

@@ -15,6 +15,7 @@ from .compatibility.two_stage import stage_pairs
 from .dense.box import DenseBoxDistiller
 from .feature import FeatureDistiller
 from .head_layers import record_towers
+from .losses import connected_zero
 from .teacher import Teacher, TeacherPass
 from .traces import HeadTrace, StepTrace, is_logging_step, put_scalars
 from .two_stage.box import BoxDistiller, detect
@@ -52,13 +53,8 @@ class Distiller:
     box's fusion is its ``adapters``, a module.
     """
 
-    def __init__(
-        self,
-        *,
-        teacher: Teacher,
-        box: Any,
-        others: Sequence[Any] = (),
-    ):
+    @configurable
+    def __init__(self, *, teacher: Teacher, box: Any, others: Sequence[Any]):
         """
         Args:
             teacher: the frozen detector.
@@ -132,7 +128,7 @@ class Distiller:
         if step.factor == 0:
             zero = self.box.zero(step.heads)
             parameters = [p for x in self._learned_parts.values() for p in x.parameters()]
-            zero = sum((p.sum() * 0 for p in parameters), zero)
+            zero = connected_zero(zero, parameters)
             losses = {key: zero for part in self._parts for key in part.keys}
         else:
             found = (part.losses(step) for part in self._parts)
@@ -234,14 +230,6 @@ class RCNNDistiller(Distiller):
 
 class DenseDistiller(Distiller):
     """The distillation of a RetinaNet or FCOS."""
-
-    @configurable
-    def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: of :class:`Distiller`.
-        """
-        super().__init__(**kwargs)
 
     @classmethod
     def from_config(

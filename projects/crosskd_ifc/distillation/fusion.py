@@ -5,9 +5,7 @@ either 4-D, (R, C, H, W), or 2-D, (R, D); its *shape* below is that without the 
 H, W) or (D,).
 """
 
-import functools
-import operator
-from typing import Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -210,14 +208,3 @@ class FeatureFusion(nn.Module):
         if self.align != "none":
             x = standardize_like(x, teacher)
         return x.relu() if self.rectify else x
-
-    def connected_zero(self) -> Optional[torch.Tensor]:
-        """0 with a graph to every learned parameter, None if there is none (DDP wants a gradient
-        for each)."""
-        return connected_zero(self)
-
-
-def connected_zero(module: nn.Module) -> Optional[torch.Tensor]:
-    """0 with a graph to every parameter of ``module``, None if there is none."""
-    zeros = [p.sum() * 0 for p in module.parameters()]
-    return functools.reduce(operator.add, zeros) if zeros else None

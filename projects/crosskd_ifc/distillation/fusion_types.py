@@ -90,11 +90,7 @@ class AttentionFusion(nn.Module):
     def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
         pooled = torch.stack([x.flatten(2).mean(2) if x.dim() > 2 else x for x in features], dim=1)
         scores = (pooled * self.vectors).sum(dim=2) + self.biases  # R x taps
-        weights = scores.softmax(dim=1).unbind(dim=1)
-        shape = (-1,) + (1,) * (features[0].dim() - 1)
-        return functools.reduce(
-            operator.add, (w.view(shape) * x for w, x in zip(weights, features))
-        )
+        return _weighted_sum(scores.softmax(dim=1), features)
 
 
 @FEATURE_FUSION_REGISTRY.register(name="concat")
@@ -132,11 +128,7 @@ class DropoutFusion(nn.Module):
             return functools.reduce(operator.add, features) / len(features)
         x = features[0]
         keep = self._subsets(len(x), len(features)).to(x.device, x.dtype)  # R x taps
-        weights = (keep / keep.sum(dim=1, keepdim=True)).unbind(dim=1)
-        shape = (-1,) + (1,) * (x.dim() - 1)
-        return functools.reduce(
-            operator.add, (w.view(shape) * f for w, f in zip(weights, features))
-        )
+        return _weighted_sum(keep / keep.sum(dim=1, keepdim=True), features)
 
     def _subsets(self, rows: int, taps: int) -> torch.Tensor:
         """(rows, taps) of 0 and 1, each of the 2^taps - 1 subsets as likely as the others."""
@@ -162,3 +154,10 @@ class ResidualFusion(nn.Module):
         return functools.reduce(
             operator.add, (g * (x - anchor) for g, x in zip(gates, others)), anchor
         )
+
+
+def _weighted_sum(weights: torch.Tensor, features: List[torch.Tensor]) -> torch.Tensor:
+    """The sum of the features, each row with weights of its own, (R, number of taps)."""
+    shape = (-1,) + (1,) * (features[0].dim() - 1)
+    columns = weights.unbind(dim=1)
+    return functools.reduce(operator.add, (w.view(shape) * x for w, x in zip(columns, features)))

@@ -10,7 +10,7 @@ The teacher's tensors are targets: no gradient flows into them. Normalizers are 
 callers clamp counts to at least 1. Empty input gives a zero that is still connected to the graph.
 """
 
-from typing import Optional, Tuple, Union
+from typing import Iterable, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,11 @@ Normalizer = Union[float, int, torch.Tensor]
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """``x`` itself if it is float32 or float64, else ``x`` as float32 (mixed precision)."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def connected_zero(zero: torch.Tensor, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    """``zero``, a scalar 0, with a graph to all ``parameters``: DDP wants a gradient for each."""
+    return sum((p.sum() * 0 for p in parameters), zero)
 
 
 def kl_divergence(

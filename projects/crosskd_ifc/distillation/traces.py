@@ -141,9 +141,6 @@ class DenseTrace:
         valid = self.labels >= 0
         return (valid if self.inside is None else valid & self.inside).to(torch.float32)
 
-    def zero(self) -> torch.Tensor:
-        return self.anchors[0].tensor.new_zeros(())
-
 
 @dataclasses.dataclass
 class DensePredictions:

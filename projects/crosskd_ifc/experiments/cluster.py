@@ -85,7 +85,11 @@ class Job:
 
 
 class ClusterTrain:
-    """Does what :func:`.runs.train` does in a job of its own, for which it waits."""
+    """Does what :func:`.runs.train` does in a job of its own, for which it waits.
+
+    Attributes:
+        elsewhere: whether runs have other devices than this process.
+    """
 
     def __init__(
         self,
@@ -104,9 +108,6 @@ class ClusterTrain:
             gpus: of each machine.
             parameters: more of ``submitit.AutoExecutor.update_parameters``, such as
                 ``{"timeout_min": 240, "slurm_partition": "gpu"}``.
-
-        Attributes:
-            elsewhere: whether runs have other devices than this process.
 
         Raises:
             ConfigError: for parameters that submitit doesn't know, or without a SLURM here.

@@ -18,8 +18,6 @@ from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
 import numpy as np
 from scipy import integrate, optimize, special, stats
 
-Scores = Mapping[int, float]  # seed -> AP
-
 LEVEL = 0.05  # of the two-sided tests; intervals hold the rest
 POWER = 0.8
 
@@ -61,23 +59,16 @@ def describe_sample(values: Sequence[float]) -> Summary:
     return Summary(len(values), float(np.mean(values)), deviation)
 
 
-def paired_difference(
-    ours: Scores, theirs: Scores, teachers: Optional[Mapping[int, int]] = None
-) -> Optional[Difference]:
-    """``ours`` minus ``theirs`` over the seeds that both have; None if there is none.
-
-    Args:
-        ours, theirs: AP by seed.
-        teachers: seed -> its teacher; seeds without one count as having one of their own.
-    """
-    seeds = sorted(set(ours) & set(theirs))
-    return summarize({s: ours[s] - theirs[s] for s in seeds}, teachers) if seeds else None
-
-
 def summarize(
     values: Mapping[int, float], teachers: Optional[Mapping[int, int]] = None
 ) -> Difference:
-    """Mean, interval and test of differences by seed; see the module for what ``teachers`` does."""
+    """Mean, interval and test of paired differences.
+
+    Args:
+        values: seed -> difference of AP; at least one.
+        teachers: seed -> its teacher, see above; seeds without one count as having one of their
+            own.
+    """
     by_teacher: Dict[Tuple[bool, int], List[float]] = {}
     for seed, value in values.items():
         known = seed in (teachers or {})

@@ -205,7 +205,7 @@ class TrialRuns:
             arms = {
                 self._name(settings): {
                     "config": base.config,
-                    "seeds": list(self.seeds),  # of its own: cards and protocols have no aliases
+                    "seeds": list(self.seeds),  # of its own, or YAML would write an alias
                     "title": _shown(settings),
                     "opts": {**own, **{key: str(value) for key, value in settings.items()}},
                 }

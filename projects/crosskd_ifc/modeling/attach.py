@@ -6,24 +6,28 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.config import CfgNode
 from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.config_files import find_config, merge_from_file, merge_from_list
+from ..common.config_files import (
+    default_config,
+    find_config,
+    merge_from_file,
+    merge_from_list,
+)
 from ..common.lazy_config import instantiate_model, is_lazy, load_lazy_config
 from ..common.lazy_detectors import config_of, dataset_names, input_format_of, student_config
 from ..common.paths import tried
 from ..common.random_state import same_random_state
-from ..config import ConfigError, add_crosskd_ifc_config, saying, teacher_configs
+from ..config import ConfigError, error_prefix, teacher_configs
 from ..data.cards import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
-from ..weights.reading import MisfitError, StrictReader
+from ..weights.reading import load_strictly
 from ..weights.state_dicts import is_missing
-from .building import explained
+from .building import build_detector
 from .student import Offer
 
 logger = logging.getLogger(__name__)
@@ -70,7 +74,7 @@ def attach_teacher(
     with same_random_state(model.device):
         offers = []
         for name, one in teacher_configs(cfg) if teacher is None else [("", cfg)]:
-            with saying(name):
+            with error_prefix(name):
                 offers.append(_offer(model, one, teacher, name))
         model.set_teachers(offers, loss=cfg.MODEL.CROSSKD.TEACHERS_LOSS)
     for offer in offers:
@@ -84,7 +88,7 @@ def _offer(model: nn.Module, cfg: CfgNode, teacher: Optional[nn.Module], name: s
     options = {"student_format": cfg.INPUT.FORMAT, "precision": precision}
     if teacher is None:
         built, weights = _build_teacher(cfg, model.device, options)
-        load = functools.partial(_load_strictly, built.model, weights)
+        load = functools.partial(_load, built.model, weights)
     else:
         built = Teacher(teacher.to(model.device), **options)
     _check_square(cfg, built)
@@ -126,12 +130,7 @@ def _build_teacher(
     if isinstance(config, CfgNode):
         teacher_cfg, input_format = config, None
         teacher_cfg.MODEL.DEVICE = str(device)
-        try:
-            with explained(teacher_cfg):
-                model = build_model(teacher_cfg)
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__} {error}"
-            raise ConfigError(f"{what} builds no model: {reason}") from error
+        model = build_detector(teacher_cfg, what=what)
     else:
         model = instantiate_model(config, what=what).to(device)
         own_format = getattr(model, "input_format", None)
@@ -162,8 +161,7 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[Union[CfgNode, DictConfig], str]:
         key = "MODEL.CROSSKD.TEACHER.CONFIG_FILE (with TEACHER.OPTS)"
         teacher_cfg = load_lazy_config(path, kd.OPTS, key=key)
     else:
-        teacher_cfg = get_cfg()
-        add_crosskd_ifc_config(teacher_cfg)
+        teacher_cfg = default_config()
         merge_from_file(teacher_cfg, path, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
         merge_from_list(teacher_cfg, kd.OPTS, key=f"MODEL.CROSSKD.TEACHER.OPTS {tuple(kd.OPTS)}")
         fill_in_class_count(teacher_cfg)
@@ -192,21 +190,7 @@ def check_teacher_weights(weights: str) -> None:
         )
 
 
-def _load_strictly(model: nn.Module, weights: str) -> None:
-    """Load a file or URL into ``model``; whatever is wrong with it is a :class:`ConfigError`."""
+def _load(model: nn.Module, weights: str) -> None:
     check_teacher_weights(weights)
-    try:
-        StrictReader(model).load(weights)
-    except MisfitError as error:
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.WEIGHTS {weights!r} does not fit the model of "
-            f"TEACHER.CONFIG_FILE (with TEACHER.OPTS). Weights {error}"
-        ) from None
-    except (
-        Exception
-    ) as error:  # on foreign bytes and failed downloads, readers raise what they like
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"MODEL.CROSSKD.TEACHER.WEIGHTS {weights!r} can't be read as weights: "
-            f"{type(error).__name__} {reason}"
-        ) from error
+    source = "TEACHER.CONFIG_FILE (with TEACHER.OPTS)"
+    load_strictly(model, weights, key="MODEL.CROSSKD.TEACHER.WEIGHTS", source=source)

@@ -4,11 +4,10 @@ Shape shorthand: N images, R anchors of an image over all levels.
 """
 
 import contextlib
-from typing import Dict, Iterator, List, Optional, Type
+from typing import Iterator, List, Optional, Type
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList
 from torch import nn
@@ -88,20 +87,3 @@ class DenseStudent(Student):
             self._trace.labels = torch.stack(gt_labels)
             self._trace.predictions = pred_logits, pred_deltas
         return super().losses(anchors, pred_logits, gt_labels, pred_deltas, gt_boxes, *more)
-
-    @torch.no_grad()
-    def cross_head_inference(self, batched_inputs: List[Dict[str, torch.Tensor]]):
-        """What the teacher's head detects in the student's towers, with the teacher's thresholds.
-
-        For evaluation mode, with a teacher attached.
-
-        Args:
-            batched_inputs: as for :meth:`forward`.
-
-        Returns:
-            As ``forward`` in evaluation.
-        """
-        self._check_cross_head()
-        results = self.distiller.detect(self, batched_inputs)
-        sizes = [r.image_size for r in results]
-        return GeneralizedRCNN._postprocess(results, batched_inputs, sizes)

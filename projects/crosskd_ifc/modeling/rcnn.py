@@ -1,11 +1,7 @@
-"""Faster, Mask, Keypoint and Cascade R-CNN that distil from an attached teacher.
+"""Faster, Mask, Keypoint and Cascade R-CNN that distil from an attached teacher."""
 
-Shape shorthand: N images.
-"""
+from typing import ContextManager, List
 
-from typing import ContextManager, Dict, List
-
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from torch import nn
@@ -39,20 +35,3 @@ class CrossKDRCNN(Student, GeneralizedRCNN):
 
     def record(self) -> ContextManager[HeadTrace]:
         return self.roi_heads.record()
-
-    @torch.no_grad()
-    def cross_head_inference(self, batched_inputs: List[Dict[str, torch.Tensor]]):
-        """What the teacher's head detects in the student's features.
-
-        The student's proposals and taps, then the teacher's remaining layers, predictor and its
-        thresholds. For evaluation mode, with a teacher attached.
-
-        Args:
-            batched_inputs: as for :meth:`forward`.
-
-        Returns:
-            As ``forward`` in evaluation; classes are the teacher's.
-        """
-        self._check_cross_head()
-        results = self.distiller.detect(self, batched_inputs)
-        return self._postprocess(results, batched_inputs, [r.image_size for r in results])

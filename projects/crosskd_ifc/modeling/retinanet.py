@@ -1,6 +1,6 @@
 """RetinaNet that distils from an attached teacher.
 
-Shape shorthand: N images, A anchors per position, R anchors of an image over all levels.
+Shape shorthand: N images, R anchors of an image over all levels.
 """
 
 from typing import List, Optional, Tuple

@@ -1,8 +1,4 @@
-"""ROI heads that hand out what their box heads and branches computed in a training step.
-
-Shape shorthand: R RoIs over all images, P of them positive, C channels, (P, P) pooler resolution, D
-width of a fully connected layer, K classes.
-"""
+"""ROI heads that hand out what their box heads and branches computed in a training step."""
 
 import contextlib
 from typing import Dict, Iterator, List, Optional, Tuple

@@ -1,8 +1,4 @@
-"""A region proposal network that can mimic the teacher's.
-
-Shape shorthand: N images, A anchors per position, (Hi, Wi) size of level i, B anchors of an image
-over all levels.
-"""
+"""A region proposal network that can mimic the teacher's."""
 
 import contextlib
 import functools
@@ -19,8 +15,7 @@ from ..distillation.two_stage.rpn import RPNMimic
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class CrossKDRPN(RPN):
-    """``RPN`` whose losses can include mimicking; without that it is its parent, bit for
-    bit."""
+    """``RPN`` whose losses can include mimicking; without that it is its parent, bit for bit."""
 
     _mimics: Tuple[Tuple[RPNMimic, StepTrace], ...] = ()
 

@@ -16,10 +16,11 @@ from typing import (
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import saying
+from ..config import error_prefix
 from ..distillation.distiller import Distiller
 from ..distillation.several import SeveralTeachers
 from ..distillation.teacher import Teacher
@@ -47,8 +48,8 @@ class Offer(NamedTuple):
 class Student(nn.Module):
     """Mixin for a detector that distils once a teacher is attached.
 
-    Put it before the detector's class, and give :meth:`build_distiller`, :meth:`record`,
-    :meth:`predictors` and :meth:`cross_head_inference`.
+    Put it before the detector's class, and give :meth:`build_distiller`, :meth:`record` and
+    :meth:`predictors`.
 
     Attributes:
         teacher: the attached teacher, the first of several, or None.
@@ -91,10 +92,6 @@ class Student(nn.Module):
             self._diagnostics.measure(losses)
         return losses
 
-    def set_teacher(self, teacher: Teacher, cfg: CfgNode) -> None:
-        """Distil from ``teacher`` alone as ``cfg`` says; see :meth:`set_teachers`."""
-        self.set_teachers([Offer(teacher, cfg)])
-
     def set_teachers(self, offers: Sequence[Offer], *, loss: str = "mean") -> None:
         """Distil from these teachers; call it through :func:`crosskd_ifc.attach_teacher`.
 
@@ -107,12 +104,12 @@ class Student(nn.Module):
         """
         cfg, distillers, inheritance = offers[0].cfg, [], None
         for offer in offers if cfg.MODEL.CROSSKD.ENABLED else ():
-            with saying(offer.name):
+            with error_prefix(offer.name):
                 distillers.append(self.build_distiller(offer.cfg, offer.teacher))
                 if inheritance is None:
                     inheritance = plan_inheritance(offer.cfg, self, offer.teacher)
         for offer in offers:
-            with saying(offer.name):
+            with error_prefix(offer.name):
                 if offer.load is not None:
                     offer.load()
         # All at once: a student that was refused a teacher stays as it was.
@@ -167,13 +164,10 @@ class Student(nn.Module):
             teacher.to(self.device)
         return module
 
-    def _check_cross_head(self) -> None:
-        if not self.has_cross_head:
-            raise RuntimeError("without an attached teacher (MIMIC cross_head) there is none")
-
     @torch.no_grad()
-    def cross_head_inference(self, batched_inputs):
-        """What the teacher's head detects in the student's features; for evaluation mode.
+    def cross_head_inference(self, batched_inputs: List[Dict[str, torch.Tensor]]):
+        """What the teacher's head detects in the student's features (of a two-stage detector: in
+        the student's proposals), with the teacher's thresholds; for evaluation mode.
 
         Args:
             batched_inputs: as for ``forward``.
@@ -181,7 +175,11 @@ class Student(nn.Module):
         Returns:
             As ``forward`` in evaluation; classes are the teacher's.
         """
-        raise NotImplementedError
+        if not self.has_cross_head:
+            raise RuntimeError("without an attached teacher (MIMIC cross_head) there is none")
+        results = self.distiller.detect(self, batched_inputs)
+        sizes = [r.image_size for r in results]
+        return GeneralizedRCNN._postprocess(results, batched_inputs, sizes)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
-from ..weights.reading import SafeReader, load_weights, unreadable
-from ..weights.state_dicts import ADAPTER_PREFIX, describe_problems, is_state_dict
+from ..weights.reading import SafeReader, describe_misfit, load_weights, unreadable
+from ..weights.state_dicts import ADAPTER_PREFIX, is_state_dict
 from .run_config import as_table, changed_settings, describe_run
 
 _NAMES = re.compile(r"model_(\d+|final)\.pth")  # as detectron2's hooks give them
@@ -210,17 +210,8 @@ class SafeCheckpointer(SafeReader):
         table = f" What has changed:\n{as_table(changed)}" if changed else ""
         try:
             misfit = self._load_model({"model": content["model"]})
-            other_shape = {k for k, _, _ in misfit.incorrect_shapes}
-            problem = describe_problems(
-                missing=[k for k in misfit.missing_keys if k not in other_shape],
-                # An evaluation builds the student without what only its training has.
-                unexpected=[
-                    k
-                    for k in misfit.unexpected_keys
-                    if self.checkpointables or not k.startswith(ADAPTER_PREFIX)
-                ],
-                wrong_shapes=[f"{k} {a} instead of {b}" for k, a, b in misfit.incorrect_shapes],
-            )
+            # An evaluation builds the student without what only its training has.
+            problem = describe_misfit(misfit, with_adapters=bool(self.checkpointables))
             if problem:
                 raise ValueError(f"its weights don't fit this config's model: {problem}")
             for key, x in self.checkpointables.items():

@@ -15,7 +15,7 @@ from ..config import (
     ConfigError,
     class_count,
     distillation_requested,
-    saying,
+    error_prefix,
     teacher_configs,
 )
 from ..data.cards import register_cards
@@ -58,7 +58,7 @@ def check_training_settings(cfg: CfgNode) -> None:
     kd = cfg.MODEL.CROSSKD
     teachers = [(x, one.MODEL.CROSSKD.TEACHER) for x, one in teacher_configs(cfg) if distils]
     for name, teacher in teachers:
-        with saying(name):
+        with error_prefix(name):
             if teacher.WEIGHTS:
                 check_teacher_weights(teacher.WEIGHTS)
     unused = ("FUSED_WEIGHT",) if cfg.MODEL.MASK_ON else ("FUSED_WEIGHT", "MASK_WEIGHT")

@@ -1,7 +1,6 @@
 """What is checked of test data before a training or an evaluation: whether an evaluator can read
 it, and whether all data sets mean the same by a class's index."""
 
-import itertools
 import os
 from reprlib import repr as short
 from typing import Optional, Sequence, Tuple
@@ -15,6 +14,7 @@ from ..common.command_line import tool_command
 from ..config import ConfigError, class_count
 from ..data.card import Card
 from ..data.cards import card_of
+from ..data.class_names import first_difference
 from ..data.fields import coco_evaluator_fault, voc_evaluator_fault, voc_list_fault
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
 from .preflight import check_class_count
@@ -96,8 +96,7 @@ def check_same_everywhere(cfg: CfgNode, num_images: int) -> None:
         here, there = f"process {rank}", "the main process"
         for name in cfg.DATASETS.TRAIN:
             if theirs[name] != first[name]:
-                pairs = enumerate(itertools.zip_longest(first[name], theirs[name]))
-                index, (a, b) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+                index, a, b = first_difference(first[name], theirs[name])
                 raise ConfigError(
                     f"DATASETS.TRAIN: {name!r} has other classes in {here} than in {there}: class "
                     f"{index} is {b!r} and {a!r}; give all machines the same data"
@@ -113,8 +112,7 @@ def _check_same(one: _Classes, other: _Classes, evaluation: bool) -> None:
     (key, first, theirs), (other_key, second, ours) = one, other
     if ours == theirs:
         return
-    pairs = enumerate(itertools.zip_longest(theirs, ours))
-    index, pair = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    index, *pair = first_difference(theirs, ours)
     here, there = ("missing" if name is None else short(name) for name in pair)
     advice = "give both the same categories, in the order of their ids"
     if evaluation and key == "TRAIN":

@@ -28,8 +28,7 @@ DETECTORS: Dict[str, Tuple[str, str, float]] = {
     "retinanet": ("Base-RetinaNet.yaml", "CrossKDRetinaNet", 0.01),
     "fcos": ("Base-FCOS.yaml", "CrossKDFCOS", 0.01),
 }
-_TITLES = {"teacher": "Teacher", "student": "Plain student", "distilled": "Distilled student"}
-_NAMES = tuple(_TITLES)
+_NAMES = ("teacher", "student", "distilled")
 _IMAGES_PER_GPU = 4
 _SHORTEST, _LONGEST = 800, 1333  # detectron2's test size
 _CPU_SHORTEST = 240
@@ -70,75 +69,83 @@ def write_configs(
     if gpus < 0:
         raise ValueError(f"--gpus {gpus}: expected 0 (a CPU) or more")
     path = resolve_path(card, what="dataset card", key="configs")
-    names = dict(zip(load_card(path).splits, register_card(path)))
-    train = next((names[s] for s in ("train", "trainval") if s in names), [*names.values()][0])
-    test = next((names[s] for s in ("val", "test") if s in names), [*names.values()][-1])
+    train, test = _splits(path)
     records, _ = drop_degenerate_boxes(DatasetCatalog.get(train))
     records = [record for record in records if record["annotations"]]
     if not records:
         raise ValueError(f"{card}: there is no box to train on in {train}")
-    mask_format = "polygon"
-    if detector == "mask_rcnn":
-        outlines = [a.get("segmentation") for r in records for a in r["annotations"]]
-        mask_format = "bitmask" if any(isinstance(x, dict) for x in outlines) else "polygon"
-        try:
-            check_outlines(records, polygons=mask_format == "polygon")
-        except SampleError as error:
-            raise ValueError(f"--detector mask_rcnn: {error}") from error
-
+    masks = _mask_settings(records) if detector == "mask_rcnn" else {}
     folder = os.path.realpath(output)
     files = {name: os.path.join(folder, f"{name}.yaml") for name in ("base", *_NAMES)}
     for file in files.values():
         if os.path.lexists(file) and not force:
             raise FileExistsError(f"{file} exists; give another --output, or --force")
+
     base, notes = _base(records, detector, pretrained=pretrained, gpus=gpus)
     base["DATASETS"] = {"CARDS": [path], "TRAIN": [train], "TEST": [test]}
     if train == test:
         notes.append(f"Evaluations: on {test}, too: there is no other split. They say little.")
-    if detector == "mask_rcnn":
-        base["MODEL"].update(
-            MASK_ON=True,
-            ROI_MASK_HEAD=dict(NAME="MaskRCNNConvUpsampleHead", NUM_CONV=4, POOLER_RESOLUTION=14),
-        )
-        base["INPUT"]["MASK_FORMAT"] = mask_format
+    for section, settings in masks.items():
+        base[section].update(settings)
     outputs = {name: os.path.join(folder, "output", name) for name in _NAMES}
+    weights = {name: os.path.join(outputs[name], "model_final.pth") for name in _NAMES}
+    distilling = _distilling(detector, files["teacher"], weights["teacher"])
     deltas: Dict[str, Dict[str, Any]] = {
-        "teacher": {**_backbone(teacher, pretrained), "OUTPUT_DIR": outputs["teacher"]},
-        "student": {**_backbone(student, pretrained), "OUTPUT_DIR": outputs["student"]},
-        "distilled": {"MODEL": _distilling(detector), "OUTPUT_DIR": outputs["distilled"]},
+        "teacher": {"_BASE_": "base.yaml", **_backbone(teacher, pretrained)},
+        "student": {"_BASE_": "base.yaml", **_backbone(student, pretrained)},
+        "distilled": {"_BASE_": "student.yaml", "MODEL": distilling},
     }
-    deltas["distilled"]["MODEL"]["CROSSKD"] = {
-        "TEACHER": {
-            "CONFIG_FILE": files["teacher"],
-            "WEIGHTS": os.path.join(outputs["teacher"], "model_final.pth"),
-        }
+
+    train_net = tool_command("train_net") + (f" --num-gpus {gpus}" if gpus > 1 else "")
+    commands = {n: f"{train_net} --config-file {shlex.quote(files[n])}" for n in _NAMES}
+    converting = {n: _convert(n) if pretrained else "" for n in (teacher, student)}
+    headers = {
+        "teacher": [f"Teacher, {detector} {teacher}-FPN.", converting[teacher]],
+        "student": [f"Plain student, {detector} {student}-FPN.", converting[student]],
+        "distilled": [f"Distilled student, {detector} {student}-FPN. Train the teacher first."],
     }
-    options = f" --num-gpus {gpus}" if gpus > 1 else ""
-    commands = {
-        name: f"{tool_command('train_net')}{options} --config-file {shlex.quote(files[name])}"
-        for name in _NAMES
-    }
-    backbones = {"teacher": teacher, "student": student, "distilled": student}
-    needed = sorted({_convert(name) for name in (teacher, student)} - {""}) if pretrained else []
     os.makedirs(folder, exist_ok=True)
     head = f"What the configs beside this one share: {detector} for {train}.\n" + "\n".join(notes)
     _write(files["base"], head, base)
     for name in _NAMES:
-        lines = [f"{_TITLES[name]}, {detector} {backbones[name]}-FPN."]
-        lines[0] += " Train the teacher first." if name == "distilled" else ""
-        lines += [f"  {_convert(backbones[name])}"] if pretrained and name != "distilled" else []
-        over = "student.yaml" if name == "distilled" else "base.yaml"
-        text = "\n".join([*(line for line in lines if line.strip()), f"  {commands[name]}"])
-        _write(files[name], text, {"_BASE_": over, **deltas[name]})
-    told = [*notes, "", *(f"Wrote {file}" for file in files.values()), "", "Next, in this order:"]
-    student = os.path.join(folder, "student_alone")
-    weights = os.path.join(outputs["distilled"], "model_final.pth")
-    needed += [commands[name] for name in _NAMES]
-    needed += [
-        f"{tool_command('export_student')} {shlex.join([weights, student])}",
-        f"{tool_command('predict')} {shlex.quote(student)} YOUR_OTHER_PHOTOS",
+        header = "\n  ".join(line for line in (*headers[name], commands[name]) if line)
+        _write(files[name], header, {**deltas[name], "OUTPUT_DIR": outputs[name]})
+    alone = os.path.join(folder, "student_alone")
+    steps = [
+        *sorted({command for command in converting.values() if command}),
+        *commands.values(),
+        f"{tool_command('export_student')} {shlex.join([weights['distilled'], alone])}",
+        f"{tool_command('predict')} {shlex.quote(alone)} YOUR_OTHER_PHOTOS",
     ]
-    return "\n".join([*told, *(f"  {line}" for line in needed)])
+    told = [*notes, "", *(f"Wrote {file}" for file in files.values()), "", "Next, in this order:"]
+    return "\n".join([*told, *(f"  {step}" for step in steps)])
+
+
+def _splits(card: str) -> Tuple[str, str]:
+    """The data sets of a card to train and to test on."""
+    names = dict(zip(load_card(card).splits, register_card(card)))
+    first, last = [*names.values()][0], [*names.values()][-1]
+    train = next((names[s] for s in ("train", "trainval") if s in names), first)
+    return train, next((names[s] for s in ("val", "test") if s in names), last)
+
+
+def _mask_settings(records: Sequence[dict]) -> Dict[str, Dict[str, Any]]:
+    """What Mask R-CNN needs beyond Faster R-CNN.
+
+    Raises:
+        ValueError: an object has no usable outline.
+    """
+    outlines = [a.get("segmentation") for r in records for a in r["annotations"]]
+    mask_format = "bitmask" if any(isinstance(x, dict) for x in outlines) else "polygon"
+    try:
+        check_outlines(records, polygons=mask_format == "polygon")
+    except SampleError as error:
+        raise ValueError(f"--detector mask_rcnn: {error}") from error
+    head = {"NAME": "MaskRCNNConvUpsampleHead", "NUM_CONV": 4, "POOLER_RESOLUTION": 14}
+    return {
+        "MODEL": {"MASK_ON": True, "ROI_MASK_HEAD": head},
+        "INPUT": {"MASK_FORMAT": mask_format},
+    }
 
 
 def _base(
@@ -292,11 +299,13 @@ def _convert(backbone: str) -> str:
     return f"{tool_command('convert_weights')} {_TORCHVISION[backbone]} {out}"
 
 
-def _distilling(detector: str) -> Dict[str, Any]:
+def _distilling(detector: str, teacher: str, weights: str) -> Dict[str, Any]:
+    """What makes a student distil from the teacher of this config and these weights."""
     architecture = DETECTORS[detector][1]
-    if architecture != "CrossKDRCNN":
-        return {"META_ARCHITECTURE": architecture}
-    return {"META_ARCHITECTURE": architecture, "ROI_HEADS": {"NAME": "CrossKDROIHeads"}}
+    model: Dict[str, Any] = {"META_ARCHITECTURE": architecture}
+    if architecture == "CrossKDRCNN":
+        model["ROI_HEADS"] = {"NAME": "CrossKDROIHeads"}
+    return {**model, "CROSSKD": {"TEACHER": {"CONFIG_FILE": teacher, "WEIGHTS": weights}}}
 
 
 def _write(path: str, header: str, content: Dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from ..common.config_files import LAZY_CONFIG, check_yaml, default_config, flat
+from ..common.config_files import LAZY_CONFIG, default_config, flat, map_files
+from ..common.safe_yaml import load_yaml
 from ..config import ConfigError
 
 # Where things lie, how they are evaluated, how often something is written, how data are read: what
@@ -60,21 +61,9 @@ def _shown(value: Any) -> str:
 
 def _settings(kept: Mapping[str, Any]) -> Dict[str, Any]:
     try:
-        check_yaml(kept["yaml"])
-        settings = dict(flat(yaml.safe_load(kept["yaml"])))
+        settings = dict(flat(load_yaml(kept["yaml"])))
         settings[_PROCESSES] = kept["processes"]
     except (AttributeError, KeyError, RecursionError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"what the checkpoint says of its run can't be read: {error}") from error
     settings[_TEACHER] = "a teacher" if settings.get(_TEACHER) else "no teacher"
-    return {k: _without_folders(v) if k in _FILES else v for k, v in settings.items()}
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, str):
-        return os.path.basename(value)
-    if isinstance(value, list):
-        return [_without_folders(x) for x in value]
-    if isinstance(value, dict):  # a teacher's section
-        names = ("CONFIG_FILE", "WEIGHTS")
-        return {k: _without_folders(v) if k in names else v for k, v in value.items()}
-    return value
+    return {k: map_files(os.path.basename, v) if k in _FILES else v for k, v in settings.items()}

@@ -16,8 +16,7 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
-from ..modeling.building import explained
-from ..weights.reading import MisfitError, StrictReader
+from ..weights.reading import load_strictly
 from .checkpointer import SafeCheckpointer, check_tag, has_checkpoint
 from .errors import one_line_errors
 from .output_folder import check_output_folder, training_alone_in
@@ -111,20 +110,14 @@ def evaluate(
         start_logging(cfg, args, config)
         check_test_data(cfg)
         check_classes(cfg, evaluation=True)
-        with explained(cfg):
-            model = build_model()
+        model = build_model()
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
         if args.resume and checkpointer.all_have_checkpoint():
             checkpointer.resume_or_load("")
         elif not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: --eval-only would score random weights")
         else:
-            try:
-                StrictReader(model).load(cfg.MODEL.WEIGHTS)
-            except MisfitError as error:
-                raise ConfigError(
-                    f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} don't fit this config's model; {error}"
-                ) from error
+            load_strictly(model, cfg.MODEL.WEIGHTS)
     return test(model)
 
 

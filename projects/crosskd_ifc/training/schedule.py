@@ -169,13 +169,12 @@ class _StudentTasks(nn.Module):
     def __init__(self, teacher: Teacher, student: nn.Module):
         super().__init__()
         self._model = teacher.model
-        heads, fields = getattr(student, "roi_heads", None), {
-            "mask_on": ["pred_masks"],
-            "keypoint_on": ["pred_keypoints", "pred_keypoint_heatmaps"],
-        }
-        self._dropped = [
-            x for k, names in fields.items() if not getattr(heads, k, 0) for x in names
-        ]
+        heads = getattr(student, "roi_heads", None)
+        self._dropped = []
+        if not getattr(heads, "mask_on", False):
+            self._dropped += ["pred_masks"]
+        if not getattr(heads, "keypoint_on", False):
+            self._dropped += ["pred_keypoints", "pred_keypoint_heatmaps"]
         self.eval()  # so that an evaluation leaves the teacher in this mode
 
     def forward(self, batched_inputs):

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
 from ..common.random_state import same_random_state
 from ..config import ConfigError
@@ -133,20 +133,12 @@ class NumberedDataset(Dataset):
 @contextlib.contextmanager
 def _random_state_of(seed: int, position: int) -> Iterator[None]:
     """Within this context, random numbers are those of one sample."""
-    in_worker = get_worker_info() is not None
-    if not in_worker:
-        states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     number = int(np.random.SeedSequence((seed, position)).generate_state(1)[0])
-    random.seed(number)
-    np.random.seed(number)
-    torch.random.default_generator.manual_seed(number)  # torch.manual_seed would reseed the GPU
-    try:
+    with same_random_state(torch.device("cpu")):
+        random.seed(number)
+        np.random.seed(number)
+        torch.random.default_generator.manual_seed(number)  # torch.manual_seed would reseed the GPU
         yield
-    finally:
-        if not in_worker:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.random.set_rng_state(states[2])
 
 
 class StreamLoader:

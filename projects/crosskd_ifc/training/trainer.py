@@ -21,7 +21,6 @@ from ..common.random_state import same_random_state
 from ..config import distillation_requested, teacher_configs
 from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
-from ..modeling.building import explained
 from ..modeling.student import unwrap
 from ..modeling.summary import describe_distillation
 from .accumulation import accumulating
@@ -174,8 +173,7 @@ class CrossKDTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The student and, if the config asks for one, its teacher, attached."""
-        with explained(cfg):
-            model = super().build_model(cfg)
+        model = super().build_model(cfg)
         if distillation_requested(cfg):
             attach_teacher(model, cfg)
             if comm.is_main_process():
@@ -307,17 +305,13 @@ class CrossKDTrainer(DefaultTrainer):
         _insert_after(hooks, EvalHook, after)
         if getattr(student, "teacher", None) is None:
             return hooks
-        kd = self.cfg.MODEL.CROSSKD
-        ours: list = [
-            DistillationSchedule(
-                start=kd.SCHEDULE.START_ITER,
-                warmup=kd.SCHEDULE.WARMUP_ITERS,
-                stop=kd.SCHEDULE.STOP_ITER,
-            )
-        ]
         if any(x.MODEL.CROSSKD.TEACHER.EVAL_AT_START for _, x in teacher_configs(self.cfg)):
             _insert_after(hooks, EvalHook, [TeacherEvaluation()])
-        return ours + hooks
+        kd = self.cfg.MODEL.CROSSKD.SCHEDULE
+        schedule = DistillationSchedule(
+            start=kd.START_ITER, warmup=kd.WARMUP_ITERS, stop=kd.STOP_ITER
+        )
+        return [schedule, *hooks]
 
     def build_writers(self) -> list:
         """detectron2's, and one for Weights & Biases if ``WANDB.PROJECT`` names a project."""

@@ -19,13 +19,12 @@ class WandbWriter(EventWriter):
     A resumed run goes on under its id, which is kept in ``OUTPUT_DIR/wandb_id``.
     """
 
-    def __init__(self, cfg: CfgNode, *, window_size: int = 20):
+    def __init__(self, cfg: CfgNode):
         """
         Args:
             cfg: of the run.
-            window_size: smoothed scalars are medians of so many values, as in metrics.json.
         """
-        self._cfg, self._window_size = cfg, window_size
+        self._cfg = cfg
         self._run: Any = None
         self._last_write = -1
 
@@ -33,7 +32,7 @@ class WandbWriter(EventWriter):
         if self._run is None:  # not before a run has begun
             self._run = self._start()
         steps: Dict[int, Dict[str, float]] = collections.defaultdict(dict)
-        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
+        latest = get_event_storage().latest_with_smoothing_hint()
         for name, (value, iteration) in latest.items():
             if iteration > self._last_write:
                 steps[iteration][name] = value

@@ -4,7 +4,7 @@ A backbone's file holds unprefixed names (``stem.conv1.weight``, ``res2.0.conv1.
 ``matching_heuristics: True``, with which detectron2 matches names by their endings: the same file
 fills the backbone of an FPN (``backbone.bottom_up.res5``) in any detector and a C4 model, whose
 res5 is part of the ROI heads. Names with a prefix would fit only one of them. A detector's file
-holds full names, and its config lies beside it; see ``convert_mmdet.py``.
+holds full names, and its config lies beside it; see ``mmdet_detectors.py``.
 """
 
 import os

@@ -10,7 +10,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..common.files import refuse_overwriting, staging_folder, write_json
-from .deployed import INFO_NAME, DeployedModel, difference, read_info
+from .deployed import INFO_NAME, DeployedModel, Info, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
 from .metadata import METADATA_NAME, describe_detector
 from .own_code import own_code
@@ -18,7 +18,7 @@ from .quantizing import quantize
 from .reading import save_safetensors
 from .samples import calibration_images, sample_images
 from .stock import load_stock, write_config
-from .student import load_student
+from .student import Student, load_student
 
 FORMATS = ("detectron2", *GRAPH_NAMES)
 _WEIGHTS, _CONFIG, _SAFETENSORS = "model.pth", "config.yaml", "model.safetensors"
@@ -111,7 +111,6 @@ def export_student(
     if format != "detectron2" and safetensors:
         raise ValueError("--safetensors is for --format detectron2")
     found = load_student(checkpoint, config_file, overrides)
-    cfg, student = found.cfg, found.model
     out = os.path.abspath(out)
     beside = os.path.join(os.path.dirname(checkpoint), _CONFIG)
     _check_out(out, [checkpoint, beside, found.config_path], force)
@@ -120,31 +119,51 @@ def export_student(
         folder = os.path.join(staging, "student")
         PathManager.mkdirs(folder)
         if format == "detectron2":
-            stock = found.stock_config(os.path.join(out, _WEIGHTS))
-            needed = own_code(stock)
-            as_lazy = not isinstance(stock, CfgNode)
-            names = _WEIGHTS, _CONFIG
-            torch.save({"model": student.state_dict()}, os.path.join(folder, _WEIGHTS))
-            write_config(stock, os.path.join(folder, _CONFIG))
-            write_json(os.path.join(folder, METADATA_NAME), describe_detector(cfg))
-            if safetensors:
-                save_safetensors(student.state_dict(), os.path.join(folder, _SAFETENSORS))
-            detections, now = _verify_stock(student, folder, as_lazy)
+            export = _write_stock(found, folder, out, safetensors=safetensors)
         else:
-            now, as_lazy, names = format, False, (GRAPH_NAMES[format], INFO_NAME)
-            needed = []
-            info = describe(cfg, format, size)
-            samples = sample_images(cfg, info, images)
-            write_graph(student, info, samples[0], folder)
-            detections = _verify_graph(student, folder, samples)
+            info = describe(found.cfg, format, size)
+            samples = sample_images(found.cfg, info, images)
+            export = _write_one_file(found, folder, out, info, samples)
             if int8:
-                _quantize(folder, calibration_images(cfg, info, calibrate), samples)
+                _quantize(folder, calibration_images(found.cfg, info, calibrate), samples)
         _move(folder, out, is_new)
+    return export
+
+
+def _write_stock(found: Student, folder: str, out: str, *, safetensors: bool) -> Export:
+    """Write weights and config for stock detectron2 into ``folder``, as they will be in ``out``."""
+    state, stock = found.model.state_dict(), found.stock_config(os.path.join(out, _WEIGHTS))
+    torch.save({"model": state}, os.path.join(folder, _WEIGHTS))
+    write_config(stock, os.path.join(folder, _CONFIG))
+    write_json(os.path.join(folder, METADATA_NAME), describe_detector(found.cfg))
+    if safetensors:
+        save_safetensors(state, os.path.join(folder, _SAFETENSORS))
+    is_lazy = not isinstance(stock, CfgNode)
+    detections, kind = _verify_stock(found.model, folder, is_lazy)
+    export = _export(found, out, (_WEIGHTS, _CONFIG), kind, detections)
+    return export._replace(is_lazy=is_lazy, own_code=own_code(stock))
+
+
+def _write_one_file(
+    found: Student, folder: str, out: str, info: Info, samples: Sequence[torch.Tensor]
+) -> Export:
+    """Write the student as one graph into ``folder``, as it will be in ``out``."""
+    write_graph(found.model, info, samples[0], folder)
+    detections = _verify_graph(found.model, folder, samples)
+    return _export(found, out, (info.file, INFO_NAME), info.kind, detections)
+
+
+def _export(found: Student, out: str, names: Tuple[str, str], kind: str, detections: int) -> Export:
     weights, config = (os.path.join(out, name) for name in names)
-    parameters = sum(p.numel() for p in student.parameters())
-    architecture = (cfg.MODEL.META_ARCHITECTURE, now)
-    counts = parameters, detections
-    return Export(weights, config, architecture, as_lazy, *counts, found.dropped, needed)
+    return Export(
+        weights=weights,
+        config=config,
+        architecture=(found.cfg.MODEL.META_ARCHITECTURE, kind),
+        is_lazy=False,
+        parameters=sum(p.numel() for p in found.model.parameters()),
+        detections=detections,
+        dropped=found.dropped,
+    )
 
 
 def _check_out(out: str, sources: Sequence[str], force: bool) -> None:

@@ -14,7 +14,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from ..common.config_files import check_yaml, find_config
+from ..common.config_files import find_config
 from ..common.lazy_config import calls, instantiate_model, is_saved_lazy, load_lazy_config
 from ..common.lazy_detectors import (
     config_of_node,
@@ -23,6 +23,7 @@ from ..common.lazy_detectors import (
     select,
     unknown_input_format,
 )
+from ..common.safe_yaml import check_yaml
 from ..config import ConfigError, head_section
 from .metadata import read_metadata
 from .stock import STOCK_CLASSES, is_ours

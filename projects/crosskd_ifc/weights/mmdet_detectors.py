@@ -3,8 +3,8 @@
 Both have the same order of classes (background last) and of deltas, the same box coding, RoIAlign,
 levels and order of the RPN's anchors. RetinaNet's nine anchors lie ratio by ratio in mmdet and size
 by size in detectron2, so the rows of its predictors change places; mmdet has no ReLU before P7, see
-``top_blocks.py``. One difference stays: mmdet bounds the predicted dw and dh from both sides,
-detectron2 only from above, so that its boxes can become narrower than 1/62 of their anchor.
+``modeling/backbones.py``. One difference stays: mmdet bounds the predicted dw and dh from both
+sides, detectron2 only from above, so that its boxes can become narrower than 1/62 of their anchor.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Reading, comparing and writing weight files."""
+"""State dicts and files of weights: what they are, and in what they differ."""
 
 from typing import Any, Mapping, Sequence
 

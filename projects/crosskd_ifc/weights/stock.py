@@ -20,8 +20,9 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..common.config_files import check_yaml, default_config, merge_from_list
+from ..common.config_files import default_config, merge_from_list
 from ..common.lazy_config import explain, is_saved_lazy
+from ..common.safe_yaml import load_yaml
 from ..config import ConfigError, remove_crosskd_ifc_config
 from .own_code import own_code
 from .reading import load_weights
@@ -156,9 +157,7 @@ def read_exported_fcos(path: str) -> Optional[CfgNode]:
 
 def _read(path: str) -> Any:
     with PathManager.open(path) as f:
-        text = f.read()
-    check_yaml(text)
-    return yaml.safe_load(text)
+        return load_yaml(f.read())
 
 
 def _yacs_config(content: Mapping[str, Any]) -> CfgNode:

@@ -82,7 +82,7 @@ def load_student(checkpoint: str, config_file: str = "", overrides: Sequence[str
 
 def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
     """The config of a checkpoint's student, and the file that it is from."""
-    key, path = "the config", _beside(checkpoint)
+    key, path = "the config", config_beside(checkpoint)
     held = content.get("config") if isinstance(content, Mapping) else None
     if config_file:
         key, path = "--config-file", config_file
@@ -125,7 +125,7 @@ def _warn_of_differences(cfg: CfgNode, path: str, held: Any, checkpoint: str) ->
         )
 
 
-def _beside(checkpoint: str) -> str:
+def config_beside(checkpoint: str) -> str:
     """The config of x.pth: x.yaml, as that of a converted detector, or config.yaml; "" if there is
     none."""
     if "://" in checkpoint:

@@ -7,24 +7,15 @@ from typing import Any, Sequence
 
 from detectron2.config import CfgNode as CN
 
-from ...config import ConfigError, add_crosskd_ifc_config, saying, teacher_configs
+from ...config import ConfigError, add_crosskd_ifc_config, error_prefix, teacher_configs
 from ..fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
 from ..loss_types import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY
 from . import class_map
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-
-
 MIMICS = ("cross_head", "student_head", "both")
-
-
-MASK_REDUCTIONS = ("mean", "published")
-
-
-# Of several teachers.
 TEACHERS_LOSSES = ("mean", "one")
-
-
+MASK_REDUCTIONS = ("mean", "published")
 MASK_CHANNELS = ("all", "ground_truth")
 
 
@@ -61,7 +52,7 @@ def check_crosskd_config(cfg: CN) -> None:
     if len(kd.TEACHERS) < 2:
         check_unused(cfg, ("TEACHERS_LOSS",), "TEACHERS doesn't list several")
     for name, one in teacher_configs(cfg):
-        with saying(name):
+        with error_prefix(name):
             _check_teacher(one.MODEL.CROSSKD.TEACHER)
     _check_names("FUSION.IN_FEATURES", kd.FUSION.IN_FEATURES, "layer names, such as ('fc1', 'fc2')")
     _check_names("INHERIT", kd.INHERIT, "module names, such as ('backbone', 'proposal_generator')")

@@ -155,7 +155,8 @@ class DenseBoxDistiller:
 
     def zero(self, trace: DenseTrace) -> torch.Tensor:
         """0, connected to every learned parameter of the fusions."""
-        return self.mimic.connected_zero(trace)
+        parameters = () if self.fusion is None else self.fusion.parameters()
+        return L.connected_zero(trace.anchors[0].tensor.new_zeros(()), parameters)
 
     @torch.no_grad()
     def _log(

@@ -112,8 +112,7 @@ class DenseCrossHead:
             fusion: tower -> :class:`FeatureFusion`.
         """
         self.fusion = fusion
-        self._fusions = dict(fusion.items())
-        self.entries = {tower: f.entry for tower, f in self._fusions.items()}
+        self.entries = {tower: f.entry for tower, f in fusion.items()}
         self.transform = teacher.model.box2box_transform
         self._teacher = teacher
 
@@ -168,17 +167,11 @@ class DenseCrossHead:
 
     @property
     def reaches_all(self) -> bool:
-        return all(fusion.reaches_all for fusion in self._fusions.values())
+        return all(fusion.reaches_all for fusion in self.fusion.values())
 
     def targets(self, predictions: DensePredictions) -> DensePredictions:
         """What the predictions are compared with: the teacher's own."""
         return predictions
-
-    def connected_zero(self, trace: DenseTrace) -> torch.Tensor:
-        """0, with a graph to every learned parameter of the fusions."""
-        zeros = [f.connected_zero() for f in self._fusions.values()]
-        zeros = [z for z in zeros if z is not None]
-        return sum(zeros) if zeros else trace.zero()
 
 
 class DenseStudentHead:
@@ -200,9 +193,6 @@ class DenseStudentHead:
     def targets(self, predictions: DensePredictions) -> DensePredictions:
         """The teacher's predictions in these classes."""
         return _selected(self._class_map.teacher_channels, predictions)
-
-    def connected_zero(self, trace: DenseTrace) -> torch.Tensor:
-        return trace.zero()
 
 
 def _selected(

@@ -135,8 +135,8 @@ class BoxDistiller:
 
     def zero(self, trace: HeadTrace) -> torch.Tensor:
         """0, connected to every learned parameter of the fusion."""
-        zero = None if self.fusion is None else self.fusion.connected_zero()
-        return trace.stages[0].logits.new_zeros(()) if zero is None else zero
+        parameters = () if self.fusion is None else self.fusion.parameters()
+        return L.connected_zero(trace.stages[0].logits.new_zeros(()), parameters)
 
     def predict(
         self, teacher: TeacherPass, boxes: List[Boxes]
