@@ -156,6 +156,7 @@ def evaluate_teacher(
     cfg = (teacher.cfg or ours).clone()
     cfg.defrost()
     cfg.INPUT.FORMAT = teacher.input_format
+    cfg.MODEL.DEVICE = ours.MODEL.DEVICE  # that of a LazyConfig isn't known
     cfg.DATASETS = ours.DATASETS
     cfg.DATALOADER = ours.DATALOADER
     cfg.TEST.KEYPOINT_OKS_SIGMAS = ours.TEST.KEYPOINT_OKS_SIGMAS  # of the data
