@@ -51,6 +51,9 @@ def files(tmp_path_factory):
     (photos / "more").mkdir(parents=True)
     for name, size in (("a.JPG", (60, 80)), ("b.png", (64, 64)), ("more/a.webp", (50, 40))):
         Image.fromarray(g.integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / name)
+    (folder / "lazy.py").write_text("model = dict()")
+    cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE = str(folder / "lazy.py")
+    (folder / "of_lazy.yaml").write_text(cfg.dump())
     video = cv2.VideoWriter(str(folder / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
     for _ in range(4):
         video.write(g.integers(0, 256, (48, 64, 3), dtype=np.uint8))
@@ -225,6 +228,11 @@ def test_an_input_that_cannot_be_read_does_not_stop_the_others(files, tmp_path, 
         (
             ("{files}/student", "{files}/photos", "--teacher", "config"),
             "--teacher config: the student's config names no teacher",
+        ),
+        (
+            ("{files}/run", "{files}/photos", "--teacher", "config")
+            + ("--config-file", "{files}/of_lazy.yaml"),
+            "--teacher config: .* of a LazyConfig; give its files: --teacher WEIGHTS --teacher-con",
         ),
         (
             ("{files}/run", "{files}/photos", "--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "5"),

@@ -124,6 +124,11 @@ def load_configured_teacher(detector: Detector, opts: Sequence = ()) -> Detector
             "does); give the teacher's weights: --teacher WEIGHTS"
         )
     cfg, weights = load_teacher_config(detector.cfg)
+    if not isinstance(cfg, CfgNode):
+        raise ConfigError(
+            "--teacher config: the student's config names a teacher of a LazyConfig; give its "
+            "files: --teacher WEIGHTS --teacher-config FILE.py"
+        )
     merge_from_list(cfg, opts, key="--opts")
     return _build(cfg, weights, None)
 
