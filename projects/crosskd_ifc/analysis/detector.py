@@ -7,10 +7,12 @@ from typing import List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
+from PIL import Image
 from torch import nn
 
 from ..common.config_files import find_config, load_config, merge_from_list
@@ -53,8 +55,9 @@ class Detector:
             image: (H, W, 3) uint8 BGR.
         """
         height, width = image.shape[:2]
-        if self.cfg.INPUT.FORMAT == "RGB":
-            image = image[:, :, ::-1]
+        # As detectron2's mapper converts what it reads.
+        rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+        image = convert_PIL_to_numpy(rgb, self.cfg.INPUT.FORMAT)
         resized = self._resize.get_transform(image).apply_image(np.ascontiguousarray(image))
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1).copy())
         start = self._clock()
