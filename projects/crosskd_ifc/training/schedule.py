@@ -169,7 +169,7 @@ class _StudentTasks(nn.Module):
 
     def __init__(self, teacher: Teacher, student: nn.Module):
         super().__init__()
-        self._model = teacher.model
+        self._teacher = teacher
         heads, fields = getattr(student, "roi_heads", None), {
             "mask_on": ["pred_masks"],
             "keypoint_on": ["pred_keypoints", "pred_keypoint_heatmaps"],
@@ -177,10 +177,10 @@ class _StudentTasks(nn.Module):
         self._dropped = [
             x for k, names in fields.items() if not getattr(heads, k, 0) for x in names
         ]
-        self.eval()  # so that an evaluation leaves the teacher in this mode
 
     def forward(self, batched_inputs):
-        outputs = self._model(batched_inputs)
+        self._teacher.check_sizes(batched_inputs)
+        outputs = self._teacher.model(batched_inputs)
         for instances in (x["instances"] for x in outputs):
             for field in self._dropped:
                 if instances.has(field):
