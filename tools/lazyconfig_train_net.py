@@ -42,8 +42,9 @@ def setup(args):
     with naming_lazy_paths():
         cfg = run_config(config, args.config_file)
         check_run(cfg, args, check_training_settings)
-        if args.eval_only and "evaluator" not in config.dataloader:
-            raise ConfigError("dataloader.evaluator is missing: there is nothing to evaluate with")
+        missing = [x for x in ("test", "evaluator") if x not in config.dataloader]
+        if args.eval_only and missing:
+            raise ConfigError(f"dataloader.{missing[0]} is missing: there is nothing to evaluate")
     return config, cfg
 
 

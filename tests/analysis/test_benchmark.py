@@ -15,7 +15,7 @@ from helpers import tiny_cfg, tiny_model
 from test_cascade_teachers import CASCADE
 from test_dense import dense_cfg
 
-from crosskd_ifc import attach_teacher
+from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.analysis.benchmark.instruments import peak_on_cpu
 from crosskd_ifc.analysis.benchmark.step import (
     PARTS,
@@ -150,6 +150,14 @@ def test_ratios_are_taken_within_each_round():
     assert found["ratios"]["c/floor"]["median"] == 1.1
     assert found["ratios"]["(a+b)/a"] == {"median": 2.0, "quartiles": [2.0, 2.0]}
     assert found["seconds"]["student"]["median"] == 1.5
+
+
+def test_a_teacher_of_a_lazyconfig_is_refused(tmp_path):
+    cfg = student_cfg(tmp_path, "RCNN")
+    (tmp_path / "teacher.py").write_text("model = dict()")
+    cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.py")
+    with pytest.raises(ConfigError, match="TEACHER.CONFIG_FILE is a LazyConfig; the benchmark"):
+        StepBenchmark(cfg, SMALL)
 
 
 def test_a_batch_is_what_detectron2s_loader_gives():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetMapper
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from helpers import tiny_cfg, tiny_model
@@ -21,7 +22,7 @@ from test_fcos import fcos_cfg
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis import prediction
-from crosskd_ifc.analysis.detector import load_detector
+from crosskd_ifc.analysis.detector import Detector, load_detector
 from crosskd_ifc.analysis.inputs import find_sources
 from crosskd_ifc.weights.export import export_student
 
@@ -51,6 +52,9 @@ def files(tmp_path_factory):
     (photos / "more").mkdir(parents=True)
     for name, size in (("a.JPG", (60, 80)), ("b.png", (64, 64)), ("more/a.webp", (50, 40))):
         Image.fromarray(g.integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / name)
+    (folder / "lazy.py").write_text("model = dict()")
+    cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE = str(folder / "lazy.py")
+    (folder / "of_lazy.yaml").write_text(cfg.dump())
     video = cv2.VideoWriter(str(folder / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
     for _ in range(4):
         video.write(g.integers(0, 256, (48, 64, 3), dtype=np.uint8))
@@ -74,6 +78,18 @@ def test_an_exported_student_detects_what_stock_detectron2_does(files):
         assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert load_detector(str(files / "student")).class_names == NAMES
     assert load_detector(str(files / "run")).class_names == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("order, channels", [("RGB", 3), ("L", 1), ("YUV-BT.601", 3)])
+def test_an_image_is_read_in_the_order_of_the_channels_of_the_training(files, order, channels):
+    stats = ("MODEL.PIXEL_MEAN", [9.0] * channels, "MODEL.PIXEL_STD", [60.0] * channels)
+    cfg = tiny_cfg("INPUT.FORMAT", order, *stats, architecture="GeneralizedRCNN")
+    path, seen = str(files / "photos" / "b.png"), []
+    model = build_model(cfg)
+    model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0][0]["image"]))
+    Detector(model, cfg, NAMES).detect(cv2.imread(path))
+    wanted = DatasetMapper(cfg, is_train=False)({"file_name": path})["image"]
+    assert torch.equal(seen[0], wanted.float())
 
 
 def test_an_exported_fcos_detects_what_its_lazyconfig_does(tmp_path):
@@ -225,6 +241,11 @@ def test_an_input_that_cannot_be_read_does_not_stop_the_others(files, tmp_path, 
         (
             ("{files}/student", "{files}/photos", "--teacher", "config"),
             "--teacher config: the student's config names no teacher",
+        ),
+        (
+            ("{files}/run", "{files}/photos", "--teacher", "config")
+            + ("--config-file", "{files}/of_lazy.yaml"),
+            "--teacher config: .* of a LazyConfig; give its files: --teacher WEIGHTS --teacher-con",
         ),
         (
             ("{files}/run", "{files}/photos", "--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "5"),

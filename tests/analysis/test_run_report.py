@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from helpers import tiny_cfg, tiny_model
 from PIL import Image
 
+from crosskd_ifc import CrossKDTrainer
 from crosskd_ifc.analysis.run_record import RunRecord
 from crosskd_ifc.analysis.worst_images import Errors, count_errors
 from crosskd_ifc.data.shapes import CLASSES, generate
@@ -188,6 +190,39 @@ def test_the_teacher_is_evaluated_on_demand(run, tmp_path):
     report([str(tmp_path), "--device", "cpu", "--evaluate-teacher", "--images", "1"])
     _, words = parse(tmp_path / "report.html")
     assert "AP (bbox), teacher" in words and "teacher wasn't evaluated" not in words
+
+
+def _with_teacher(run, folder, *opts):
+    """A run like ``run`` whose teacher's config has these settings too, not evaluated yet."""
+    teacher = tiny_cfg("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES), architecture="GeneralizedRCNN")
+    teacher.merge_from_list(opts)
+    (folder / "teacher.yaml").write_text(teacher.dump())
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["MODEL"]["CROSSKD"]["TEACHER"]["CONFIG_FILE"] = str(folder / "teacher.yaml")
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copy(run / "model_final.pth", folder)
+    log(folder, [line for line in metrics() if "teacher/bbox/AP" not in line])
+
+
+def test_the_teacher_is_evaluated_at_its_own_size(run, tmp_path, monkeypatch):
+    _with_teacher(run, tmp_path, "INPUT.MIN_SIZE_TEST", 96)
+    seen, test = [], CrossKDTrainer.test
+
+    def spy(cfg, model):
+        seen.append(cfg.INPUT.MIN_SIZE_TEST)
+        return test(cfg, model)
+
+    monkeypatch.setattr(CrossKDTrainer, "test", spy)
+    report([str(tmp_path), "--device", "cpu", "--evaluate-teacher", "--images", "1"])
+    assert seen == [96]
+
+
+def test_a_teacher_of_other_classes_is_not_evaluated_on_the_students(run, tmp_path):
+    MetadataCatalog.get("classes_of_the_teacher").thing_classes = list("abcdefgh")
+    DatasetCatalog.register("classes_of_the_teacher", list)
+    _with_teacher(run, tmp_path, "DATASETS.TRAIN", ("classes_of_the_teacher",))
+    with pytest.raises(SystemExit, match="EVAL_AT_START compares class by class, but class 0"):
+        report([str(tmp_path), "--device", "cpu", "--evaluate-teacher", "--images", "1"])
 
 
 @pytest.mark.parametrize(

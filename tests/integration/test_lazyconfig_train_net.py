@@ -153,6 +153,18 @@ def test_a_file_that_is_no_run_is_refused(text, message, tmp_path):
         run(str(tmp_path / "config.py"))
 
 
+@pytest.mark.parametrize("there, missing", [("test", "evaluator"), ("evaluator", "test")])
+def test_without_test_data_or_evaluator_nothing_can_be_evaluated(there, missing, tmp_path):
+    nodes = {"lr_multiplier": {}, "optimizer": {}}
+    nodes["train"] = {"device": "cpu", "output_dir": str(tmp_path / "out")}
+    nodes["model"] = {"_target_": "detectron2.modeling.GeneralizedRCNN"}
+    nodes["dataloader"] = {"train": {}, there: {}}
+    lines = [f"{name} = {node}" for name, node in nodes.items()]
+    (tmp_path / "config.py").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=f"dataloader.{missing} is missing: there is nothing to"):
+        run(str(tmp_path / "config.py"), "--eval-only")
+
+
 def test_a_yaml_config_is_sent_to_the_other_tool():
     with pytest.raises(ConfigError, match="--config-file is .*tools/train_net.py takes YAML"):
         run(STUDENT.replace(".py", ".yaml"))

@@ -21,6 +21,7 @@ WRONG = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("gently", None),
     "DATASETS.TRAIN": ("()", None),
     "TEST.EXPECTED_RESULTS": ("[['bbox','AP',1.0]]", None),
+    "TEST.AUG.ENABLED": ("True", "TEST.AUG.ENABLED is True, but .* without test-time augmentation"),
     "INPUT.MIN_SIZE_TRAIN": ("()", None),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("often", None),
     "DATALOADER.SAMPLER_TRAIN": ("NoSampler", None),

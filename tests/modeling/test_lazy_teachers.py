@@ -12,9 +12,11 @@ from detectron2.modeling import build_model
 from helpers import tiny_batch, tiny_cfg, tiny_model, train_losses
 from test_dense import dense_cfg, telling
 
-from crosskd_ifc import ConfigError, attach_teacher
+from crosskd_ifc import ConfigError, CrossKDTrainer, attach_teacher
+from crosskd_ifc.analysis.detections import predict_all
 from crosskd_ifc.distillation.teacher import TeacherPass
 from crosskd_ifc.modeling.attach import load_teacher_config
+from crosskd_ifc.training.schedule import evaluate_teacher
 
 CASCADE_STUDENT = (
     *("MODEL.ROI_HEADS.NAME", "CrossKDCascadeROIHeads"),
@@ -320,8 +322,16 @@ def test_images_larger_than_a_square_padding_teachers_are_refused(saved):
     student = attached(tiny_cfg(*files, "INPUT.MAX_SIZE_TRAIN", 128))
     batch = tiny_batch()
     batch[0]["image"] = torch.zeros(3, 64, 200, dtype=torch.uint8)
-    with pytest.raises(ConfigError, match=r"INPUT.MAX_SIZE_TRAIN.*\(64, 200\).*128 x 128"):
+    message = r"INPUT.MAX_SIZE_TRAIN.*MAX_SIZE_TEST.*\(64, 200\).*128 x 128"
+    with pytest.raises(ConfigError, match=message):
         train_losses(student, batch)
+    # In evaluation detectron2 would crop it without a word.
+    student.eval()
+    with pytest.raises(ConfigError, match=message):
+        evaluate_teacher(tiny_cfg(), student, lambda cfg, model: model(batch))
+    student.distiller = None  # nothing else looks at the image
+    with pytest.raises(ConfigError, match=message):
+        predict_all(student, batch)
 
 
 def test_a_yaml_teacher_still_is_what_it_was(tmp_path, saved):
@@ -329,3 +339,19 @@ def test_a_yaml_teacher_still_is_what_it_was(tmp_path, saved):
     (tmp_path / "t.yaml").write_text(tiny_cfg(architecture="GeneralizedRCNN").dump())
     files = (T + "CONFIG_FILE", str(tmp_path / "t.yaml"), T + "WEIGHTS", saved(teacher))
     assert attached(tiny_cfg(*files)).teacher.input_format == "BGR"
+
+
+def test_it_is_evaluated_on_the_students_device(tmp_path, saved):
+    """A LazyConfig's model has no MODEL.DEVICE of its own; detectron2's default is a GPU."""
+    path = tmp_path / "teacher.py"
+    lines = "from detectron2.config import LazyCall as L", "from helpers import tiny_model"
+    path.write_text("\n".join((*lines, "model = L(tiny_model)(seed=2)")))
+    weights = saved(tiny_model(seed=2))
+    cfg = tiny_cfg(T + "CONFIG_FILE", str(path), T + "WEIGHTS", weights, "DATASETS.TEST", ())
+    seen = []
+
+    def test(cfg, model):
+        seen.append(cfg.MODEL.DEVICE)
+        return CrossKDTrainer.test(cfg, model)
+
+    assert evaluate_teacher(cfg, attached(cfg), test) == {} and seen == ["cpu"]

@@ -179,6 +179,7 @@ REFUSED = {
     "no name": ({"NAME": ""}, "MODEL.TIMM.NAME is empty"),
     "unknown": ({"NAME": "no_such_net"}, "MODEL.TIMM.NAME is 'no_such_net'.*list_models"),
     "one size": ({"NAME": "swin_tiny_patch4_window7_224"}, "can't read images of any size"),
+    "multiples of 64": ({"NAME": "mobilevitv2_050"}, "mobilevitv2_050' gives res.* as .*, not"),
     "one scale": ({"NAME": "vit_tiny_patch16_224"}, "FPN.IN_FEATURES.*gives res4"),
     "a norm": ({"NAME": "resnet18", "NORM": "BN"}, "MODEL.TIMM.NORM is 'BN'.*'FrozenBN'"),
     "frozen": ({"NAME": "hrnet_w18_small", "FREEZE": 2}, "FREEZE_AT is 2.*set it to 0"),

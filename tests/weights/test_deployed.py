@@ -188,6 +188,21 @@ def test_a_file_that_finds_something_else_does_not_appear(tmp_path, images, monk
     assert os.listdir(tmp_path) == ["run"]
 
 
+def test_a_file_that_cannot_run_on_another_size_is_one_error(tmp_path, images, monkeypatch):
+    run, _ = make("Faster R-CNN", tmp_path / "run")
+
+    def fail(self, inputs):
+        raise RuntimeError("shape '[1, 64, 8, 2, 8, 2]' is invalid for input of size 12288")
+
+    monkeypatch.setattr(DeployedModel, "__call__", fail)
+    message = (
+        r"can't run on an image of \(130, 130\) pixels.*--size.*\[1, 64, 8.*othing was written"
+    )
+    with pytest.raises(ValueError, match=message):
+        export_student(run, str(tmp_path / "out"), format="torchscript", images=images)
+    assert os.listdir(tmp_path) == ["run"]
+
+
 def test_a_comparison_without_detections_is_none(tmp_path, images):
     run, _ = make("Faster R-CNN", tmp_path / "run", THRESHOLD, 1.1)
     with pytest.raises(ValueError, match="detects nothing in the 4 images .*--images"):

@@ -7,9 +7,11 @@ from typing import List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
+from PIL import Image
 from torch import nn
 
 from ..common.config_files import find_config, load_config, merge_from_list
@@ -54,8 +56,9 @@ class Detector:
             image: (H, W, 3) uint8 BGR.
         """
         height, width = image.shape[:2]
-        if self.cfg.INPUT.FORMAT == "RGB":
-            image = image[:, :, ::-1]
+        # As detectron2's mapper converts what it reads.
+        rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+        image = convert_PIL_to_numpy(rgb, self.cfg.INPUT.FORMAT)
         resized = self._resize.get_transform(image).apply_image(np.ascontiguousarray(image))
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1).copy())
         start = self._clock()
@@ -125,6 +128,11 @@ def load_configured_teacher(detector: Detector, opts: Sequence = ()) -> Detector
             "does); give the teacher's weights: --teacher WEIGHTS"
         )
     cfg, weights = load_teacher_config(detector.cfg)
+    if not isinstance(cfg, CfgNode):
+        raise ConfigError(
+            "--teacher config: the student's config names a teacher of a LazyConfig; give its "
+            "files: --teacher WEIGHTS --teacher-config FILE.py"
+        )
     merge_from_list(cfg, opts, key="--opts")
     return _build(cfg, weights, None)
 

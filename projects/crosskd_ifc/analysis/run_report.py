@@ -13,6 +13,7 @@ from ..common.files import make_folder_of, refuse_overwriting, replacing
 from ..config import ConfigError, class_count, distillation_requested, teacher_configs
 from ..data.class_names import class_names
 from ..modeling.attach import attach_teacher
+from ..modeling.classes import build_class_map
 from ..modeling.summary import count_parameters, describe_distillation
 from ..training.preflight import check_evaluation_config
 from ..training.schedule import evaluate_teacher
@@ -120,8 +121,9 @@ def _teacher_results(record: RunRecord, networks: Optional[Networks]) -> Dict[st
         return found
     cfg = networks.cfg.clone()
     cfg.DATASETS.TEST = cfg.DATASETS.TEST[:1]
-    cfg.MODEL.CROSSKD.TEACHER.EVAL_AT_START = True
-    attach_teacher(networks.student, cfg, teacher=networks.teacher.model)  # are its classes ours?
+    _, one = teacher_configs(cfg)[0]
+    one.MODEL.CROSSKD.TEACHER.EVAL_AT_START = True
+    build_class_map(one, networks.student, networks.teacher)  # are its classes ours?
     results = evaluate_teacher(cfg, networks.student, CrossKDTrainer.test)
     return {k: float(v) for k, v in flatten_results_dict(results).items() if math.isfinite(v)}
 

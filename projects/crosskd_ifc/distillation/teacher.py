@@ -86,16 +86,24 @@ class Teacher:
             return list(batched_inputs)
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
 
-    def preprocess(self, batched_inputs: Sequence[Mapping]) -> ImageList:
-        """The student's raw images as the teacher's input: channel order first, then mean, std."""
+    def check_sizes(self, batched_inputs: Sequence[Mapping]) -> None:
+        """Refuse what a teacher that pads to a square would crop.
+
+        Raises:
+            ConfigError: for an image that is larger.
+        """
         square = padded_square(self.model)
         for x in batched_inputs if square else ():
             if max(x["image"].shape[-2:]) > square:
                 raise ConfigError(
-                    f"INPUT.MAX_SIZE_TRAIN: an image of {tuple(x['image'].shape[-2:])} pixels is "
-                    f"larger than the {square} x {square} that the teacher ({self.description}) "
-                    "pads images to"
+                    "INPUT.MAX_SIZE_TRAIN (of a test image INPUT.MAX_SIZE_TEST): an image of "
+                    f"{tuple(x['image'].shape[-2:])} pixels is larger than the {square} x {square} "
+                    f"that the teacher ({self.description}) pads images to"
                 )
+
+    def preprocess(self, batched_inputs: Sequence[Mapping]) -> ImageList:
+        """The student's raw images as the teacher's input: channel order first, then mean, std."""
+        self.check_sizes(batched_inputs)
         return self.model.preprocess_image(self.swap_channels(batched_inputs))
 
     @contextlib.contextmanager

@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 
 NORMS = ("", "FrozenBN", "SyncBN")
 _LEVELS = {f"res{i}": 2**i for i in (2, 3, 4, 5)}
-# Of the trial that finds out what a network gives; all strides divide it.
-_TRIAL_SIZE = 64
+# Of the trial that finds out what a network gives: an odd multiple of the largest stride, since
+# images are padded to any.
+_TRIAL_SIZE = 96
 
 
 class TimmBackbone(Backbone):

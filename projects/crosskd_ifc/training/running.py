@@ -46,6 +46,11 @@ def check_run(
     """
     with one_line_errors(cfg):
         check_output_folder(cfg.OUTPUT_DIR)
+        if cfg.TEST.AUG.ENABLED:  # which detectron2's trainer leaves to its tool
+            raise ConfigError(
+                "TEST.AUG.ENABLED is True, but this tool evaluates without test-time augmentation; "
+                "set it to False"
+            )
         (check_evaluation_config if args.eval_only else check_training)(cfg)
         if args.resume or not args.eval_only:
             check_tag(cfg.OUTPUT_DIR)

@@ -156,6 +156,7 @@ def evaluate_teacher(
     cfg = (teacher.cfg or ours).clone()
     cfg.defrost()
     cfg.INPUT.FORMAT = teacher.input_format
+    cfg.MODEL.DEVICE = ours.MODEL.DEVICE  # that of a LazyConfig isn't known
     cfg.DATASETS = ours.DATASETS
     cfg.DATALOADER = ours.DATALOADER
     cfg.TEST.KEYPOINT_OKS_SIGMAS = ours.TEST.KEYPOINT_OKS_SIGMAS  # of the data
@@ -168,17 +169,17 @@ class _StudentTasks(nn.Module):
 
     def __init__(self, teacher: Teacher, student: nn.Module):
         super().__init__()
-        self._model = teacher.model
+        self._teacher = teacher
         heads = getattr(student, "roi_heads", None)
         self._dropped = []
         if not getattr(heads, "mask_on", False):
             self._dropped += ["pred_masks"]
         if not getattr(heads, "keypoint_on", False):
             self._dropped += ["pred_keypoints", "pred_keypoint_heatmaps"]
-        self.eval()  # so that an evaluation leaves the teacher in this mode
 
     def forward(self, batched_inputs):
-        outputs = self._model(batched_inputs)
+        self._teacher.check_sizes(batched_inputs)
+        outputs = self._teacher.model(batched_inputs)
         for instances in (x["instances"] for x in outputs):
             for field in self._dropped:
                 if instances.has(field):

@@ -237,7 +237,16 @@ def _verify_graph(student: nn.Module, folder: str, samples: Sequence[torch.Tenso
     """Run the written file on images beside the student; returns the number of detections."""
     deployed, detections = DeployedModel(folder), 0
     for image in map(deployed.info.padded, samples):
-        found, wanted = (m([{"image": image}])[0]["instances"] for m in (deployed, student))
+        wanted = student([{"image": image}])[0]["instances"]
+        try:
+            found = deployed([{"image": image}])[0]["instances"]
+        except Exception as error:  # runtimes raise what they like
+            reason = str(error).strip().split("\n")[-1]
+            raise ValueError(
+                f"the exported file can't run on an image of {tuple(image.shape[1:])} pixels: the "
+                "network computes with the size of the image it was traced with, so give a size "
+                f"that --size fixes ({reason}). Nothing was written"
+            ) from error
         problem = difference(found, wanted)
         if problem:
             raise ValueError(

@@ -19,7 +19,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ...config import class_count
+from ...config import ConfigError, class_count
 from ...distillation.head_layers import box_stages
 from ...distillation.teacher import TeacherPass
 from ...modeling.attach import attach_teacher, load_teacher_config
@@ -78,10 +78,18 @@ class StepBenchmark:
         Args:
             cfg: a student's config that names its teacher's; no weights are loaded.
             case: the size of the work.
+
+        Raises:
+            ConfigError: if there is no such teacher, or it is of a LazyConfig.
         """
         torch.manual_seed(0)
         device = torch.device(cfg.MODEL.DEVICE)
         teacher_cfg, _ = load_teacher_config(cfg)
+        if not isinstance(teacher_cfg, CfgNode):
+            raise ConfigError(
+                "MODEL.CROSSKD.TEACHER.CONFIG_FILE is a LazyConfig; the benchmark needs a teacher "
+                "of a YAML config"
+            )
         teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
         self.plain = build_model(cfg).train()
         self.student = build_model(cfg).train()
