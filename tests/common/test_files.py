@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crosskd_ifc.common.files import read_json, replacing, write_json
+from crosskd_ifc.common.files import read_json_if_any, replacing, write_json
 
 
 def test_two_writers_of_one_file_dont_disturb_each_other(tmp_path):
@@ -52,4 +52,4 @@ def test_json_holds_null_where_there_is_no_number(tmp_path):
     path = str(tmp_path / "a.json")
     write_json(path, {"AP": float("nan"), "more": [{"b": -float("inf")}, (1.5, "x", None, True)]})
     assert "NaN" not in Path(path).read_text() and "Infinity" not in Path(path).read_text()
-    assert read_json(path) == {"AP": None, "more": [{"b": None}, [1.5, "x", None, True]]}
+    assert read_json_if_any(path) == {"AP": None, "more": [{"b": None}, [1.5, "x", None, True]]}

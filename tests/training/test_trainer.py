@@ -23,7 +23,7 @@ from crosskd_ifc.data.cards import register_card
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.runs import Run
 from crosskd_ifc.modeling.attach import load_teacher_config
-from crosskd_ifc.modeling.student import Offer
+from crosskd_ifc.modeling.student import TeacherCandidate
 from crosskd_ifc.training.preflight import check_keypoint_sigmas, check_training_config
 from crosskd_ifc.training.preflight_data import check_classes
 from crosskd_ifc.training.schedule import DistillationSchedule, scale_schedule
@@ -310,7 +310,7 @@ def test_every_config_merges_and_fits_its_teacher(config, tmp_path):
         teacher_cfg.MODEL.DEVICE = device
         teacher = build_model(teacher_cfg)
         teacher = Teacher(teacher, student_format=cfg.INPUT.FORMAT, cfg=teacher_cfg)
-        model.set_teachers([Offer(teacher, cfg)])
+        model.set_teachers([TeacherCandidate(teacher, cfg)])
     name = os.path.basename(config)
     learning = ("weighted", "attention", "concat", "residual", "unlike", "mgd", "fgd")
     learns = any(name.startswith(x) for x in learning)

@@ -60,7 +60,7 @@ def move_aside(folder: str) -> None:
     os.rename(folder, f"{folder}.old{n}")
 
 
-def read_json(path: str) -> Optional[dict]:
+def read_json_if_any(path: str) -> Optional[dict]:
     """The content of a JSON file; None if there is none, or none that is complete."""
     try:
         with open(path) as f:

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import BinaryIO, Callable, Optional, Sequence, Tuple
 
-from ..common.files import move_aside, read_json
+from ..common.files import move_aside, read_json_if_any
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def claim_folder(
             continue
         # The one that we waited for may have moved the folder aside.
         if os.path.exists(path) and os.path.samestat(os.fstat(log.fileno()), os.stat(path)):
-            started = read_json(os.path.join(folder, "started.json")) or {}
+            started = read_json_if_any(os.path.join(folder, "started.json")) or {}
             is_new = os.listdir(folder) == ["console.log"] and not os.path.getsize(path)
             if is_new or started.get("digest") == digest:
                 return log

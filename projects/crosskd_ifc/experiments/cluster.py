@@ -13,7 +13,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Union
 import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
-from ..common.files import read_json
+from ..common.files import read_json_if_any
 from ..config import ConfigError
 from .child_process import RunFailed, RunStopped, StepCounter, supervise
 from .runs import Run, command_of, state_digest, train
@@ -70,7 +70,7 @@ class Job:
     def _help(self, arguments: Sequence[str]) -> None:
         """The part of a run that another machine has begun."""
         digest, start = state_digest(self.run), time.monotonic()
-        while (read_json(self.run.path("started.json")) or {}).get("digest") != digest:
+        while (read_json_if_any(self.run.path("started.json")) or {}).get("digest") != digest:
             if time.monotonic() - start > _PATIENCE:
                 raise RunFailed(f"{self.run.name}: the first machine hasn't begun")
             time.sleep(1)

@@ -21,7 +21,7 @@ from detectron2.config import CfgNode
 from ..analysis.curves import read_metrics
 from ..common.config_files import default_values, find_config, flat, load_config
 from ..common.environment import hardware, versions
-from ..common.files import file_sha256, read_json, write_json
+from ..common.files import file_sha256, read_json_if_any, write_json
 from ..common.paths import resolve_path
 from ..config import distillation_requested, teacher_configs
 from ..data import shapes
@@ -143,7 +143,7 @@ class Run:
 
     def result(self) -> Optional[dict]:
         """The results of a finished run of this very config, or None."""
-        done = read_json(self.path("run.json"))
+        done = read_json_if_any(self.path("run.json"))
         if not done or done["digest"] != self.digest():
             return None
         return done if is_same_input(done.get("inputs_sha256"), self.inputs()) else None
@@ -222,7 +222,7 @@ def train(
         done = run.result()  # of the process that we waited for
         if done is not None:
             return done
-        earlier = (read_json(run.path("started.json")) or {}).get("seconds", 0.0)
+        earlier = (read_json_if_any(run.path("started.json")) or {}).get("seconds", 0.0)
         state = {"digest": state_sha256, "seconds": earlier}
         write_json(run.path("started.json"), state)
         needs = [file_sha256(needed.weights) for needed in run.needs]
@@ -245,7 +245,7 @@ def train(
             write_json(run.path("started.json"), {**state, "seconds": seconds})
         if status != 0 and stop is not None and stop.is_set():
             raise RunStopped(f"{run.name} was stopped")
-        diverged = read_json(run.path(DIVERGED)) if status != 0 and run.may_diverge else None
+        diverged = read_json_if_any(run.path(DIVERGED)) if status != 0 and run.may_diverge else None
         if status != 0 and not diverged:
             with open(run.path("console.log"), errors="replace") as f:
                 tail = "".join(f.readlines()[-12:])

@@ -28,7 +28,7 @@ from ..distillation.teacher import Teacher, padded_square
 from ..weights.reading import load_strictly
 from ..weights.state_dicts import is_missing
 from .building import build_detector
-from .student import Offer
+from .student import TeacherCandidate
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +72,20 @@ def attach_teacher(
             "CrossKDRetinaNet or CrossKDFCOS"
         )
     with same_random_state(model.device):
-        offers = []
+        candidates = []
         for name, one in teacher_configs(cfg) if teacher is None else [("", cfg)]:
             with error_prefix(name):
-                offers.append(_offer(model, one, teacher, name))
-        model.set_teachers(offers, loss=cfg.MODEL.CROSSKD.TEACHERS_LOSS)
-    for offer in offers:
-        logger.info(f"Teacher: {offer.teacher.description}")
-    return offers[0].teacher
+                candidates.append(_candidate(model, one, teacher, name))
+        model.set_teachers(candidates, loss=cfg.MODEL.CROSSKD.TEACHERS_LOSS)
+    for candidate in candidates:
+        logger.info(f"Teacher: {candidate.teacher.description}")
+    return candidates[0].teacher
 
 
-def _offer(model: nn.Module, cfg: CfgNode, teacher: Optional[nn.Module], name: str) -> Offer:
-    """One teacher, built where none is given; arguments as of :class:`.student.Offer`."""
+def _candidate(
+    model: nn.Module, cfg: CfgNode, teacher: Optional[nn.Module], name: str
+) -> TeacherCandidate:
+    """One teacher, built where none is given; see :class:`.student.TeacherCandidate`."""
     precision, load = cfg.MODEL.CROSSKD.TEACHER.PRECISION, None
     options = {"student_format": cfg.INPUT.FORMAT, "precision": precision}
     if teacher is None:
@@ -92,7 +94,7 @@ def _offer(model: nn.Module, cfg: CfgNode, teacher: Optional[nn.Module], name: s
     else:
         built = Teacher(teacher.to(model.device), **options)
     _check_square(cfg, built)
-    return Offer(built, cfg, load, name)
+    return TeacherCandidate(built, cfg, load, name)
 
 
 def _attach_by_settings(

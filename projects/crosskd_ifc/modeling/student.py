@@ -28,7 +28,7 @@ from .diagnostics import GradientDiagnostics
 from .inheriting import WeightInheritance, plan_inheritance
 
 
-class Offer(NamedTuple):
+class TeacherCandidate(NamedTuple):
     """A teacher for a student that may refuse it.
 
     Attributes:
@@ -92,28 +92,28 @@ class Student(nn.Module):
             self._diagnostics.measure(losses)
         return losses
 
-    def set_teachers(self, offers: Sequence[Offer], *, loss: str = "mean") -> None:
+    def set_teachers(self, candidates: Sequence[TeacherCandidate], *, loss: str = "mean") -> None:
         """Distil from these teachers; call it through :func:`crosskd_ifc.attach_teacher`.
 
         Args:
-            offers: one or more; the start is inherited from the first.
+            candidates: one or more; the start is inherited from the first.
             loss: of several, "mean" or "one".
 
         Raises:
             ConfigError: if student and a teacher don't fit each other.
         """
-        cfg, distillers, inheritance = offers[0].cfg, [], None
-        for offer in offers if cfg.MODEL.CROSSKD.ENABLED else ():
-            with error_prefix(offer.name):
-                distillers.append(self.build_distiller(offer.cfg, offer.teacher))
+        cfg, distillers, inheritance = candidates[0].cfg, [], None
+        for candidate in candidates if cfg.MODEL.CROSSKD.ENABLED else ():
+            with error_prefix(candidate.name):
+                distillers.append(self.build_distiller(candidate.cfg, candidate.teacher))
                 if inheritance is None:
-                    inheritance = plan_inheritance(offer.cfg, self, offer.teacher)
-        for offer in offers:
-            with error_prefix(offer.name):
-                if offer.load is not None:
-                    offer.load()
+                    inheritance = plan_inheritance(candidate.cfg, self, candidate.teacher)
+        for candidate in candidates:
+            with error_prefix(candidate.name):
+                if candidate.load is not None:
+                    candidate.load()
         # All at once: a student that was refused a teacher stays as it was.
-        self.teachers = [offer.teacher for offer in offers]
+        self.teachers = [candidate.teacher for candidate in candidates]
         self.teacher, self._inheritance = self.teachers[0], inheritance
         self.distiller = distillers[0] if distillers else None
         if len(distillers) > 1:
