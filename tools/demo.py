@@ -33,15 +33,15 @@ DRAWN = "crosskd_ifc"  # the arm of the pictures
 
 
 def draw(titles, runs, output):
-    """The pictures and the plot; returns the paths of that of detections and of the plot."""
+    """Draw the pictures of detections and of features, and the plot; returns the three paths."""
     cfg = runs[DRAWN].cfg().clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = runs[DRAWN].weights
-    picture, _ = inspect_pair(cfg, output, force=True)
+    detections, features = inspect_pair(cfg, output, force=True)
     plot = os.path.join(output, "curves.png")
     students = {titles[n]: r.path("metrics.json") for n, r in runs.items() if n != TEACHER}
     plot_curves(students, plot, title="Built-in data set: three students, same recipe and seed")
-    return picture, plot
+    return detections, features, plot
 
 
 def table_of(titles, runs):
@@ -86,10 +86,11 @@ def main(argv=None, protocol_file=""):
     failed = comparison.train([key for key, run in by_key.items() if not has_weights(run)])
     if failed:
         return list(failed.values())
-    picture, plot = draw(titles, runs, output)
+    detections, features, plot = draw(titles, runs, output)
     seed, device = protocol.seeds[0], runs[TEACHER].cfg().MODEL.DEVICE
     print(f"\n{protocol.test}, seed {seed}, {device}:\n\n{table_of(titles, runs)}\n")
-    print(f"Detections: {picture}\nCurves:     {plot}\nNumbers:    {report}")
+    print(f"Detections: {detections}\nFeatures:   {features}")
+    print(f"Curves:     {plot}\nNumbers:    {report}")
     print(f"Took {(time.monotonic() - start) / 60:.1f} min")
     return []
 

@@ -51,8 +51,9 @@ def test_the_demo_makes_a_table_a_picture_and_curves_and_skips_what_is_there(dem
     first = capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")]
     assert rows == ["run", *ARMS]
-    assert "out/detections.png" in first and "out/curves.png" in first
-    for name in ("detections.png", "curves.png"):
+    names = ("detections.png", "features.png", "curves.png")
+    assert all(f"out/{name}" in first for name in names)
+    for name in names:
         assert os.path.getsize(f"out/{name}") > 5000
     with open("out/results.json") as f:
         content = json.load(f)
