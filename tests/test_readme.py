@@ -601,6 +601,22 @@ def test_the_table_of_the_screen_is_that_of_the_recorded_runs(title, arm):
     assert row in read("docs", "results.md").splitlines()
 
 
+@pytest.mark.parametrize(
+    "title, arm",
+    [
+        ("one loss per tap", "winner"),
+        ("one loss per tap, and one for their mean", "second"),
+        ("mean of fc1 and fc2, today's CrossKD-IFC", "ifc"),
+        ("fc1 alone", "single"),
+    ],
+)
+def test_the_table_of_the_confirmation_is_that_of_the_recorded_runs(title, arm):
+    found = results("decisive").difference(arm, "crosskd")
+    row = f"| {title} | {tell(found)} | {len(found.values)} |"
+    text = read("docs", "results.md").split("### The confirmation so far")[1]
+    assert row in text.splitlines()
+
+
 def test_what_self_distillation_gives_is_told_as_recorded():
     table = results("self_distillation")
     teacher, student = (
