@@ -582,6 +582,16 @@ def test_the_example_of_a_protocol_can_be_run(tmp_path):
     assert protocol.contrasts == (("crosskd", "student"),) and protocol.margin == 0.5
 
 
+def row_against_crosskd(name, title, arm):
+    """A row of docs/results.md: an arm of a comparison minus plain CrossKD, and its seeds."""
+    found = results(name).difference(arm, "crosskd")
+    return f"| {title} | {tell(found)} | {len(found.values)} |"
+
+
+def rows_of_results(after="# Results"):
+    return read("docs", "results.md").split(after, 1)[1].splitlines()
+
+
 @pytest.mark.parametrize(
     "title, arm",
     [
@@ -596,9 +606,7 @@ def test_the_example_of_a_protocol_can_be_run(tmp_path):
     ],
 )
 def test_the_table_of_the_screen_is_that_of_the_recorded_runs(title, arm):
-    found = results("decisive_screen").difference(arm, "crosskd")
-    row = f"| {title} | {tell(found)} | {len(found.values)} |"
-    assert row in read("docs", "results.md").splitlines()
+    assert row_against_crosskd("decisive_screen", title, arm) in rows_of_results()
 
 
 @pytest.mark.parametrize(
@@ -611,10 +619,8 @@ def test_the_table_of_the_screen_is_that_of_the_recorded_runs(title, arm):
     ],
 )
 def test_the_table_of_the_confirmation_is_that_of_the_recorded_runs(title, arm):
-    found = results("decisive").difference(arm, "crosskd")
-    row = f"| {title} | {tell(found)} | {len(found.values)} |"
-    text = read("docs", "results.md").split("### The confirmation so far")[1]
-    assert row in text.splitlines()
+    rows = rows_of_results(after="### The confirmation so far")
+    assert row_against_crosskd("decisive", title, arm) in rows
 
 
 def test_what_self_distillation_gives_is_told_as_recorded():
