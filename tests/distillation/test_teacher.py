@@ -15,7 +15,7 @@ from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 
 from crosskd_ifc import ConfigError, Teacher, attach_teacher
 from crosskd_ifc.common.config_files import find_config, merge_from_file
-from crosskd_ifc.weights.reading import StrictReader
+from crosskd_ifc.weights.strict import StrictReader
 
 T = "MODEL.CROSSKD.TEACHER."
 

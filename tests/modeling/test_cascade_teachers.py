@@ -12,7 +12,7 @@ from test_lazy_teachers import NARROW
 
 from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.distillation.teacher import TeacherPass
-from crosskd_ifc.weights.reading import StrictReader
+from crosskd_ifc.weights.strict import StrictReader
 
 T = "MODEL.CROSSKD.TEACHER."
 CASCADE = (

@@ -24,8 +24,8 @@ from ..modeling.attach import load_teacher_config
 from ..modeling.building import build_detector
 from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
-from ..weights.reading import load_strictly
 from ..weights.stock import read_exported_fcos
+from ..weights.strict import load_strictly
 from ..weights.student import config_beside
 
 # In a folder: of an export, of a run.

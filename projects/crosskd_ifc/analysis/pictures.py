@@ -16,7 +16,7 @@ from ..distillation.teacher import Teacher
 from ..modeling.attach import attach_teacher
 from ..modeling.classes import num_classes
 from ..training.preflight import check_evaluation_config, check_weights
-from ..weights.reading import load_strictly
+from ..weights.strict import load_strictly
 from .detections import COLUMNS, compare_detections, spread_evenly
 from .feature_maps import compare_features
 

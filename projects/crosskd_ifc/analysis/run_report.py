@@ -18,7 +18,7 @@ from ..modeling.summary import count_parameters, describe_distillation
 from ..training.preflight import check_evaluation_config
 from ..training.schedule import evaluate_teacher
 from ..training.trainer import CrossKDTrainer
-from ..weights.reading import load_strictly
+from ..weights.strict import load_strictly
 from . import pictures
 from .detections import COLUMNS, draw_row, predict_all, spread_evenly
 from .html_page import Page, escape, paragraph, picture, picture_row, svg, table

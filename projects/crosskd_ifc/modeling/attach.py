@@ -25,8 +25,8 @@ from ..config import ConfigError, error_prefix, teacher_configs
 from ..data.cards import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
-from ..weights.reading import load_strictly
 from ..weights.state_dicts import is_missing
+from ..weights.strict import load_strictly
 from .building import build_detector
 from .student import TeacherCandidate
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
-from ..weights.reading import SafeReader, describe_misfit, load_weights, unreadable
+from ..weights.reading import SafeReader, load_weights, unreadable
 from ..weights.state_dicts import ADAPTER_PREFIX, is_state_dict
+from ..weights.strict import describe_misfit
 from .run_config import as_table, changed_settings, describe_run
 
 _NAMES = re.compile(r"model_(\d+|final)\.pth")  # as detectron2's hooks give them

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
-from ..weights.reading import load_strictly
+from ..weights.strict import load_strictly
 from .checkpointer import SafeCheckpointer, check_tag, has_checkpoint
 from .errors import one_line_errors
 from .output_folder import check_output_folder, training_alone_in

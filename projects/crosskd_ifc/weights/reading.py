@@ -17,16 +17,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..config import ConfigError
-from .state_dicts import ADAPTER_PREFIX, describe_problems
-
 
 class WeightsError(ValueError):
     """A file of weights can't be read, or must not be."""
-
-
-class MisfitError(WeightsError):
-    """Weights don't fit the model that they are for."""
 
 
 class _Refused(pickle.UnpicklingError):
@@ -280,64 +273,3 @@ def _named_alike(filename: str, content: Mapping[str, Any]) -> Dict[str, Any]:
     if isinstance(weights, Mapping):
         weights = {k: v for k, v in weights.items() if not str(k).endswith(dropped)}
     return {"model": weights, "__author__": author, "matching_heuristics": True}
-
-
-class StrictReader(SafeReader):
-    """Loads all of a detector or fails: what is missing would quietly stay random."""
-
-    def _load_model(self, checkpoint):
-        """
-        Raises:
-            MisfitError: unless all keys and shapes fit, less those of distillation adapters.
-        """
-        incompatible = super()._load_model(checkpoint)
-        problems = describe_misfit(incompatible, with_adapters=False)
-        if problems:
-            raise MisfitError(problems)
-        return incompatible
-
-
-def describe_misfit(found: Any, *, with_adapters: bool) -> str:
-    """In what a checkpoint doesn't fit its model, or "".
-
-    Args:
-        found: what a checkpointer's ``_load_model`` returns.
-        with_adapters: whether those of a distillation count, too.
-    """
-    # fvcore reports a key of another shape as missing, too.
-    other_shape = {k for k, _, _ in found.incorrect_shapes}
-    missing, unexpected = (
-        [k for k in keys if with_adapters or not k.startswith(ADAPTER_PREFIX)]
-        for keys in (found.missing_keys, found.unexpected_keys)
-    )
-    return describe_problems(
-        missing=[k for k in missing if k not in other_shape],
-        unexpected=unexpected,
-        wrong_shapes=[
-            f"{k} {ours} instead of {model}" for k, ours, model in found.incorrect_shapes
-        ],
-    )
-
-
-def load_strictly(
-    model: nn.Module, weights: str, *, key: str = "MODEL.WEIGHTS", source: str = "its config"
-) -> None:
-    """Load all of a detector.
-
-    Args:
-        weights: a path or URL.
-        key: the config key that named it, for the error.
-        source: where the model comes from, for the error.
-
-    Raises:
-        ConfigError: if the file can't be read or doesn't fit.
-    """
-    try:
-        StrictReader(model).load(weights)
-    except MisfitError as error:
-        raise ConfigError(
-            f"{key} {weights!r} does not fit the model of {source}. Weights {error}"
-        ) from None
-    except Exception as error:  # readers raise what they like on foreign bytes
-        reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0]
-        raise ConfigError(f"{key} {weights!r} can't be read as weights: {reason}") from error
