@@ -69,8 +69,9 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.TEACHERS_LOSS = "mean"
 
     _C.FUSION = CN()
-    # How the tapped features are combined: a key of FEATURE_FUSION_REGISTRY, such as "none",
-    # "sum", "mean", "weighted", "attention", "concat", "dropout", "residual".
+    # How the tapped features are combined: a key of FEATURE_FUSION_REGISTRY, such as "sum", "mean",
+    # "weighted", "attention", "concat", "dropout", "residual"; "none": not, several taps have a
+    # loss each.
     _C.FUSION.NAME = "mean"
     # The student's layers to tap: pool, conv1, ..., fc1, ... Empty: ("fc1", "fc2"), RetinaNet conv1
     # to conv3, FCOS conv1 and conv2.
@@ -79,8 +80,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # head; of dense detectors the deepest tap.
     _C.FUSION.ENTRY = ""
     # "direct": each tap jumps to ENTRY; "through": it runs the teacher's layers from its own depth
-    # to ENTRY.
-    _C.FUSION.ROUTE = "direct"
+    # to ENTRY. Empty: "direct", but "through" for several taps of a box head that aren't combined.
+    _C.FUSION.ROUTE = ""
     # "none", or to the channel statistics of the teacher's feature at ENTRY: "standardize" the
     # combined feature, or "standardize_taps", each before they are combined. Empty: "none", dense
     # detectors "standardize".
@@ -92,7 +93,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
 
     _C.LOSS = CN()
     # The losses of classes and boxes are FUSED_WEIGHT * L(combined feature) + the sum over the taps
-    # of TAP_WEIGHTS[i] * L(tap i alone), in the order of FUSION.IN_FEATURES; (): no such terms.
+    # of TAP_WEIGHTS[i] * L(tap i alone), in the order of FUSION.IN_FEATURES. (): no such terms, but
+    # with several taps that aren't combined 1 for the first and 0.5 for the others.
     _C.LOSS.FUSED_WEIGHT = 1.0
     _C.LOSS.TAP_WEIGHTS = ()
     # Classification loss, weight and temperature: a key of CLS_LOSS_REGISTRY, such as "kl", "dkd",

@@ -14,6 +14,7 @@ from crosskd_ifc.config import distillation_requested
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 
 K = "MODEL.CROSSKD."
+SEPARATE = (K + "FUSION.NAME", "none", K + "FUSION.IN_FEATURES", ("fc1", "fc2"))
 CASES = {
     "unknown fusion": (
         (K + "FUSION.NAME", "blend"),
@@ -107,9 +108,17 @@ CASES = {
     "taps that are no names": ((K + "FUSION.IN_FEATURES", (["fc1"],)), "IN_FEATURES.*layer names"),
     "unknown tap": ((K + "FUSION.IN_FEATURES", ("fc9",)), "IN_FEATURES.*'fc9'.*pool, fc1, fc2"),
     "unknown entry": ((K + "FUSION.ENTRY", "conv1"), "ENTRY.*'conv1'.*pool, fc1, fc2"),
-    "none with two taps": (
-        (K + "FUSION.NAME", "none", K + "FUSION.IN_FEATURES", ("fc1", "fc2")),
-        "FUSION.*'none' takes exactly one tap, 2 given",
+    "a combined term of taps that aren't combined": (
+        (*SEPARATE, K + "LOSS.FUSED_WEIGHT", 0.5),
+        "LOSS.FUSED_WEIGHT is 0.5, but FUSION.NAME 'none' doesn't combine.*default, 1.0",
+    ),
+    "detached taps that aren't combined": (
+        (*SEPARATE, K + "FUSION.DETACH", ("fc1",)),
+        r"FUSION.DETACH is \('fc1',\), but FUSION.NAME 'none' doesn't combine",
+    ),
+    "no weight for taps that aren't combined": (
+        (*SEPARATE, K + "LOSS.TAP_WEIGHTS", (0.0, 0.0)),
+        r"TAP_WEIGHTS is \(0.0, 0.0\): no tap would be compared",
     ),
     "a through tap deeper than the entry": (
         (K + "FUSION.ROUTE", "through", K + "FUSION.ENTRY", "fc1"),

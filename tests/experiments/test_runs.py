@@ -325,6 +325,21 @@ def test_a_weight_of_0_and_one_of_1_on_the_combined_feature_are_two_runs(tmp_pat
     assert digest(1.0, plain) == Run("a run", plain, str(tmp_path)).digest()
 
 
+def test_results_from_before_the_route_could_be_left_open_stay_valid(tmp_path):
+    def digest(*opts):
+        return Run("a run", "quick/crosskd_R_18_shapes.yaml", str(tmp_path), opts).digest()
+
+    route = "MODEL.CROSSKD.FUSION.ROUTE"
+    assert digest() == digest(route, "direct") != digest(route, "through")
+    taps = (
+        "MODEL.CROSSKD.FUSION.IN_FEATURES",
+        "('pool', 'fc1')",
+        "MODEL.CROSSKD.FUSION.ENTRY",
+        "fc2",
+    )
+    assert digest(*taps) != digest(*taps, route, "direct")
+
+
 def test_results_from_before_there_were_types_of_losses_stay_valid(tmp_path, monkeypatch):
     run = Run("a run", "quick/options/pkd_R_18_shapes.yaml", str(tmp_path))
     other = Run("a run", "quick/options/cwd_R_18_shapes.yaml", str(tmp_path))

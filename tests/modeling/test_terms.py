@@ -18,7 +18,17 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def student_of(
-    kind, *, name="mean", taps=None, entry="", align="", weights=(), fused=1.0, detach=(), opts=()
+    kind,
+    *,
+    name="mean",
+    taps=None,
+    entry="",
+    route="through",
+    align="",
+    weights=(),
+    fused=1.0,
+    detach=(),
+    opts=(),
 ):
     """A student in training mode; its taps go through the teacher's layers."""
     settings = {
@@ -29,8 +39,8 @@ def student_of(
         "FUSION.DETACH": detach,
         "LOSS.TAP_WEIGHTS": weights,
         "LOSS.FUSED_WEIGHT": fused,
+        "FUSION.ROUTE": route,
     }
-    settings["FUSION.ROUTE"] = "through"
     opts = [x for k, v in settings.items() for x in (K + k, v)] + list(opts)
     return (distilling(*opts) if kind == "RCNN" else pair(kind, *opts))[0]
 
@@ -62,6 +72,26 @@ def test_terms_of_taps_alone_are_the_weighted_sum_of_the_losses_of_single_taps(k
     for key in KEYS:
         wanted = sum(w * x[key] for w, x in zip(weights, single))
         torch.testing.assert_close(found[key], wanted, rtol=1e-5, atol=1e-6)
+
+
+@kinds
+def test_taps_that_are_not_combined_have_a_loss_each_the_first_with_twice_the_weight(kind):
+    found = losses_of(student_of(kind, name="none", route=""))
+    route = "direct" if kind in DENSE else "through"
+    wanted = losses_of(student_of(kind, weights=(1.0, 0.5, 0.5), fused=0.0, route=route))
+    assert all(torch.equal(found[key], wanted[key]) for key in KEYS)
+    weights = (0.25, 0.0, 1.0)
+    found = losses_of(student_of(kind, name="none", weights=weights))
+    wanted = losses_of(student_of(kind, weights=weights, fused=0.0))
+    assert all(torch.equal(found[key], wanted[key]) for key in KEYS)
+
+
+def test_the_cross_head_prediction_of_taps_that_are_not_combined_is_that_of_the_first():
+    separate, plain = (student_of("RCNN", name="none", taps=taps) for taps in (None, ("pool",)))
+    batch = tiny_batch()
+    found, wanted = (student.eval().cross_head_inference(batch) for student in (separate, plain))
+    for x, y in zip(found, wanted):
+        assert torch.equal(x["instances"].scores, y["instances"].scores)
 
 
 @kinds

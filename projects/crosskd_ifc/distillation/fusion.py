@@ -114,8 +114,9 @@ class FeatureFusion(nn.Module):
                 at ``entry``, followed by ReLU unless the entry is ``pool`` (whose features are not
                 rectified); "standardize_taps" does so with each tap before they are combined.
             student_shapes, teacher_shapes: layer name -> (C, H, W) or (D,).
-            fused_weight: of the loss on the combined feature.
-            tap_weights: of the losses on each tap by itself, in the order of ``taps``; none for ().
+            fused_weight: of the loss on the combined feature; unused with "none" and several taps.
+            tap_weights: of the losses on each tap by itself, in the order of ``taps``. (): no such
+                losses; with "none" and several taps 1 for the first and 0.5 for the others.
             detach: taps that enter the combined feature without gradient to the student; their
                 adapters learn.
 
@@ -126,6 +127,9 @@ class FeatureFusion(nn.Module):
         self.taps, self.entry, self.route = tuple(taps), entry, route
         self.align, self.detach = align, frozenset(detach)
         self.rectify = align != "none" and entry != "pool"
+        if name == "none" and len(self.taps) > 1:
+            fused_weight = 0.0
+            tap_weights = tap_weights or (1.0, *[0.5] * (len(self.taps) - 1))
         self._fused_weight = fused_weight
         self._tap_weights = {t: w for t, w in zip(self.taps, tap_weights) if w > 0}
         self.adapters = nn.ModuleDict()

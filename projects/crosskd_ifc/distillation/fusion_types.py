@@ -32,12 +32,10 @@ for taps or shapes that it can't combine.
 
 @FEATURE_FUSION_REGISTRY.register(name="none")
 class NoFusion(nn.Module):
-    """A single tap, as it is."""
+    """The first tap, as it is: taps aren't combined, each has a loss of its own."""
 
     def __init__(self, taps: Sequence[str], shape: Shape):
         super().__init__()
-        if len(taps) != 1:
-            raise ValueError(f"'none' takes exactly one tap, {len(taps)} given: {tuple(taps)}")
 
     def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
         return features[0]

@@ -325,9 +325,13 @@ def _settings(cfg: CfgNode) -> Dict[str, Any]:
     """What results depend on: all that isn't at its default; for a student that distils all of
     MODEL.CROSSKD that is set, so that a changed default is another setting."""
     before, settings, since = default_values(), {}, dict(_SINCE)
-    if cfg.MODEL.CROSSKD.LOSS.TAP_WEIGHTS:  # as their first records have it
+    kd = cfg.MODEL.CROSSKD
+    if kd.LOSS.TAP_WEIGHTS:  # as their first records have it
         since["MODEL.CROSSKD.LOSS.FUSED_WEIGHT"] = 0.0
+    is_separate = kd.FUSION.NAME == "none" and len(kd.FUSION.IN_FEATURES) > 1
     for key, value in flat(cfg):
+        if key == "MODEL.CROSSKD.FUSION.ROUTE" and not is_separate:
+            value = value or "direct"  # which was the default
         if key.startswith("MODEL.CROSSKD."):
             counts = value != since[key] if key in since else value not in (0, "", (), [], None)
             counts = counts and distillation_requested(cfg)

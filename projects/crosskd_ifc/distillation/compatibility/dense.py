@@ -20,9 +20,9 @@ def check_settings(cfg: CfgNode) -> None:
     """Refuse settings of two-stage detectors."""
     kd = cfg.MODEL.CROSSKD
     reason = f"{cfg.MODEL.META_ARCHITECTURE} is a dense detector"
-    check_unused(cfg, ("LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT", "TEACHER.STAGE"), reason)
+    check_unused(kd, ("LOSS.TEMPERATURE", "LOSS.RPN_WEIGHT", "TEACHER.STAGE"), reason)
     types = f"{reason}, whose classification loss is always quality focal"
-    check_unused(cfg, ("LOSS.CLS_TYPE", "LOSS.CLS_OPTS"), types)
+    check_unused(kd, ("LOSS.CLS_TYPE", "LOSS.CLS_OPTS"), types)
     if kd.FUSION.ALIGN not in ("", "standardize", "standardize_taps"):
         raise ConfigError(
             f"MODEL.CROSSKD.FUSION.ALIGN is {kd.FUSION.ALIGN!r}, but {reason}, whose features are "
@@ -85,7 +85,7 @@ def build_fusions(
             check_route(taps, entry, theirs[tower])
             _check_norms(teacher)
         fusions[tower] = make_fusion(
-            crosskd, taps, entry, kd.ROUTE, align, ours[tower], theirs[tower]
+            crosskd, taps, entry, kd.ROUTE or "direct", align, ours[tower], theirs[tower]
         )
     return fusions
 

@@ -41,7 +41,7 @@ def check_crosskd_config(cfg: CN) -> None:
     kd = cfg.MODEL.CROSSKD
     check_choice("MIMIC", kd.MIMIC, MIMICS)
     check_choice("FUSION.NAME", kd.FUSION.NAME, FEATURE_FUSION_REGISTRY.names())
-    check_choice("FUSION.ROUTE", kd.FUSION.ROUTE, ROUTES)
+    check_choice("FUSION.ROUTE", kd.FUSION.ROUTE, ("", *ROUTES))
     check_choice("FUSION.ALIGN", kd.FUSION.ALIGN, ("", *ALIGNMENTS))
     check_choice("LOSS.BOX_TYPE", kd.LOSS.BOX_TYPE, ("", "l1", *BOX_LOSS_REGISTRY.names()))
     check_choice("LOSS.CLS_TYPE", kd.LOSS.CLS_TYPE, CLS_LOSS_REGISTRY.names())
@@ -50,7 +50,7 @@ def check_crosskd_config(cfg: CN) -> None:
     check_choice("LOSS.MASK_CHANNELS", kd.LOSS.MASK_CHANNELS, MASK_CHANNELS)
     check_choice("TEACHERS_LOSS", kd.TEACHERS_LOSS, TEACHERS_LOSSES)
     if len(kd.TEACHERS) < 2:
-        check_unused(cfg, ("TEACHERS_LOSS",), "TEACHERS doesn't list several")
+        check_unused(kd, ("TEACHERS_LOSS",), "TEACHERS doesn't list several")
     for name, one in teacher_configs(cfg):
         with error_prefix(name):
             _check_teacher(one.MODEL.CROSSKD.TEACHER)
@@ -79,16 +79,16 @@ def check_crosskd_config(cfg: CN) -> None:
         # What a feature loss learns decays, too.
         used = ("WEIGHT_DECAY",) if kd.LOSS.FEATURE_WEIGHT > 0 else ()
         fusion = [f"FUSION.{leaf}" for leaf in kd.FUSION if leaf not in used]
-        check_unused(cfg, (*fusion, "LOSS.FUSED_WEIGHT", "LOSS.TAP_WEIGHTS"), reason)
+        check_unused(kd, (*fusion, "LOSS.FUSED_WEIGHT", "LOSS.TAP_WEIGHTS"), reason)
     if kd.LOSS.FEATURE_WEIGHT == 0:
         reason = "LOSS.FEATURE_WEIGHT is 0: features aren't compared"
-        check_unused(cfg, ("LOSS.FEATURE_TYPE", "LOSS.FEATURE_OPTS"), reason)
+        check_unused(kd, ("LOSS.FEATURE_TYPE", "LOSS.FEATURE_OPTS"), reason)
     if not cfg.MODEL.MASK_ON:
         keys = ("LOSS.MASK_WEIGHT", "LOSS.MASK_REDUCTION", "LOSS.MASK_CHANNELS")
-        check_unused(cfg, keys, "the student has no mask head (MODEL.MASK_ON False)")
+        check_unused(kd, keys, "the student has no mask head (MODEL.MASK_ON False)")
     if not cfg.MODEL.KEYPOINT_ON:
         reason = "the student has no keypoint head (MODEL.KEYPOINT_ON False)"
-        check_unused(cfg, ("LOSS.KEYPOINT_WEIGHT",), reason)
+        check_unused(kd, ("LOSS.KEYPOINT_WEIGHT",), reason)
 
 
 def _check_teacher(teacher: CN) -> None:
@@ -101,7 +101,7 @@ def _check_teacher(teacher: CN) -> None:
 
 def _check_terms(kd: CN) -> None:
     """The combined feature and the taps by themselves, as terms of the losses."""
-    weights = kd.LOSS.TAP_WEIGHTS
+    weights, fusion = kd.LOSS.TAP_WEIGHTS, kd.FUSION
     for i, weight in enumerate(weights):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ConfigError(
@@ -113,10 +113,15 @@ def _check_terms(kd: CN) -> None:
             f"MODEL.CROSSKD.LOSS.FUSED_WEIGHT is 0 and LOSS.TAP_WEIGHTS {tuple(weights)}: neither "
             "the combined feature nor a tap would be compared; set one of them above 0"
         )
-    _check_names("FUSION.DETACH", kd.FUSION.DETACH, "taps, such as ('pool',)")
-    if kd.FUSION.DETACH and kd.LOSS.FUSED_WEIGHT == 0:
+    if fusion.NAME == "none" and len(fusion.IN_FEATURES) != 1 and weights and not any(weights):
         raise ConfigError(
-            f"MODEL.CROSSKD.FUSION.DETACH is {tuple(kd.FUSION.DETACH)}, but with LOSS.FUSED_WEIGHT "
+            f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(weights)}: no tap would be compared; set "
+            "one above 0, or ()"
+        )
+    _check_names("FUSION.DETACH", fusion.DETACH, "taps, such as ('pool',)")
+    if fusion.DETACH and kd.LOSS.FUSED_WEIGHT == 0:
+        raise ConfigError(
+            f"MODEL.CROSSKD.FUSION.DETACH is {tuple(fusion.DETACH)}, but with LOSS.FUSED_WEIGHT "
             "0 the combined feature isn't compared; set it to ()"
         )
 
@@ -134,11 +139,12 @@ def _check_names(key: str, names: Sequence, what: str) -> None:
         raise ConfigError(f"MODEL.CROSSKD.{key} names something twice: {names}")
 
 
-def check_unused(cfg: CN, keys: Sequence[str], reason: str) -> None:
+def check_unused(crosskd: CN, keys: Sequence[str], reason: str) -> None:
     """Refuse settings that would have no effect.
 
     Args:
-        keys: below MODEL.CROSSKD: leaves, or nodes with all leaves below.
+        crosskd: the node MODEL.CROSSKD.
+        keys: below it: leaves, or nodes with all leaves below.
         reason: why they have none.
 
     Raises:
@@ -147,8 +153,7 @@ def check_unused(cfg: CN, keys: Sequence[str], reason: str) -> None:
     default = _defaults()
     for key in keys:
         theirs, ours = (
-            functools.reduce(operator.getitem, key.split("."), c.MODEL.CROSSKD)
-            for c in (default, cfg)
+            functools.reduce(operator.getitem, key.split("."), node) for node in (default, crosskd)
         )
         pairs = {key: (theirs, ours)}
         if isinstance(theirs, CN):
@@ -164,12 +169,12 @@ def check_unused(cfg: CN, keys: Sequence[str], reason: str) -> None:
 def _defaults() -> CN:
     default = CN({name: CN() for name in ("DATASETS", "MODEL", "SOLVER", "TEST")})
     add_crosskd_ifc_config(default)
-    return default
+    return default.MODEL.CROSSKD
 
 
 def _check_types(cfg: CN) -> None:
     # yacs lets a null through for every key, also for a whole section.
-    nodes = [("MODEL.CROSSKD", _defaults().MODEL.CROSSKD, cfg.MODEL.CROSSKD)]
+    nodes = [("MODEL.CROSSKD", _defaults(), cfg.MODEL.CROSSKD)]
     for name, theirs, ours in nodes:
         if isinstance(theirs, CN) and isinstance(ours, CN):
             nodes += [(f"{name}.{key}", theirs[key], ours.get(key)) for key in theirs]

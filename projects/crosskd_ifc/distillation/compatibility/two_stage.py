@@ -153,7 +153,7 @@ def check_sigmoid_settings(cfg: CfgNode) -> None:
         ConfigError: naming the key.
     """
     reason = "the teacher classifies with sigmoids (USE_SIGMOID_CE): the loss is quality focal"
-    check_unused(cfg, ("LOSS.CLS_TYPE", "LOSS.CLS_OPTS", "LOSS.TEMPERATURE"), reason)
+    check_unused(cfg.MODEL.CROSSKD, ("LOSS.CLS_TYPE", "LOSS.CLS_OPTS", "LOSS.TEMPERATURE"), reason)
 
 
 def refuse_teacher(teacher: Teacher, reason: str) -> None:
@@ -185,12 +185,13 @@ def build_fusion(crosskd: CfgNode, ours: BoxHeadLayers, theirs: BoxHeadLayers) -
     kd = crosskd.FUSION
     taps = tuple(kd.IN_FEATURES) or ("fc1", "fc2")
     entry = kd.ENTRY or theirs.last
+    route = kd.ROUTE or ("through" if kd.NAME == "none" and len(taps) > 1 else "direct")
     _check_layers("IN_FEATURES", taps, ours, "student")
     _check_layers("ENTRY", (entry,), theirs, "teacher")
-    if kd.ROUTE == "through":
+    if route == "through":
         _check_layers("IN_FEATURES", taps, theirs, "teacher (route 'through')")
         check_route(taps, entry, theirs)
-    return make_fusion(crosskd, taps, entry, kd.ROUTE, kd.ALIGN or "none", ours, theirs)
+    return make_fusion(crosskd, taps, entry, route, kd.ALIGN or "none", ours, theirs)
 
 
 def check_route(taps: Tuple[str, ...], entry: str, theirs: NamedLayers) -> None:
@@ -238,6 +239,12 @@ def make_fusion(
         raise ConfigError(
             f"MODEL.CROSSKD.FUSION.DETACH is {tuple(kd.DETACH)}; it must name some, not all, of "
             f"the taps {taps}"
+        )
+    if kd.NAME == "none" and len(taps) > 1:
+        check_unused(
+            crosskd,
+            ("FUSION.DETACH", "LOSS.FUSED_WEIGHT"),
+            "FUSION.NAME 'none' doesn't combine the taps: each has a loss of its own",
         )
     try:
         return FeatureFusion(
