@@ -1,68 +1,101 @@
 #!/usr/bin/env python
-"""What each way of distilling adds to the plain student, on all data sets in one picture.
+"""Two pictures of recorded results: what each way of distilling adds to the plain student, and what
+combining layers adds to plain CrossKD.
 
-Reads recorded results, runs nothing:
+Runs nothing:
 
-    python benchmarks/gains/draw.py     # writes benchmarks/gains/gains.png
+    python benchmarks/gains/draw.py     # writes docs/images/gains.png and combining.png
 """
 
 import json
 import os
+from typing import Dict
 
 from crosskd_ifc.common.plotting import pyplot, save_figure
 from crosskd_ifc.experiments.tables import Table
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ARMS = {  # of the results, from top to bottom
-    "student_head": "prediction mimicking",
-    "feature": "feature mimicking (PKD)",
-    "crosskd": "plain CrossKD",
-    "crosskd_ifc": "CrossKD-IFC",
-}
-COMPARISONS = {
+BENCHMARKS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+IMAGES = os.path.join(os.path.dirname(BENCHMARKS), "docs", "images")
+COLORS = {"crosskd": "C0", "crosskd_ifc": "C3", "winner": "C3", "taps": "C3"}  # grey: all others
+GAINS = {
     "shapes_faster_rcnn": "Faster R-CNN\nbuilt-in",
     "shapes_retinanet": "RetinaNet\nbuilt-in",
     "bccd_faster_rcnn": "Faster R-CNN\nphotos, 160x120",
     "bccd_faster_rcnn_640": "Faster R-CNN\nphotos, 640x480",
     "shapes_inherit": "Faster R-CNN, built-in\ninheriting start",
 }
+GAINS_ARMS = {  # of the results, from top to bottom
+    "student_head": "prediction mimicking",
+    "feature": "feature mimicking (PKD)",
+    "crosskd": "plain CrossKD",
+    "crosskd_ifc": "CrossKD-IFC",
+}
+COMBINING = {
+    "decisive": "Faster R-CNN, built-in\n440 steps",
+    "decisive_long": "Faster R-CNN, built-in\n880 steps",
+    "decisive_retinanet": "RetinaNet, built-in\n600 steps",
+    "decisive_photos": "Faster R-CNN\nphotos",
+}
+COMBINING_ARMS = {
+    "winner": "one loss per tap",
+    "taps": "one loss per tap",  # RetinaNet's
+    "second": "one loss per tap, and their mean's",
+    "ifc": "one loss, their mean's",
+    "single": "best single tap",
+}
 
 
-def read_table(name: str) -> Table:
-    with open(os.path.join(HERE, "..", name, "results.json")) as f:
-        return Table(json.load(f))
+def read_tables(names) -> Dict[str, Table]:
+    """Of the comparisons that have results."""
+    tables = {}
+    for name in names:
+        path = os.path.join(BENCHMARKS, name, "results.json")
+        if os.path.exists(path):
+            with open(path) as f:
+                tables[name] = Table(json.load(f))
+    return tables
 
 
-def draw(path: str) -> None:
+def draw(name: str, titles: Dict[str, str], arms: Dict[str, str], other: str, label: str) -> None:
+    """A panel for each comparison: the AP of each arm minus the other's.
+
+    Args:
+        name: of the picture.
+        titles, arms: name of a comparison, or of an arm -> what to write.
+        label: below the picture.
+    """
+    tables, rows = read_tables(titles), list(dict.fromkeys(arms.values()))
     figure, axes = pyplot().subplots(
-        1, len(COMPARISONS), figsize=(11, 2.9), sharey=True, layout="constrained"
+        *(1, len(tables)),
+        figsize=(max(2.2 * len(tables), 6), 2.9),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
     )
-    for axis, (name, title) in zip(axes, COMPARISONS.items()):
-        table = read_table(name)
-        for y, arm in enumerate(ARMS):
-            found = table.difference(arm, "student")
-            color = {"crosskd": "C0", "crosskd_ifc": "C3"}.get(arm, "0.45")
+    for axis, (comparison, table) in zip(axes[0], tables.items()):
+        for arm in filter(table.runs.get, arms):
+            found = table.difference(arm, other)
+            y, color = rows.index(arms[arm]), COLORS.get(arm, "0.45")
             axis.plot(found.interval, [y, y], color=color, linewidth=2.2)
             axis.plot([found.mean], [y], "o", color=color, ms=6.5)
             values = list(found.values.values())
             axis.plot(values, [y + 0.27] * len(values), "|", color=color, ms=5, alpha=0.7)
-        teacher = table.scores("teacher")
-        plain = table.scores("student")
-        gap = sum(teacher.values()) / len(teacher) - sum(plain.values()) / len(plain)
+        theirs = table.scores(other)
+        if other == "student":
+            teachers = table.scores("teacher")
+            gap = sum(teachers.values()) / len(teachers) - sum(theirs.values()) / len(theirs)
+            axis.axvline(gap, color="0.3", linewidth=1, linestyle=":")
         axis.axvline(0, color="0.3", linewidth=1)
-        axis.axvline(gap, color="0.3", linewidth=1, linestyle=":")
-        axis.set_title(f"{title}\nn = {len(plain)}", fontsize=9)
+        axis.set_title(f"{titles[comparison]}\nn = {len(theirs)}", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(labelsize=9)
-    axes[0].set_yticks(range(len(ARMS)), ARMS.values())
-    axes[0].set_ylim(len(ARMS) - 0.4, -0.6)
-    figure.supxlabel(
-        "AP more than the plain student, with its 95 % interval; small marks: each seed; "
-        "dotted: the teacher",
-        fontsize=9,
-    )
-    save_figure(figure, path)
+    axes[0][0].set_yticks(range(len(rows)), rows)
+    axes[0][0].set_ylim(len(rows) - 0.4, -0.6)
+    figure.supxlabel(f"{label}, with its 95 % interval; small marks: each seed", fontsize=9)
+    save_figure(figure, os.path.join(IMAGES, name))
 
 
 if __name__ == "__main__":
-    draw(os.path.join(HERE, "gains.png"))
+    gained = "AP more than the plain student (dotted: the teacher's)"
+    draw("gains.png", GAINS, GAINS_ARMS, "student", gained)
+    draw("combining.png", COMBINING, COMBINING_ARMS, "crosskd", "AP more than plain CrossKD")
