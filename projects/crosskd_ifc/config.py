@@ -74,7 +74,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # loss each.
     _C.FUSION.NAME = "mean"
     # The student's layers to tap: pool, conv1, ..., fc1, ... Empty: ("fc1", "fc2"), RetinaNet conv1
-    # to conv3, FCOS conv1 and conv2.
+    # to conv3, FCOS conv1 and conv2; with "none" pool, fc1, fc2, ..., or convs from the deepest on.
     _C.FUSION.IN_FEATURES = ()
     # The teacher's layer whose output the combined feature replaces. Empty: the last of its box
     # head; of dense detectors the deepest tap.

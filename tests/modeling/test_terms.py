@@ -86,6 +86,25 @@ def test_taps_that_are_not_combined_have_a_loss_each_the_first_with_twice_the_we
     assert all(torch.equal(found[key], wanted[key]) for key in KEYS)
 
 
+@kinds
+def test_the_tap_of_plain_crosskd_comes_first_where_none_is_named(kind):
+    opts = (K + "FUSION.NAME", "none")
+    found = losses_of((distilling(*opts) if kind == "RCNN" else pair(kind, *opts))[0])
+    depth = {"RetinaNet": 3, "FCOS": 2}.get(kind)
+    taps = tuple(f"conv{i}" for i in range(depth, 0, -1)) if depth else TAPS[kind]
+    wanted = losses_of(
+        student_of(
+            kind,
+            taps=taps,
+            entry=taps[0] if depth else "",
+            fused=0.0,
+            route="direct" if depth else "through",
+            weights=(1.0, 0.5, 0.5)[: len(taps)],
+        )
+    )
+    assert all(torch.equal(found[key], wanted[key]) for key in KEYS)
+
+
 def test_the_cross_head_prediction_of_taps_that_are_not_combined_is_that_of_the_first():
     separate, plain = (student_of("RCNN", name="none", taps=taps) for taps in (None, ("pool",)))
     batch = tiny_batch()

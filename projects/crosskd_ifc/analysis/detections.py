@@ -31,8 +31,7 @@ def predict_all(student: CrossKDRCNN, batched_inputs: List[dict]) -> Dict[str, L
     teacher, results = getattr(student, "teacher", None), {}
     with torch.no_grad():
         if teacher is not None:
-            teacher.check_sizes(batched_inputs)
-            results["teacher"] = teacher.model(teacher.swap_channels(batched_inputs))
+            results["teacher"] = teacher.detect(batched_inputs)
             if student.has_cross_head:
                 results["cross-head"] = student.cross_head_inference(batched_inputs)
         results["student"] = student(batched_inputs)

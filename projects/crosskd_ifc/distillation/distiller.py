@@ -35,14 +35,10 @@ def recorded(student: nn.Module, steps: List[StepTrace]) -> Iterator[List[StepTr
         for step in steps:
             step.features = output
 
-    handle = student.backbone.register_forward_hook(keep_features)
-    try:
-        with student.record() as heads:
-            for step in steps:
-                step.heads = heads
-            yield steps
-    finally:
-        handle.remove()
+    with student.backbone.register_forward_hook(keep_features), student.record() as heads:
+        for step in steps:
+            step.heads = heads
+        yield steps
 
 
 class Distiller:

@@ -15,8 +15,6 @@ from torch import nn
 from ..common.random_state import StepGenerators
 from ..common.registry import NamedRegistry
 
-__all__ = ["FEATURE_FUSION_REGISTRY", "SumFusion"]
-
 Shape = Tuple[int, ...]
 
 FEATURE_FUSION_REGISTRY = NamedRegistry("FEATURE_FUSION")

@@ -5,6 +5,7 @@ images, (Hi, Wi) size of level i of a pyramid.
 """
 
 import contextlib
+import functools
 import re
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
@@ -55,10 +56,6 @@ class NamedLayers:
     def output_module(self, name: str) -> nn.Module:
         """The module whose output is the layer's (for ``fck`` its ReLU); the input has none."""
         return self._layers[name][-1]
-
-    def parameters(self, name: str) -> List[nn.Parameter]:
-        """The parameters of one layer; the input has none."""
-        return [p for module in self._layers.get(name, ()) for p in module.parameters()]
 
     def run(self, x: torch.Tensor, after: str, until: str = "") -> torch.Tensor:
         """Apply the layers after ``after`` up to and including ``until`` (default: the last).
@@ -217,20 +214,14 @@ def towers_of(head: RetinaNetHead) -> Dict[str, TowerLayers]:
 def record_towers(head: RetinaNetHead) -> Iterator[Dict[str, Dict[str, List[torch.Tensor]]]]:
     """Within this context, a forward of ``head`` fills tower -> layer -> outputs per level."""
     layers: Dict[str, Dict[str, List[torch.Tensor]]] = {name: {} for name in TOWERS}
-    handles = []
-
-    def keep(outputs: List[torch.Tensor]):
-        def hook(module, inputs, output):
-            outputs.append(output)
-
-        return hook
-
-    for tower, named in towers_of(head).items():
-        for layer in named.names[1:]:
-            outputs = layers[tower].setdefault(layer, [])
-            handles.append(named.output_module(layer).register_forward_hook(keep(outputs)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for tower, named in towers_of(head).items():
+            for layer in named.names[1:]:
+                outputs = layers[tower][layer] = []
+                keep = functools.partial(_keep, outputs)
+                hooks.enter_context(named.output_module(layer).register_forward_hook(keep))
         yield layers
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _keep(outputs: List[torch.Tensor], module, inputs, output: torch.Tensor) -> None:
+    outputs.append(output)

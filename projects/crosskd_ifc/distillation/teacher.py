@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, ImageList
 from torch import nn
 
+from ..common.errors import said
 from ..config import ConfigError
 from .losses import at_least_float32
 
@@ -80,17 +81,11 @@ class Teacher:
         self.model.to(device)
         return self
 
-    def swap_channels(self, batched_inputs: Sequence[Mapping]) -> List[dict]:
-        """The student's raw images in the teacher's channel order, other fields unchanged."""
-        if not self._swap_channels:
-            return list(batched_inputs)
-        return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-
-    def check_sizes(self, batched_inputs: Sequence[Mapping]) -> None:
-        """Refuse what a teacher that pads to a square would crop.
+    def inputs(self, batched_inputs: Sequence[Mapping]) -> List[dict]:
+        """The student's raw images in the teacher's channel order, other fields unchanged.
 
         Raises:
-            ConfigError: for an image that is larger.
+            ConfigError: for an image that a teacher which pads to a square would crop.
         """
         square = padded_square(self.model)
         for x in batched_inputs if square else ():
@@ -100,11 +95,17 @@ class Teacher:
                     f"{tuple(x['image'].shape[-2:])} pixels is larger than the {square} x {square} "
                     f"that the teacher ({self.description}) pads images to"
                 )
+        if not self._swap_channels:
+            return list(batched_inputs)
+        return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+
+    def detect(self, batched_inputs: Sequence[Mapping]) -> List[dict]:
+        """What the teacher finds in the student's raw images; errors as of :meth:`inputs`."""
+        return self.model(self.inputs(batched_inputs))
 
     def preprocess(self, batched_inputs: Sequence[Mapping]) -> ImageList:
         """The student's raw images as the teacher's input: channel order first, then mean, std."""
-        self.check_sizes(batched_inputs)
-        return self.model.preprocess_image(self.swap_channels(batched_inputs))
+        return self.model.preprocess_image(self.inputs(batched_inputs))
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -204,7 +205,7 @@ class TeacherPass:
                 "out of memory in the teacher's forward: lower SOLVER.IMS_PER_BATCH (per process), "
                 "INPUT.MIN_SIZE_TRAIN or MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, take a smaller "
                 "teacher, or on a GPU set MODEL.CROSSKD.TEACHER.PRECISION to 'bfloat16' "
-                f"({str(error).strip().splitlines()[0]})"
+                f"({said(error)})"
             ) from error
         self.seconds += self._clock() - start
 

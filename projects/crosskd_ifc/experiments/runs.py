@@ -328,7 +328,7 @@ def _settings(cfg: CfgNode) -> Dict[str, Any]:
     kd = cfg.MODEL.CROSSKD
     if kd.LOSS.TAP_WEIGHTS:  # as their first records have it
         since["MODEL.CROSSKD.LOSS.FUSED_WEIGHT"] = 0.0
-    is_separate = kd.FUSION.NAME == "none" and len(kd.FUSION.IN_FEATURES) > 1
+    is_separate = kd.FUSION.NAME == "none" and len(kd.FUSION.IN_FEATURES) != 1
     for key, value in flat(cfg):
         if key == "MODEL.CROSSKD.FUSION.ROUTE" and not is_separate:
             value = value or "direct"  # which was the default

@@ -37,7 +37,7 @@ class RecordedROIHeads:
         trace = HeadTrace([BoxTrace() for _ in stages])
         with contextlib.ExitStack() as stack:
             for handle in sum(map(_record_box, stages, trace.stages), []):
-                stack.callback(handle.remove)
+                stack.enter_context(handle)
             for branch in ("mask", "keypoint"):
                 head = getattr(self, f"{branch}_head", None)
                 if hasattr(head, "layers"):
@@ -109,13 +109,12 @@ def _recording_branch(head: nn.Module, trace: BranchTrace) -> Iterator[None]:
         trace.pooled, trace.logits = x, layers(x)
         return trace.logits
 
-    handle = head.register_forward_pre_hook(keep_instances)
     head.layers = keep_layers
     try:
-        yield
+        with head.register_forward_pre_hook(keep_instances):
+            yield
     finally:
         del head.layers
-        handle.remove()
 
 
 def _keep(instances: Instances, *fields: str) -> Instances:

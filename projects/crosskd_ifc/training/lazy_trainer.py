@@ -12,7 +12,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from fvcore.common.param_scheduler import ParamScheduler
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
@@ -23,11 +23,11 @@ from ..data.cards import drop_degenerate_boxes
 from ..data.mapper import CheckedMapper
 from ..modeling.attach import attach_teacher
 from ..modeling.summary import describe_distillation
-from .checkpointer import find_checkpoints
 from .optimizer import set_fusion_weight_decay
 from .preemption import StoppableLoader, keep_workers_on_sigterm
 from .preflight import check_training_settings
 from .preflight_data import check_test_data
+from .run_folder import find_checkpoints
 from .stream import TrainingStream
 from .trainer import CrossKDTrainer, logger
 
@@ -86,7 +86,7 @@ class LazyTrainer(CrossKDTrainer):
         return instantiate(node)
 
     def test(self, cfg: CfgNode, model: nn.Module, evaluators=None) -> Dict[str, Any]:
-        return test_lazy(self.config, cfg, model)
+        return test_lazy(self.config, model)
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -139,13 +139,12 @@ def build_lazy_model(config: DictConfig, cfg: CfgNode) -> nn.Module:
     return model.to(cfg.MODEL.DEVICE)
 
 
-def test_lazy(config: DictConfig, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
+def test_lazy(config: DictConfig, model: nn.Module) -> Dict[str, Any]:
     """Evaluate a model as ``dataloader.test`` and ``dataloader.evaluator`` say, leaving the global
     random state as it was.
 
     Args:
         config: the LazyConfig.
-        cfg: INPUT.FORMAT is the channel order that the model reads, see :func:`run_config`.
         model: in any mode.
 
     Returns:
@@ -154,8 +153,6 @@ def test_lazy(config: DictConfig, cfg: CfgNode, model: nn.Module) -> Dict[str, A
     data = copy.deepcopy(config.dataloader)
     if "evaluator" not in data or "test" not in data:
         return {}
-    if OmegaConf.select(data, "test.mapper.image_format") is not None:
-        data.test.mapper.image_format = cfg.INPUT.FORMAT  # a teacher's may be another
     with same_random_state(torch.device(config.train.device)):
         if _target(data.test) is build_detection_test_loader:
             arguments = _arguments(data.test, without=("mapper",))

@@ -155,7 +155,7 @@ def evaluate_teacher(
     teacher = teacher or student.teacher
     cfg = (teacher.cfg or ours).clone()
     cfg.defrost()
-    cfg.INPUT.FORMAT = teacher.input_format
+    cfg.INPUT.FORMAT = ours.INPUT.FORMAT  # which the teacher turns into its own
     cfg.MODEL.DEVICE = ours.MODEL.DEVICE  # that of a LazyConfig isn't known
     cfg.DATASETS = ours.DATASETS
     cfg.DATALOADER = ours.DATALOADER
@@ -178,8 +178,7 @@ class _StudentTasks(nn.Module):
             self._dropped += ["pred_keypoints", "pred_keypoint_heatmaps"]
 
     def forward(self, batched_inputs):
-        self._teacher.check_sizes(batched_inputs)
-        outputs = self._teacher.model(batched_inputs)
+        outputs = self._teacher.detect(batched_inputs)
         for instances in (x["instances"] for x in outputs):
             for field in self._dropped:
                 if instances.has(field):

@@ -33,7 +33,7 @@ def timed_modules(
     modules: Mapping[str, nn.Module], pieces: Dict[str, float], clock: Callable[[], float]
 ) -> Iterator[None]:
     """Within this context, the forward passes of ``modules`` are added to ``pieces``."""
-    handles, starts = [], {}
+    starts = {}
 
     def before(name: str):
         return lambda *_: starts.__setitem__(name, clock())
@@ -44,11 +44,8 @@ def timed_modules(
 
         return add
 
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(before(name)))
-        handles.append(module.register_forward_hook(after(name)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(before(name)))
+            hooks.enter_context(module.register_forward_hook(after(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,6 +1,6 @@
 """Whether a dense student and teacher fit each other."""
 
-from typing import Dict, List, Tuple
+from typing import Dict
 
 from detectron2.config import CfgNode
 from detectron2.layers import CycleBatchNormList
@@ -12,8 +12,9 @@ from ..head_layers import TOWERS, towers_of
 from ..loss_types import BOX_LOSS_REGISTRY
 from ..teacher import Teacher
 from .anchors import check_same_padding, differing_anchors
+from .fusions import make_fusion
 from .settings import check_unused
-from .two_stage import check_route, make_fusion, refuse_teacher
+from .two_stage import refuse_teacher
 
 
 def check_settings(cfg: CfgNode) -> None:
@@ -73,20 +74,18 @@ def build_fusions(
     """
     kd = crosskd.FUSION
     ours, theirs = (towers_of(model.head) for model in (student, teacher.model))
-    fusions, align = {}, kd.ALIGN or "standardize"
-    for tower in TOWERS:
-        names = ours[tower].names[1:], theirs[tower].names[1:]
-        taps = tuple(kd.IN_FEATURES) or tuple(f"conv{i + 1}" for i in range(student.kd_depth))
-        _check_layers("IN_FEATURES", taps, names[0], "student")
-        entry = kd.ENTRY or max(taps, key=ours[tower].depth)
-        _check_layers("ENTRY", (entry,), names[1], "teacher")
-        if kd.ROUTE == "through":
-            _check_layers("IN_FEATURES", taps, names[1], "teacher (route 'through')")
-            check_route(taps, entry, theirs[tower])
-            _check_norms(teacher)
-        fusions[tower] = make_fusion(
-            crosskd, taps, entry, kd.ROUTE or "direct", align, ours[tower], theirs[tower]
+    usual = tuple(f"conv{i + 1}" for i in range(student.kd_depth))
+    taps = tuple(kd.IN_FEATURES) or (usual[::-1] if kd.NAME == "none" else usual)
+    route, align = kd.ROUTE or "direct", kd.ALIGN or "standardize"
+    fusions = {
+        tower: make_fusion(
+            *(crosskd, taps, kd.ENTRY, route, align, ours[tower], theirs[tower]),
+            head=f"{tower} tower",
         )
+        for tower in TOWERS
+    }
+    if route == "through":
+        _check_norms(teacher)
     return fusions
 
 
@@ -97,12 +96,3 @@ def _check_norms(teacher: Teacher) -> None:
             "have a BatchNorm for each level, which counts its calls; use 'direct', or a teacher "
             "with another MODEL.RETINANET.NORM"
         )
-
-
-def _check_layers(key: str, names: Tuple[str, ...], known: List[str], whose: str) -> None:
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"MODEL.CROSSKD.FUSION.{key}: the {whose}'s towers have no layer {name!r}; they "
-                f"have {', '.join(known)}"
-            )

@@ -3,20 +3,19 @@
 import functools
 import math
 import operator
-from typing import Any, Sequence
+from typing import Any, Dict, Sequence
 
 from detectron2.config import CfgNode as CN
 
-from ...config import ConfigError, add_crosskd_ifc_config, error_prefix, teacher_configs
+from ...common.config_files import default_config
+from ...config import ConfigError, error_prefix, teacher_configs
 from ..fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
 from ..loss_types import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY
 from . import class_map
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-MIMICS = ("cross_head", "student_head", "both")
-TEACHERS_LOSSES = ("mean", "one")
-MASK_REDUCTIONS = ("mean", "published")
-MASK_CHANNELS = ("all", "ground_truth")
+# Earlier defaults that mean the same as today's, as configs of earlier runs spell them out.
+_EARLIER_DEFAULTS = {"FUSION.ROUTE": "direct", "TEACHER.STAGE": 1}
 
 
 def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
@@ -31,6 +30,22 @@ def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
         )
 
 
+def _choices() -> Dict[str, Sequence[str]]:
+    """Key below MODEL.CROSSKD -> its possible values; registries grow."""
+    return {
+        "MIMIC": ("cross_head", "student_head", "both"),
+        "TEACHERS_LOSS": ("mean", "one"),
+        "FUSION.NAME": FEATURE_FUSION_REGISTRY.names(),
+        "FUSION.ROUTE": ("", *ROUTES),
+        "FUSION.ALIGN": ("", *ALIGNMENTS),
+        "LOSS.BOX_TYPE": ("", "l1", *BOX_LOSS_REGISTRY.names()),
+        "LOSS.CLS_TYPE": CLS_LOSS_REGISTRY.names(),
+        "LOSS.FEATURE_TYPE": FEATURE_LOSS_REGISTRY.names(),
+        "LOSS.MASK_REDUCTION": ("mean", "published"),
+        "LOSS.MASK_CHANNELS": ("all", "ground_truth"),
+    }
+
+
 def check_crosskd_config(cfg: CN) -> None:
     """Check all settings of ``MODEL.CROSSKD`` that can be judged without the models.
 
@@ -39,16 +54,8 @@ def check_crosskd_config(cfg: CN) -> None:
     """
     _check_types(cfg)
     kd = cfg.MODEL.CROSSKD
-    check_choice("MIMIC", kd.MIMIC, MIMICS)
-    check_choice("FUSION.NAME", kd.FUSION.NAME, FEATURE_FUSION_REGISTRY.names())
-    check_choice("FUSION.ROUTE", kd.FUSION.ROUTE, ("", *ROUTES))
-    check_choice("FUSION.ALIGN", kd.FUSION.ALIGN, ("", *ALIGNMENTS))
-    check_choice("LOSS.BOX_TYPE", kd.LOSS.BOX_TYPE, ("", "l1", *BOX_LOSS_REGISTRY.names()))
-    check_choice("LOSS.CLS_TYPE", kd.LOSS.CLS_TYPE, CLS_LOSS_REGISTRY.names())
-    check_choice("LOSS.FEATURE_TYPE", kd.LOSS.FEATURE_TYPE, FEATURE_LOSS_REGISTRY.names())
-    check_choice("LOSS.MASK_REDUCTION", kd.LOSS.MASK_REDUCTION, MASK_REDUCTIONS)
-    check_choice("LOSS.MASK_CHANNELS", kd.LOSS.MASK_CHANNELS, MASK_CHANNELS)
-    check_choice("TEACHERS_LOSS", kd.TEACHERS_LOSS, TEACHERS_LOSSES)
+    for key, possible in _choices().items():
+        check_choice(key, _at(kd, key), possible)
     if len(kd.TEACHERS) < 2:
         check_unused(kd, ("TEACHERS_LOSS",), "TEACHERS doesn't list several")
     for name, one in teacher_configs(cfg):
@@ -66,8 +73,7 @@ def check_crosskd_config(cfg: CN) -> None:
             f"MODEL.CROSSKD.LOSS.TEMPERATURE is {kd.LOSS.TEMPERATURE}; it must be a number > 0"
         )
     for key in ("SCHEDULE.START_ITER", "SCHEDULE.WARMUP_ITERS", "DIAGNOSTICS.GRAD_PERIOD"):
-        node, leaf = key.split(".")
-        _check_number(key, kd[node][leaf])
+        _check_number(key, _at(kd, key))
     start, stop = kd.SCHEDULE.START_ITER, kd.SCHEDULE.STOP_ITER
     if stop != -1 and stop <= start:
         raise ConfigError(
@@ -144,37 +150,32 @@ def check_unused(crosskd: CN, keys: Sequence[str], reason: str) -> None:
 
     Args:
         crosskd: the node MODEL.CROSSKD.
-        keys: below it: leaves, or nodes with all leaves below.
+        keys: below it, such as "LOSS.TEMPERATURE".
         reason: why they have none.
 
     Raises:
         ConfigError: naming the first key that isn't at its default.
     """
-    default = _defaults()
+    default = default_config().MODEL.CROSSKD
     for key in keys:
-        theirs, ours = (
-            functools.reduce(operator.getitem, key.split("."), node) for node in (default, crosskd)
-        )
-        pairs = {key: (theirs, ours)}
-        if isinstance(theirs, CN):
-            pairs = {f"{key}.{leaf}": (theirs[leaf], ours[leaf]) for leaf in theirs}
-        for name, (expected, found) in pairs.items():
-            if found != expected and tuple(_listed(found)) != tuple(_listed(expected)):
-                raise ConfigError(
-                    f"MODEL.CROSSKD.{name} is {found!r}, but {reason}; set it to its default, "
-                    f"{expected!r}"
-                )
+        expected, found = _at(default, key), _at(crosskd, key)
+        if found in (expected, _EARLIER_DEFAULTS.get(key, expected)):
+            continue
+        if tuple(_listed(found)) != tuple(_listed(expected)):
+            raise ConfigError(
+                f"MODEL.CROSSKD.{key} is {found!r}, but {reason}; set it to its default, "
+                f"{expected!r}"
+            )
 
 
-def _defaults() -> CN:
-    default = CN({name: CN() for name in ("DATASETS", "MODEL", "SOLVER", "TEST")})
-    add_crosskd_ifc_config(default)
-    return default.MODEL.CROSSKD
+def _at(crosskd: CN, key: str) -> Any:
+    """What is at a key such as "LOSS.TEMPERATURE"."""
+    return functools.reduce(operator.getitem, key.split("."), crosskd)
 
 
 def _check_types(cfg: CN) -> None:
     # yacs lets a null through for every key, also for a whole section.
-    nodes = [("MODEL.CROSSKD", _defaults(), cfg.MODEL.CROSSKD)]
+    nodes = [("MODEL.CROSSKD", default_config().MODEL.CROSSKD, cfg.MODEL.CROSSKD)]
     for name, theirs, ours in nodes:
         if isinstance(theirs, CN) and isinstance(ours, CN):
             nodes += [(f"{name}.{key}", theirs[key], ours.get(key)) for key in theirs]

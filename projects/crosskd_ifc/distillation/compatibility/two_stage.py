@@ -11,8 +11,9 @@ from torch import nn
 
 from ...config import ConfigError
 from ..fusion import FeatureFusion
-from ..head_layers import BoxHeadLayers, NamedLayers, box_stages, own_method
+from ..head_layers import BoxHeadLayers, box_stages, own_method
 from ..teacher import Teacher
+from .fusions import make_fusion
 from .settings import check_unused
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def _predictor_problem(predictor: nn.Module) -> str:
 
 
 def build_fusion(crosskd: CfgNode, ours: BoxHeadLayers, theirs: BoxHeadLayers) -> FeatureFusion:
-    """Check taps, entry and route against both box heads and build the fusion.
+    """The fusion of a box head.
 
     Args:
         crosskd: the node MODEL.CROSSKD.
@@ -183,92 +184,14 @@ def build_fusion(crosskd: CfgNode, ours: BoxHeadLayers, theirs: BoxHeadLayers) -
         ConfigError: naming the key.
     """
     kd = crosskd.FUSION
-    taps = tuple(kd.IN_FEATURES) or ("fc1", "fc2")
-    entry = kd.ENTRY or theirs.last
+    taps = tuple(kd.IN_FEATURES) or _default_taps(kd.NAME, ours)
     route = kd.ROUTE or ("through" if kd.NAME == "none" and len(taps) > 1 else "direct")
-    _check_layers("IN_FEATURES", taps, ours, "student")
-    _check_layers("ENTRY", (entry,), theirs, "teacher")
-    if route == "through":
-        _check_layers("IN_FEATURES", taps, theirs, "teacher (route 'through')")
-        check_route(taps, entry, theirs)
-    return make_fusion(crosskd, taps, entry, route, kd.ALIGN or "none", ours, theirs)
+    entry, align = kd.ENTRY or theirs.last, kd.ALIGN or "none"
+    return make_fusion(crosskd, taps, entry, route, align, ours, theirs, head="box head")
 
 
-def check_route(taps: Tuple[str, ...], entry: str, theirs: NamedLayers) -> None:
-    """Refuse taps behind the entry, for the route "through".
-
-    Raises:
-        ConfigError: naming them.
-    """
-    deeper = [tap for tap in taps if theirs.depth(tap) > theirs.depth(entry)]
-    if deeper:
-        raise ConfigError(
-            f"MODEL.CROSSKD.FUSION.IN_FEATURES: {deeper} lie deeper than ENTRY '{entry}', so "
-            "route 'through' has no teacher layers to run; take taps from "
-            f"{theirs.names[: theirs.depth(entry) + 1]}, or ROUTE direct"
-        )
-
-
-def make_fusion(
-    crosskd: CfgNode,
-    taps: Tuple[str, ...],
-    entry: str,
-    route: str,
-    align: str,
-    ours: NamedLayers,
-    theirs: NamedLayers,
-) -> FeatureFusion:
-    """A fusion from layers of the student to one of the teacher.
-
-    Args:
-        crosskd: the node MODEL.CROSSKD.
-        taps, entry, route, align: as of :class:`FeatureFusion`.
-        ours, theirs: the layers of student and teacher.
-
-    Raises:
-        ConfigError: if the shapes can't be bridged, the fusion refuses the taps, or weights or
-            detached taps don't fit them.
-    """
-    kd, loss = crosskd.FUSION, crosskd.LOSS
-    if loss.TAP_WEIGHTS and len(loss.TAP_WEIGHTS) != len(taps):
-        raise ConfigError(
-            f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(loss.TAP_WEIGHTS)}, but FUSION.IN_FEATURES "
-            f"has {len(taps)} taps, {taps}; give one weight for each, or ()"
-        )
-    if not set(kd.DETACH) <= set(taps) or set(kd.DETACH) == set(taps):
-        raise ConfigError(
-            f"MODEL.CROSSKD.FUSION.DETACH is {tuple(kd.DETACH)}; it must name some, not all, of "
-            f"the taps {taps}"
-        )
-    if kd.NAME == "none" and len(taps) > 1:
-        check_unused(
-            crosskd,
-            ("FUSION.DETACH", "LOSS.FUSED_WEIGHT"),
-            "FUSION.NAME 'none' doesn't combine the taps: each has a loss of its own",
-        )
-    try:
-        return FeatureFusion(
-            fused_weight=loss.FUSED_WEIGHT,
-            tap_weights=loss.TAP_WEIGHTS,
-            detach=kd.DETACH,
-            name=kd.NAME,
-            taps=taps,
-            entry=entry,
-            route=route,
-            align=align,
-            student_shapes=ours.shapes,
-            teacher_shapes=theirs.shapes,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"MODEL.CROSSKD.FUSION (NAME '{kd.NAME}', IN_FEATURES {taps}, ENTRY '{entry}'): {error}"
-        ) from None
-
-
-def _check_layers(key: str, names: Tuple[str, ...], layers: BoxHeadLayers, whose: str) -> None:
-    for name in names:
-        if name not in layers.names:
-            raise ConfigError(
-                f"MODEL.CROSSKD.FUSION.{key}: the {whose} box head has no layer {name!r}; it has "
-                f"{', '.join(layers.names)}"
-            )
+def _default_taps(fusion: str, ours: BoxHeadLayers) -> Tuple[str, ...]:
+    if fusion != "none":
+        return "fc1", "fc2"
+    connected = [name for name in ours.names if name.startswith("fc")]
+    return ("pool", *(connected or [ours.last]))
