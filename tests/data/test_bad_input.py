@@ -354,6 +354,19 @@ def test_a_test_set_with_a_huge_category_id_is_refused(tmp_path):
         check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
 
 
+@pytest.mark.parametrize("crowds", [True, False])
+def test_a_test_set_with_nothing_to_find_is_refused(crowds, tmp_path):
+    coco = Coco(tmp_path)
+    for annotation in coco.json["annotations"]:
+        annotation["iscrowd"] = 1
+    if not crowds:
+        coco.json["annotations"] = []
+    _write(coco.root / "train.json", json.dumps(coco.json))
+    name = register_card(str(coco.card))[0]
+    with pytest.raises(ConfigError, match="train.json: 'annotations' has no object but crowds"):
+        check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
+
+
 @pytest.mark.parametrize("outline", [None, [], [[1, 2, 3, 4]], "none"])
 def test_masks_are_evaluated_only_where_every_object_has_an_outline(outline, tmp_path):
     coco = Coco(tmp_path)

@@ -12,6 +12,7 @@ from helpers import tiny_cfg
 from PIL import Image
 
 from crosskd_ifc import ConfigError, CrossKDTrainer
+from crosskd_ifc.data.mapper import SampleError
 from crosskd_ifc.training.stream import SampleStream, TrainingStream
 
 
@@ -81,13 +82,24 @@ def test_an_image_is_augmented_anew_in_each_round():
     assert len({numbers for _, numbers in drawn}) == len(drawn)
 
 
-def test_reading_data_leaves_the_random_state_of_the_training_alone():
-    loader = iter(stream().build_loader())
+@pytest.mark.parametrize("workers, grouping", LOADERS)
+def test_reading_data_leaves_the_random_state_of_the_training_alone(workers, grouping):
+    built = stream(*options(workers, grouping)).build_loader()
     torch.manual_seed(1), np.random.seed(1)
+    loader = iter(built)
     next(loader), next(loader)
     found = torch.rand(()), np.random.rand()
     torch.manual_seed(1), np.random.seed(1)
     assert found == (torch.rand(()), np.random.rand())
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_a_mapper_that_gives_nothing_for_an_image_is_an_error_that_names_it(grouping):
+    np.random.seed(3)
+    cfg = tiny_cfg("SOLVER.IMS_PER_BATCH", 3, *options(0, grouping))
+    built = TrainingStream(cfg, records(), lambda record: None).build_loader()
+    with pytest.raises(SampleError, match="image id [0-9]+: the mapper gives None"):
+        next(iter(built))
 
 
 def test_the_seed_comes_from_numpy_and_decides_order_and_augmentations():

@@ -41,24 +41,24 @@ def same_random_state(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def get_random_state() -> Dict[str, Any]:
-    """Of Python, numpy, torch and this process's GPU, in tensors and plain values."""
+def get_random_state(device: torch.device) -> Dict[str, Any]:
+    """Of Python, numpy, torch and this GPU, if it is one, in tensors and plain values."""
     name, keys, *rest = np.random.get_state()
     state: Dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: Dict[str, Any]) -> None:
+def set_random_state(state: Dict[str, Any], device: torch.device) -> None:
     """Go on from what :func:`get_random_state` gave."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -10,8 +10,6 @@ from PIL import Image, UnidentifiedImageError
 from ..common.command_line import tool_command
 from .files import IMAGE_FORMATS
 
-__all__ = ["CheckedMapper", "SampleError", "build_mapper"]
-
 
 class SampleError(ValueError):
     """An image, or what a data set says about it, can't be used; the message names the file.
@@ -39,16 +37,21 @@ class CheckedMapper:
         path = record.get("file_name")
         if self._check_image and path is not None:
             check_image(path)
+        name = path if path is not None else f"image id {record.get('image_id')}"
         try:
-            return self.mapper(record)
+            mapped = self.mapper(record)
         except SampleError:
             raise
         except Exception as error:  # decoders raise what they like on hostile bytes
-            name = path if path is not None else f"image id {record.get('image_id')}"
             said = " ".join(str(error).split())
             raise SampleError(
                 f"{name}: detectron2 can't use this image: {type(error).__name__}: {said}"
             ) from error
+        if mapped is None:  # for which detectron2 would take another image at random
+            raise SampleError(
+                f"{name}: the mapper gives None; leave it out of the data set instead"
+            )
+        return mapped
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> CheckedMapper:

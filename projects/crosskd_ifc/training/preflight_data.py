@@ -19,8 +19,6 @@ from ..data.fields import coco_evaluator_fault, voc_evaluator_fault, voc_list_fa
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
 from .preflight import check_class_count
 
-__all__ = ["check_classes", "check_same_everywhere", "check_test_data"]
-
 _Classes = Tuple[str, str, Sequence[str]]  # key below DATASETS, data set, class names
 
 
@@ -143,7 +141,11 @@ def _class_names(name: str) -> Optional[Tuple[str, ...]]:
 
 def _coco_fault(card: Card, split: str, masks: bool) -> str:
     path = card.splits[split]["json"]
-    fault = coco_evaluator_fault(read_coco_json(path), masks=masks)
+    content = read_coco_json(path)
+    fault = coco_evaluator_fault(content, masks=masks)
+    if not fault and "annotations" in content:
+        if all(x["iscrowd"] for x in content["annotations"]):  # AP would be NaN
+            fault = "'annotations' has no object but crowds, so that there is nothing to find"
     return f"{path}: {fault}" if fault else ""
 
 

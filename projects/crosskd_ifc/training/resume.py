@@ -52,7 +52,7 @@ class ResumeState(HookBase):
         found, self._found = self._found, None
         states = found["random"]
         if len(states) == comm.get_world_size() and states[comm.get_rank()] is not None:
-            set_random_state(states[comm.get_rank()])
+            set_random_state(states[comm.get_rank()], self._device)
         else:
             logger.warning(
                 f"The checkpoint holds random states of other processes (of {len(states)}, now "
@@ -68,7 +68,7 @@ class ResumeState(HookBase):
     def gather(self) -> None:
         """Collect the state of all processes, for a checkpoint after this iteration; call it in
         every process."""
-        states = comm.gather(get_random_state())
+        states = comm.gather(get_random_state(self._device))
         self._gathered = {"iteration": self.trainer.iter, "random": states}
 
     def set_random_state(self, iteration: int, state: Dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class ResumeState(HookBase):
     def state_dict(self) -> Dict[str, Any]:
         iteration, student = self.trainer.iter, unwrap(self.trainer.model)
         if self._gathered.get("iteration") != iteration:
-            self.set_random_state(iteration, get_random_state())
+            self.set_random_state(iteration, get_random_state(self._device))
         normalizer = getattr(student, _NORMALIZER, None)
         stream = self._stream()
         return {
@@ -124,7 +124,7 @@ class ResumeState(HookBase):
         random state, the normalizer, statistics of BatchNorm."""
         student = unwrap(self.trainer.model)
         return {
-            "random": get_random_state(),
+            "random": get_random_state(self._device),
             _NORMALIZER: getattr(student, _NORMALIZER, None),
             "statistics": [x.clone() for x in _batch_statistics(student)],
         }
@@ -137,6 +137,10 @@ class ResumeState(HookBase):
         for buffer, value in zip(_batch_statistics(student), before["statistics"]):
             buffer.copy_(value)
         self.set_random_state(iteration, before["random"])
+
+    @property
+    def _device(self) -> torch.device:
+        return unwrap(self.trainer.model).device
 
     def _stream(self):
         return getattr(self.trainer._trainer.data_loader, "stream", None)

@@ -153,9 +153,9 @@ class StreamLoader:
         self.loader, self.stream = loader, stream
 
     def __iter__(self) -> Iterator[List[Dict]]:
-        batches = iter(self.loader)
-        # With its first batch torch's loader draws a seed for its workers.
+        # torch's loader draws a seed for its workers: here, or with its first batch.
         with same_random_state(torch.device("cpu")):
+            batches = iter(self.loader)
             first = next(batches)
         yield first
         yield from batches
