@@ -14,7 +14,7 @@ from PIL import Image
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.detections import COLUMNS
-from crosskd_ifc.analysis.pictures import choose_records, class_names, load_inputs
+from crosskd_ifc.analysis.pictures import choose_records, load_inputs, names_by_column
 from crosskd_ifc.data.shapes import CLASSES, COARSE_CLASSES, generate
 from crosskd_ifc.training.preflight import check_evaluation_config
 
@@ -230,7 +230,7 @@ class TestClassNames:
     def names(self, student_opts, teacher_opts, teacher_has_cfg=True):
         student, _ = distilling(*student_opts, teacher_opts=teacher_opts)
         student.teacher.cfg = tiny_cfg(*teacher_opts) if teacher_has_cfg else None
-        found = class_names(tiny_cfg(*student_opts), student.teacher)
+        found = names_by_column(tiny_cfg(*student_opts), student.teacher)
         assert set(found) == set(COLUMNS)
         assert found["ground truth"] == found["student"]
         assert found["cross-head"] == found["teacher"]

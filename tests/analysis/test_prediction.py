@@ -227,7 +227,7 @@ def test_an_input_that_cannot_be_read_does_not_stop_the_others(files, tmp_path, 
     "words, message",
     [
         (("{files}/gone", "{files}/photos"), "gone: no such file or folder of weights"),
-        (("{files}/photos", "{files}/photos"), "there is no model.pth or model_final.pth"),
+        (("{files}/photos", "{files}/photos"), "there is no model.pth and no checkpoint"),
         (("{files}/photos/b.png", "{files}/photos"), "there is no .*config.yaml; give --config-"),
         (("{files}/student", "gone.jpg"), "gone.jpg: no such file or folder"),
         (("{files}/student", "{files}/student"), "there is no image or video in this folder"),

@@ -65,6 +65,19 @@ def test_a_distilled_student_can_be_a_teacher(teacher_files):
     attach(student_cfg(teacher_files))
 
 
+def test_weights_that_another_config_has_trained_are_told(teacher_files, caplog):
+    file, content = teacher_files[1], torch.load(teacher_files[1], weights_only=True)
+    cfg = tiny_cfg(architecture="GeneralizedRCNN")
+    torch.save({**content, "config": {"yaml": cfg.dump(), "processes": 1}}, file)
+    attach(student_cfg(teacher_files, T + "OPTS", ("TEST.DETECTIONS_PER_IMAGE", 7)))
+    assert "were trained with" not in caplog.text
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = [1.0, 2.0, 3.0], 2
+    torch.save({**content, "config": {"yaml": cfg.dump(), "processes": 1}}, file)
+    attach(student_cfg(teacher_files))
+    keys = "MODEL.PIXEL_MEAN, MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO"
+    assert f"were trained with other values of {keys} than TEACHER.CONFIG_FILE" in caplog.text
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -236,6 +249,10 @@ def test_an_rgb_student_and_a_bgr_teacher_see_the_same_picture():
     seen = student.teacher.preprocess(batch).tensor
     assert torch.equal(seen, teacher.preprocess_image(in_bgr).tensor)
     assert torch.equal(seen.flip(1), student.preprocess_image(batch).tensor)
+    with torch.no_grad():
+        found, wanted = student.teacher.detect(batch), teacher(in_bgr)
+    for one, other in zip(found, wanted):
+        assert torch.equal(one["instances"].scores, other["instances"].scores)
     same, _ = distilling(*bgr, teacher_opts=bgr)
     assert torch.equal(same.teacher.preprocess(in_bgr).tensor, seen)
 

@@ -13,6 +13,7 @@ from torch.multiprocessing import start_processes
 from crosskd_ifc import ConfigError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer
 from crosskd_ifc.training.run_config import changed_settings, describe_run
+from crosskd_ifc.training.run_folder import last_checkpoint
 
 
 def fill(folder, *iterations):
@@ -45,6 +46,15 @@ def test_a_file_of_something_else_is_passed_over(tmp_path, caplog):
     torch.save([1, 2], tmp_path / "model_0000002.pth")
     assert resume(tmp_path) == 1
     assert "model_0000002.pth: there are no weights in it" in caplog.text
+
+
+def test_the_last_checkpoint_of_a_folder_is_not_the_final_one_of_an_earlier_training(tmp_path):
+    fill(tmp_path, 1, 2)
+    (tmp_path / "model_final.pth").write_bytes(b"of one step")
+    assert last_checkpoint(str(tmp_path)) == f"{tmp_path}/model_0000002.pth"
+    (tmp_path / "last_checkpoint").unlink()
+    assert last_checkpoint(str(tmp_path)) == f"{tmp_path}/model_final.pth"
+    assert last_checkpoint(str(tmp_path / "no folder")) == ""
 
 
 @pytest.mark.parametrize(

@@ -304,12 +304,16 @@ def test_a_named_config_that_finds_something_else_is_told(run, tmp_path, caplog)
     checkpoint["config"] = {"yaml": tiny_cfg().dump(), "processes": 1}
     torch.save(checkpoint, run)
     config = tmp_path / "mine.yaml"
-    opts = ["INPUT.FORMAT", "RGB", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.3, "SOLVER.BASE_LR", 9.0]
+    opts = ["INPUT.FORMAT", "RGB", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.3]
+    opts += ["MODEL.FPN.FUSE_TYPE", "avg", "SOLVER.BASE_LR", 9.0]
     for name, more, told in (("a", [], False), ("b", opts, True)):
         config.write_text(tiny_cfg(*more).dump())
         export.export_student(run, str(tmp_path / name), config_file=str(config))
         assert bool(caplog.messages) == told
-    assert "mine.yaml: INPUT.FORMAT, MODEL.ROI_HEADS.SCORE_THRESH_TEST differ" in caplog.text
+    assert (
+        "mine.yaml: INPUT.FORMAT, MODEL.FPN.FUSE_TYPE, MODEL.ROI_HEADS.SCORE_THRESH_TEST differ"
+        in caplog.text
+    )
 
 
 def test_a_named_config_has_the_class_count_of_its_card(run, tmp_path):

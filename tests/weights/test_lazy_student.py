@@ -194,9 +194,28 @@ def test_overrides_of_the_training_are_asked_for(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="but the run had 1.0"):
         load_detector(str(run.folder), config_file=run.config, device="cpu")
+    with pytest.raises(ConfigError, match="but the run had 1.0"):
+        other = (
+            "model.roi_heads.box_predictor.test_score_thresh=0.5"  # doesn't switch the check off
+        )
+        load_detector(str(run.folder), config_file=run.config, opts=[other], device="cpu")
+    load_detector(str(run.folder), config_file=run.config, opts=[override], device="cpu")
     assert run.export(tmp_path / "out", overrides=[override]).detections > 0
     os.remove(run.folder / "config.yaml")  # nothing to compare with
     assert run.export(tmp_path / "other").detections > 0
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("dataloader.test.mapper.image_format=RGB", "dataloader.test.mapper.image_format"),
+        ("dataloader.test.mapper.augmentations.0.max_size=80", "augmentations.0.max_size"),
+    ],
+)
+def test_overrides_of_the_images_are_asked_for_too(override, key, tmp_path):
+    run = Run(tmp_path, RCNN, override)
+    with pytest.raises(ConfigError, match=f"{key} is .*, but the run had .*--overrides"):
+        run.export(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -14,22 +14,20 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import nn
 
+from ..common.building import build_detector
 from ..common.config_files import find_config, load_config, merge_from_list
 from ..common.environment import device_fault
 from ..common.lazy_config import is_lazy
-from ..config import ConfigError, class_count, teacher_configs
+from ..config import ConfigError, teacher_configs
 from ..data.cards import fill_in_class_count
-from ..data.class_names import class_names
+from ..data.class_names import class_names_or_numbers
 from ..modeling.attach import load_teacher_config
-from ..modeling.building import build_detector
+from ..training.run_folder import last_checkpoint
 from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
 from ..weights.stock import read_exported_fcos
 from ..weights.strict import load_strictly
 from ..weights.student import config_beside
-
-# In a folder: of an export, of a run.
-_WEIGHTS = ("model.pth", "model_final.pth")
 
 
 class Detector:
@@ -92,8 +90,7 @@ def load_detector(
     names = read_metadata(os.path.dirname(file)).get("classes")
     if is_lazy(config_file):
         student = build_lazy_student(config_file, opts)
-        if not opts:
-            check_is_of_run(student, file)
+        check_is_of_run(student, file, but=[str(opt).split("=")[0].lstrip("+~") for opt in opts])
         student.cfg.MODEL.DEVICE = device or student.cfg.MODEL.DEVICE
         _check_device(student.cfg)
         model = student.model.to(student.cfg.MODEL.DEVICE)
@@ -141,11 +138,13 @@ def _find(weights: str, config_file: str) -> Tuple[str, str]:
     """The file of the weights, and the config beside it ("" if one is given)."""
     file = weights
     if os.path.isdir(weights):
-        files = [os.path.join(weights, name) for name in _WEIGHTS]
-        found = [path for path in files if os.path.isfile(path)]
-        if not found:
-            raise ConfigError(f"{weights}: there is no {' or '.join(_WEIGHTS)} in this folder")
-        file = found[0]
+        file = os.path.join(weights, "model.pth")  # of an export
+        if not os.path.isfile(file):
+            file = last_checkpoint(weights)
+        if not file:
+            raise ConfigError(
+                f"{weights}: there is no model.pth and no checkpoint of a training in this folder"
+            )
     elif not PathManager.isfile(weights):
         raise ConfigError(f"{weights}: no such file or folder of weights")
     if config_file:
@@ -168,9 +167,7 @@ def _loaded(model: nn.Module, cfg: CfgNode, weights: str, names: Optional[List[s
     cfg.MODEL.WEIGHTS = weights
     cfg.freeze()
     load_strictly(model, weights)
-    names = names or class_names(cfg, load=True)
-    count = class_count(cfg)[1]
-    return Detector(model, cfg, names or [str(i) for i in range(count)])
+    return Detector(model, cfg, names or class_names_or_numbers(cfg))
 
 
 def _check_device(cfg: CfgNode) -> None:

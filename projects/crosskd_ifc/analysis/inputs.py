@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from detectron2.data.detection_utils import read_image
 
+from ..common.errors import one_line
 from ..config import ConfigError
 from ..data.mapper import check_image
 
@@ -136,5 +137,4 @@ def _read_image(path: str) -> np.ndarray:
         check_image(path)  # as in training
         return read_image(path, "BGR")  # turned as its EXIF data say
     except Exception as error:  # image readers raise what they like
-        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
-        raise OSError(f"{path} can't be read: {reason}") from error
+        raise OSError(f"{path} can't be read: {one_line(error)}") from error

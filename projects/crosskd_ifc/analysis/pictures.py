@@ -8,9 +8,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
-from ..common.files import make_folder_of, refuse_overwriting
-from ..config import ConfigError, class_count, distillation_requested, teacher_configs
-from ..data.class_names import class_names as known_names
+from ..common.errors import one_line
+from ..common.files import claim_output
+from ..config import ConfigError, distillation_requested, teacher_configs
+from ..data.class_names import class_names, class_names_or_numbers
 from ..data.mapper import SampleError, build_mapper
 from ..distillation.teacher import Teacher
 from ..modeling.attach import attach_teacher
@@ -102,7 +103,7 @@ def load_inputs(cfg: CfgNode, records: Sequence[dict], source: str) -> List[dict
         raise ConfigError(f"{source}: {error}") from error
 
 
-def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
+def names_by_column(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
     """The names of the classes in each column of the picture of detections.
 
     Numbers where no data set tells the names. A teacher whose names aren't known has the student's,
@@ -112,12 +113,10 @@ def class_names(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
         cfg: the student's config.
         teacher: the attached teacher.
     """
-    ours, theirs = (known_names(c, load=True) for c in (cfg, teacher.cfg))
-    kind = teacher_configs(cfg)[0][1].MODEL.CROSSKD.TEACHER.CLASS_MAP
-    if theirs is None and not kind:
-        theirs = ours
-    ours = ours or [str(i) for i in range(class_count(cfg)[1])]
-    theirs = theirs or [str(i) for i in range(num_classes(teacher.model))]
+    ours, theirs = class_names_or_numbers(cfg), class_names(teacher.cfg, load=True)
+    if theirs is None:
+        has_others = teacher_configs(cfg)[0][1].MODEL.CROSSKD.TEACHER.CLASS_MAP
+        theirs = list(map(str, range(num_classes(teacher.model)))) if has_others else ours
     return {column: theirs if column in ("teacher", "cross-head") else ours for column in COLUMNS}
 
 
@@ -153,7 +152,7 @@ def load_records(cfg: CfgNode) -> List[dict]:
     try:
         records = DatasetCatalog.get(name)
     except Exception as error:  # a data set's loader is anyone's code
-        raise ConfigError(f"data set {name!r} can't be loaded: {_one_line(error)}") from error
+        raise ConfigError(f"data set {name!r} can't be loaded: {one_line(error)}") from error
     if not records:
         raise ConfigError(f"data set {name!r} has no images")
     return records
@@ -201,14 +200,6 @@ def _prepare_output(out: str, images: Sequence[str], force: bool) -> List[str]:
     stem, extension = os.path.splitext(out)
     prefix = f"{stem}_" if extension == ".png" else os.path.join(out, "")
     files = [f"{prefix}{name}.png" for name in ("detections", "features")]
-    try:
-        for file in files:
-            refuse_overwriting(file, sources=images, force=force, option="--output")
-        make_folder_of(prefix)
-    except OSError as error:
-        raise ConfigError(f"--output: {error}") from error
+    for file in files:
+        claim_output(file, sources=images, force=force, option="--output")
     return files
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0]

@@ -14,7 +14,7 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..common.files import make_folder_of, refuse_overwriting, replacing
+from ..common.files import claim_output, replacing
 from ..config import ConfigError
 from .detector import Detector
 from .drawing import bright_colors, draw_boxes
@@ -78,8 +78,10 @@ def predict(
     last = list(detectors.values())[-1]
     outputs = {source: _output(source, folder) for source in sources} if folder else {}
     _refuse_same({source.path: path for source, path in outputs.items()})
-    _check_outputs([*outputs.values()], sources, force, "--output")
-    _check_outputs([results] if results else [], sources, force, "--json")
+    inputs = [source.path for source in sources]
+    for out, option in [*((x, "--output") for x in outputs.values()), (results, "--json")]:
+        if out:
+            claim_output(out, sources=inputs, force=force, option=option)
     ids = CocoIds(last.class_names, annotations, sources if results else ())
     draw = _Drawing(detectors, threshold)
     entries: List[dict] = []
@@ -234,18 +236,6 @@ def _refuse_same(outputs: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{other} and {path} would be written to the same file; take one at a time"
             )
-
-
-def _check_outputs(
-    files: Sequence[str], sources: Sequence[Source], force: bool, option: str
-) -> None:
-    inputs = [source.path for source in sources]
-    for path in files:
-        try:
-            refuse_overwriting(path, sources=inputs, force=force, option=option)
-            make_folder_of(path)
-        except OSError as error:
-            raise ConfigError(f"{option}: {error}") from error
 
 
 @contextlib.contextmanager

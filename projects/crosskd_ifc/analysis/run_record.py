@@ -11,6 +11,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..common.config_files import default_values, flat, load_config
 from ..config import ConfigError
+from ..training.run_folder import last_checkpoint
 from .curves import read_metrics
 
 _WRITING_PERIOD = 20  # iterations, of detectron2's writers
@@ -112,16 +113,13 @@ class RunRecord:
         Raises:
             ConfigError: if there is none.
         """
-        path = os.path.join(self.folder, "model_final.pth")
-        if PathManager.isfile(path):
-            return path
-        names = sorted(n for n in os.listdir(self.folder) if re.fullmatch(r"model_\d+\.pth", n))
-        if not names:
+        found = last_checkpoint(self.folder)
+        if not found:
             raise ConfigError(
                 f"{self.folder}: there are no weights (model_final.pth or model_*.pth); with "
                 "--no-models the report is made without"
             )
-        return os.path.join(self.folder, names[-1])
+        return found
 
 
 def _in_order(lines: List[dict]) -> List[Dict[str, Any]]:

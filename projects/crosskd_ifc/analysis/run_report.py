@@ -9,9 +9,9 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 
 from ..common.environment import hardware, versions
-from ..common.files import make_folder_of, refuse_overwriting, replacing
-from ..config import ConfigError, class_count, distillation_requested, teacher_configs
-from ..data.class_names import class_names
+from ..common.files import claim_output, replacing
+from ..config import distillation_requested, teacher_configs
+from ..data.class_names import class_names_or_numbers
 from ..modeling.attach import attach_teacher
 from ..modeling.classes import build_class_map
 from ..modeling.summary import count_parameters, describe_distillation
@@ -49,10 +49,8 @@ class Networks:
     def names(self) -> Dict[str, Sequence[str]]:
         """Column of the pictures -> class names."""
         if self.teacher is not None:
-            return pictures.class_names(self.cfg, self.teacher)
-        count = class_count(self.cfg)[1]
-        names = class_names(self.cfg, load=True) or [str(i) for i in range(count)]
-        return dict.fromkeys(COLUMNS, names)
+            return pictures.names_by_column(self.cfg, self.teacher)
+        return dict.fromkeys(COLUMNS, class_names_or_numbers(self.cfg))
 
 
 def write_run_report(
@@ -90,11 +88,7 @@ def write_run_report(
             exists.
     """
     record = RunRecord(folder, config_file)
-    try:
-        refuse_overwriting(out, sources=(), force=force, option="--output")
-        make_folder_of(out)
-    except OSError as error:
-        raise ConfigError(f"--output: {error}") from error
+    claim_output(out, force=force, option="--output")
     networks = Networks(record, device) if with_models else None
     teacher = _teacher_results(record, networks if with_teacher else None)
     page = Page(_title(record), _subtitle(record))

@@ -5,6 +5,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ..config import ConfigError
+from .errors import one_line
 
 
 def build_detector(cfg: CfgNode, *, what: str) -> nn.Module:
@@ -19,4 +20,4 @@ def build_detector(cfg: CfgNode, *, what: str) -> nn.Module:
     try:
         return build_model(cfg)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{what} builds no model: {type(error).__name__} {error}") from error
+        raise ConfigError(f"{what} builds no model: {one_line(error)}") from error

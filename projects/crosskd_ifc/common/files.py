@@ -14,6 +14,8 @@ from typing import Any, Iterator, Optional, Sequence
 
 from detectron2.utils.file_io import PathManager
 
+from ..config import ConfigError
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # or its user's quota is
 # After so long a file that is still unfinished is of a writer that was killed.
 _ABANDONED = 3600  # seconds
@@ -123,16 +125,20 @@ def refuse_overwriting(
         raise FileExistsError(f"{out} exists; give another {option}, or --force to replace it")
 
 
-def make_folder_of(path: str) -> None:
-    """Make the folder that a file is to lie in.
+def claim_output(out: str, *, sources: Sequence[str] = (), force: bool, option: str) -> None:
+    """Refuse an ``out`` that can't be written (:func:`refuse_overwriting`), and make its folder.
 
     Raises:
-        OSError: if it can't be made, or is a file.
+        ConfigError: naming the option.
     """
-    folder = os.path.dirname(path) or "."
-    if os.path.lexists(folder) and not os.path.isdir(folder):
-        raise NotADirectoryError(f"{folder} is a file; expected a folder")
-    os.makedirs(folder, exist_ok=True)
+    try:
+        refuse_overwriting(out, sources=sources, force=force, option=option)
+        folder = os.path.dirname(out) or "."
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise NotADirectoryError(f"{folder} is a file; expected a folder")
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option}: {error}") from error
 
 
 @contextlib.contextmanager

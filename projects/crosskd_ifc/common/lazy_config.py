@@ -12,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue
 from torch import nn
 
 from ..config import ConfigError
+from .errors import said
 
 
 def is_lazy(path: str) -> bool:
@@ -111,5 +112,4 @@ def explain(error: Exception) -> str:
         package = error.name.partition(".")[0]
         extra = " (pip install timm, or this project's extra 'timm')" if package == "timm" else ""
         return f"the package {package!r} is not installed{extra}"
-    text: Any = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return f"{type(error).__name__}: {str(text).strip().splitlines()[0] if str(text) else ''}"
+    return f"{type(error).__name__}: {said(error)}"

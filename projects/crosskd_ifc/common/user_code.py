@@ -11,6 +11,7 @@ import traceback
 from detectron2.config import CfgNode
 
 from ..config import ConfigError
+from .errors import one_line
 from .paths import resolve_path
 
 _KEY = "MODEL.CROSSKD.IMPORTS"
@@ -33,9 +34,8 @@ def import_user_code(cfg: CfgNode) -> None:
             raise ConfigError(str(error)) from None
         except Exception as error:  # it is anyone's code
             place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
             raise ConfigError(
-                f"{_KEY}: {name!r} can't be imported: {reason} ({place.filename}, line "
+                f"{_KEY}: {name!r} can't be imported: {one_line(error)} ({place.filename}, line "
                 f"{place.lineno}). Give a .py file, or a module that Python finds"
             ) from error
 

@@ -38,8 +38,6 @@ from .files import read_coco_json, read_voc_annotation, read_voc_split
 from .findings import Findings, quoted
 from .outlines import outline_fault
 
-__all__ = ["ListedImage", "check_coco", "check_voc"]
-
 _COCO_SLACK = 0.05  # COCO files round x and width on their own
 
 Size = Optional[Tuple[int, int]]

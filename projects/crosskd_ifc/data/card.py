@@ -20,8 +20,6 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from .files import read_yaml
 
-__all__ = ["Card", "CocoCard", "CocoFiles", "VocCard", "load_card"]
-
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 

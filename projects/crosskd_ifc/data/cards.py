@@ -24,18 +24,6 @@ from .files import read_coco_json
 from .loading import load_split
 from .mapper import SampleError
 
-__all__ = [
-    "Card",
-    "card_of",
-    "drop_degenerate_boxes",
-    "fill_in_class_count",
-    "load_card",
-    "locate_cards",
-    "register_card",
-    "register_cards",
-    "resolve_path",
-]
-
 logger = logging.getLogger(__name__)
 
 _DEFAULT_COUNT = 80  # of COCO, in detectron2's config

@@ -20,8 +20,6 @@ from .files import ImageFacts, inspect_image
 from .findings import Findings
 from .near_duplicates import MISSING, alike, is_available
 
-__all__ = ["check_card", "check_dataset"]
-
 
 def check_dataset(target: str) -> Findings:
     """Checks a dataset card, or a data set by its registered name such as voc_2007_train.

@@ -38,6 +38,11 @@ def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Seque
     return None
 
 
+def class_names_or_numbers(cfg: CfgNode) -> Tuple[str, ...]:
+    """As :func:`class_names` that loads; numbers where no data set knows the names."""
+    return tuple(class_names(cfg, load=True) or map(str, range(class_count(cfg)[1])))
+
+
 def dataset_class_names(dataset: str, *, load: bool = False) -> Optional[Sequence[str]]:
     """The names of a registered data set's classes, None where they aren't known.
 

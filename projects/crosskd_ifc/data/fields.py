@@ -8,16 +8,6 @@ from typing import Any, Callable, Container, Dict, Tuple
 from .files import read_voc_lines
 from .outlines import is_outline
 
-__all__ = [
-    "ANNOTATION_FIELDS",
-    "CATEGORY_FIELDS",
-    "IMAGE_FIELDS",
-    "coco_evaluator_fault",
-    "text_id_fault",
-    "voc_evaluator_fault",
-    "voc_list_fault",
-]
-
 
 def voc_list_fault(root: str, split: str) -> str:
     """Returns what keeps detectron2's VOC evaluator from reading a split's list, or ""."""

@@ -19,21 +19,6 @@ from PIL import Image, UnidentifiedImageError
 from ..common.safe_yaml import load_yaml
 from .near_duplicates import is_available, perceptual_hash
 
-__all__ = [
-    "IMAGE_FORMATS",
-    "ImageFacts",
-    "inspect_image",
-    "parse_xml",
-    "read_coco_json",
-    "read_json",
-    "read_text",
-    "read_voc_annotation",
-    "read_voc_lines",
-    "read_voc_split",
-    "read_yaml",
-]
-
-
 # What photos come in. Pillow knows more, and starts Ghostscript for EPS, whatever a file's name is.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 

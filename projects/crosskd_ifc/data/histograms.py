@@ -8,8 +8,6 @@ from PIL import Image
 from ..common.plotting import literal, pyplot, save_figure
 from .findings import Findings
 
-__all__ = ["draw_histograms", "refuse_other_files"]
-
 _MOST_CLASSES = 40
 
 

@@ -23,8 +23,6 @@ from .files import read_coco_json, read_voc_annotation, read_voc_split
 from .mapper import SampleError
 from .outlines import is_outline, outline_fault
 
-__all__ = ["load_split", "load_training_records"]
-
 
 def load_training_records(cfg: CfgNode) -> List[dict]:
     """The images of all DATASETS.TRAIN in detectron2's format, also those without a box.

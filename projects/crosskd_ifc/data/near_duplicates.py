@@ -9,8 +9,6 @@ from typing import List, Optional, Sequence
 import numpy as np
 from PIL import Image
 
-__all__ = ["MISSING", "alike", "groups_of_alike", "is_available", "perceptual_hash"]
-
 MISSING = 'the package imagehash isn\'t installed (pip install "crosskd-ifc[data]")'
 # Of 64 bits. Of 122 blood-cell photos, copies at half the size or JPEG quality 40 differ in at most
 # 2, and no two photos in less than 14.

@@ -20,8 +20,6 @@ from .files import IMAGE_FORMATS, read_json
 from .layouts import MADE_HERE, Photo, PhotoFolder, made_here, read_folder
 from .near_duplicates import MISSING, groups_of_alike, is_available, perceptual_hash
 
-__all__ = ["make_card", "split_photos"]
-
 _NAMES = ("train", "val", "test")
 _EXAMPLES = 3
 

@@ -13,8 +13,6 @@ import numpy as np
 
 from .mapper import SampleError
 
-__all__ = ["check_outlines", "is_outline", "outline_fault"]
-
 # Far beyond any image, and small enough for pycocotools, which draws edges at five times the size.
 _FARTHEST = 10**6
 _LONGEST = 12  # characters of one run: 60 bits

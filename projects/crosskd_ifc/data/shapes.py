@@ -22,20 +22,6 @@ from tqdm import tqdm
 
 from .shapes_drawing import CLASSES, SPLIT_IDS, render
 
-__all__ = [
-    "AT_256",
-    "CLASSES",
-    "COARSE_CLASSES",
-    "FEW",
-    "LARGE",
-    "NUM_IMAGES",
-    "VERSION",
-    "generate",
-    "register_coarse_shapes",
-    "register_shapes",
-    "render",
-]
-
 # A second label set for the same objects, to distil from a teacher of other classes.
 COARSE_CLASSES = {
     "disk": ("striped_disk", "dotted_disk"),

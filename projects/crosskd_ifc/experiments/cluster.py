@@ -13,6 +13,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Union
 import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
+from ..common.errors import said
 from ..common.files import read_json_if_any
 from ..config import ConfigError
 from .child_process import RunFailed, RunStopped, StepCounter, supervise
@@ -155,9 +156,8 @@ class ClusterTrain:
                     raise RunStopped(f"{run.name} was stopped")
             done = job.results()[0]
         except (FailedJobError, UncompletedJobError) as error:
-            reason = str(error).strip().splitlines()[0]
             where = f"job {job.job_id} ({job.paths.stderr})"
-            raise RunFailed(f"{run.name} failed in {where}: {reason}") from error
+            raise RunFailed(f"{run.name} failed in {where}: {said(error)}") from error
         finally:
             self._end(job, run, counter)
         if isinstance(done, str):

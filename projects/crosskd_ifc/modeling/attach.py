@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common.building import build_detector
 from ..common.config_files import (
     default_config,
     find_config,
@@ -25,9 +26,9 @@ from ..config import ConfigError, error_prefix, teacher_configs
 from ..data.cards import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
+from ..weights.held_config import differing_keys
 from ..weights.state_dicts import is_missing
 from ..weights.strict import load_strictly
-from .building import build_detector
 from .student import TeacherCandidate
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ def _candidate(
     options = {"student_format": cfg.INPUT.FORMAT, "precision": precision}
     if teacher is None:
         built, weights = _build_teacher(cfg, model.device, options)
-        load = functools.partial(_load, built.model, weights)
+        is_code = is_lazy(cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE)
+        load = functools.partial(_load, built.model, weights, None if is_code else built.cfg)
     else:
         built = Teacher(teacher.to(model.device), **options)
     _check_square(cfg, built)
@@ -192,7 +194,13 @@ def check_teacher_weights(weights: str) -> None:
         )
 
 
-def _load(model: nn.Module, weights: str) -> None:
+def _load(model: nn.Module, weights: str, cfg: Optional[CfgNode]) -> None:
     check_teacher_weights(weights)
-    source = "TEACHER.CONFIG_FILE (with TEACHER.OPTS)"
-    load_strictly(model, weights, key="MODEL.CROSSKD.TEACHER.WEIGHTS", source=source)
+    source, key = "TEACHER.CONFIG_FILE (with TEACHER.OPTS)", "MODEL.CROSSKD.TEACHER.WEIGHTS"
+    held = load_strictly(model, weights, key=key, source=source)
+    keys = [] if cfg is None else differing_keys(held, cfg, evaluation=False)
+    if keys:
+        logger.warning(
+            f"{key} {weights!r}: the weights were trained with other values of {', '.join(keys)} "
+            f"than {source} has, so this teacher may answer wrongly; set them in TEACHER.OPTS"
+        )

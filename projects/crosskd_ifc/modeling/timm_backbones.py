@@ -14,6 +14,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
+from ..common.errors import said
 from ..config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -109,9 +110,8 @@ class TimmBackbone(Backbone):
         try:
             found = self(torch.zeros(1, 3, _TRIAL_SIZE, _TRIAL_SIZE))
         except Exception as error:  # of timm's many networks
-            reason = str(error).strip().split("\n")[0]
             raise ConfigError(
-                f"MODEL.TIMM.NAME {name!r} can't read images of any size: {reason}"
+                f"MODEL.TIMM.NAME {name!r} can't read images of any size: {said(error)}"
             ) from error
         self.train(training)
         for feature, shape in self.output_shape().items():
@@ -191,8 +191,7 @@ def _create(name: str, **options) -> nn.Module:
     try:
         return timm.create_model(name, features_only=True, **{"pretrained": False, **options})
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"MODEL.TIMM.NAME {name!r} gives no features: {reason}") from error
+        raise ConfigError(f"MODEL.TIMM.NAME {name!r} gives no features: {said(error)}") from error
 
 
 def _timm():

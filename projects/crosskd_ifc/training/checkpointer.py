@@ -2,7 +2,6 @@
 the last one that can be read."""
 
 import os
-import re
 import shutil
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
@@ -12,14 +11,14 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..common.errors import one_line
 from ..common.files import replacing
 from ..config import ConfigError
 from ..weights.reading import SafeReader, load_weights, unreadable
 from ..weights.state_dicts import ADAPTER_PREFIX, is_state_dict
 from ..weights.strict import describe_misfit
 from .run_config import as_table, changed_settings, describe_run
-
-_NAMES = re.compile(r"model_(\d+|final)\.pth")  # as detectron2's hooks give them
+from .run_folder import find_checkpoints, has_checkpoint, number_of, tagged
 
 
 class CheckpointError(RuntimeError):
@@ -116,11 +115,10 @@ class SafeCheckpointer(SafeReader):
             if tag:
                 self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            reason = str(error).strip().split("\n")[0]
             last = self.get_checkpoint_file()
             there = f"The last complete one is {last}" if last else "There is no earlier one"
             raise CheckpointError(
-                f"the checkpoint {path} can't be written: {type(error).__name__} {reason}"
+                f"the checkpoint {path} can't be written: {one_line(error)}"
                 f"{_free(self.save_dir)}. "
                 f"{there}; make room, or repair the folder, and go on with --resume"
             ) from error
@@ -136,7 +134,7 @@ class SafeCheckpointer(SafeReader):
         """The file in this folder that ``last_checkpoint`` names, be it there or not; or ""."""
         if "://" in self.save_dir:
             return super().get_checkpoint_file()
-        return _tagged(self.save_dir)
+        return tagged(self.save_dir)
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint in the folder, be it without ``last_checkpoint``."""
@@ -237,7 +235,7 @@ class SafeCheckpointer(SafeReader):
         others = [file for file in find_checkpoints(self.save_dir) if file != tagged]
         best, content, problems = "", {}, []
         for file in [tagged, *others] if tagged else others:
-            if best and (best == tagged or _number(file) <= content["iteration"]):
+            if best and (best == tagged or number_of(file) <= content["iteration"]):
                 break
             found, fault = self._read(file)
             if fault:
@@ -267,53 +265,8 @@ class SafeCheckpointer(SafeReader):
         )
 
 
-def has_checkpoint(folder: str) -> bool:
-    """Whether there is something to resume from in a run's folder."""
-    tag = os.path.join(folder, "last_checkpoint")
-    return PathManager.exists(tag) or bool(find_checkpoints(folder))
-
-
-def check_tag(folder: str) -> None:
-    """Refuse a local folder with a ``last_checkpoint``, but no checkpoint.
-
-    Raises:
-        ConfigError: saying what to do.
-    """
-    tag = os.path.join(folder, "last_checkpoint")
-    if os.path.isfile(tag) and not find_checkpoints(folder) and not os.path.isfile(_tagged(folder)):
-        raise ConfigError(
-            f"OUTPUT_DIR {os.path.abspath(folder)} has a file last_checkpoint, but no checkpoint: "
-            "delete it to start anew, or put the checkpoint back"
-        )
-
-
-def _tagged(folder: str) -> str:
-    tag = os.path.join(folder, "last_checkpoint")
-    if not os.path.isfile(tag):
-        return ""
-    with open(tag, "rb") as f:
-        # The folder of a path may be the one that this was copied from.
-        name = os.path.basename(f.read(1000).decode(errors="replace").strip())
-    return os.path.join(folder, name) if name else ""
-
-
-def find_checkpoints(folder: str) -> List[str]:
-    """The checkpoints in a local folder: the final one, then those of the most iterations first."""
-    if "://" in folder or not os.path.isdir(folder):
-        return []
-    files = [os.path.join(folder, x) for x in filter(_NAMES.fullmatch, os.listdir(folder))]
-    return sorted(files, key=_number, reverse=True)
-
-
 def _free(folder: str) -> str:
     try:
         return f" ({shutil.disk_usage(folder).free >> 20} MiB are free there)"
     except OSError:  # the folder is gone
         return ""
-
-
-def _number(file: str) -> float:
-    """The iteration that a checkpoint's name tells; more than all others for the final one, which
-    doesn't tell."""
-    number = _NAMES.fullmatch(os.path.basename(file)).group(1)
-    return float("inf") if number == "final" else int(number)

@@ -18,8 +18,6 @@ from ..data.cards import drop_degenerate_boxes, register_card
 from ..data.mapper import SampleError
 from ..data.outlines import check_outlines
 
-__all__ = ["BACKBONES", "DETECTORS", "write_configs"]
-
 BACKBONES = {"R18": 18, "R34": 34, "R50": 50, "R101": 101}
 # detector -> (config to start from, architecture that distils, learning rate of 16 images)
 DETECTORS: Dict[str, Tuple[str, str, float]] = {

@@ -11,8 +11,6 @@ from ..data.loading import load_training_records
 from ..data.outlines import check_outlines
 from .preflight_data import check_classes
 
-__all__ = ["usable_records"]
-
 
 def usable_records(cfg: CfgNode) -> List[dict]:
     """The records less the boxes without area or outside their image, which it logs.

@@ -17,11 +17,12 @@ from torch import nn
 from ..common.files import replacing
 from ..config import ConfigError
 from ..weights.strict import load_strictly
-from .checkpointer import SafeCheckpointer, check_tag, has_checkpoint
+from .checkpointer import SafeCheckpointer
 from .errors import one_line_errors
 from .output_folder import check_output_folder, training_alone_in
 from .preflight import check_evaluation_config, check_training_config, check_weights
 from .preflight_data import check_classes, check_test_data
+from .run_folder import check_tag, has_checkpoint
 from .trainer import CrossKDTrainer
 
 Config = Union[CfgNode, DictConfig]  # as the user wrote it

@@ -12,13 +12,16 @@ import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, ROIMasks
 from detectron2.structures.keypoints import heatmaps_to_keypoints
 from detectron2.utils.file_io import PathManager
 from torch.nn import functional as F
 
+from ..common.errors import one_line
+
 INFO_NAME = "model.json"
 KEYPOINTS = "keypoint_heatmaps"
+MASK_THRESHOLD = 0.5  # detectron2's
 BOX_TOLERANCE = 1e-2  # pixels
 SCORE_TOLERANCE = 1e-4
 _MASK_TOLERANCE = 1e-3  # of the image's pixels
@@ -135,8 +138,9 @@ class DeployedModel:
         except ImportError:
             raise
         except Exception as error:  # runtimes raise what they like on foreign bytes
-            reason = f"{type(error).__name__} {error}".strip().split("\n")[0]
-            raise ValueError(f"{path}: it can't be run; export it again ({reason})") from error
+            raise ValueError(
+                f"{path}: it can't be run; export it again ({one_line(error)})"
+            ) from error
 
     @torch.no_grad()
     def __call__(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Instances]]:
@@ -150,11 +154,20 @@ class DeployedModel:
         result = Instances((height, width), pred_boxes=Boxes(boxes))
         result.scores, result.pred_classes = found["scores"], found["classes"]
         if "masks" in found:
-            result.pred_masks = found["masks"]
+            result.masks, result.boxes = found["masks"], boxes
         if KEYPOINTS in found:
             result.pred_keypoint_heatmaps = found[KEYPOINTS]
             result.pred_keypoints = heatmaps_to_keypoints(found[KEYPOINTS], boxes)[:, :, [0, 1, 3]]
-        return detector_postprocess(result, x.get("height", height), x.get("width", width))
+        out = x.get("height", height), x.get("width", width)
+        result = detector_postprocess(result, *out)
+        if result.has("masks"):
+            # A mask is of the whole box, which may reach into the padding.
+            boxes = Boxes(result.boxes.clone())
+            boxes.scale(out[1] / width, out[0] / height)
+            masks = ROIMasks(result.masks[:, 0]).to_bitmasks(boxes, *out, MASK_THRESHOLD)
+            result.pred_masks = masks.tensor
+            result.remove("masks"), result.remove("boxes")
+        return result
 
 
 def difference(found: Instances, wanted: Instances) -> str:

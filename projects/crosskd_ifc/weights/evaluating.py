@@ -13,12 +13,11 @@ from detectron2.data import (
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 
 from ..config import ConfigError
-from ..data.class_names import dataset_class_names
+from ..data.class_names import class_names_or_numbers, dataset_class_names
 from ..data.fields import coco_evaluator_fault
 from ..data.files import read_coco_json
 from ..data.mapper import CheckedMapper
 from .deployed import KEYPOINTS, DeployedModel
-from .graphs import class_names_or_numbers
 from .student import load_student
 
 Results = Dict[str, Dict[str, float]]

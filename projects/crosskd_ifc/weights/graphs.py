@@ -20,8 +20,8 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
 from ..common.files import write_json
-from ..config import ConfigError, class_count
-from ..data.class_names import class_names
+from ..config import ConfigError
+from ..data.class_names import class_names_or_numbers
 from .deployed import INFO_NAME, KEYPOINTS, Info
 
 # Format -> name of the file.
@@ -106,11 +106,6 @@ def describe(cfg: CfgNode, format: str, size: Optional[Tuple[int, int]]) -> Info
         classes=class_names_or_numbers(cfg),
         keypoint_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
     )
-
-
-def class_names_or_numbers(cfg: CfgNode) -> Tuple[str, ...]:
-    """Of a config's classes; numbers where no registered data set knows the names."""
-    return tuple(class_names(cfg, load=True) or map(str, range(class_count(cfg)[1])))
 
 
 @torch.no_grad()

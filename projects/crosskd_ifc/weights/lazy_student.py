@@ -3,7 +3,7 @@
 import copy
 import os
 import tempfile
-from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import yaml
 from detectron2.config import CfgNode, LazyConfig
@@ -29,6 +29,10 @@ from .metadata import read_metadata
 from .stock import STOCK_CLASSES, is_ours
 
 _AUGMENTATIONS = "dataloader.test.mapper.augmentations"
+_OF_IMAGES = (
+    _AUGMENTATIONS,
+    *(f"dataloader.{x}.mapper.image_format" for x in ("train", "test")),
+)
 
 
 class LazyStudent(NamedTuple):
@@ -75,26 +79,29 @@ def build_lazy_student(path: str, overrides: Sequence[str] = ()) -> LazyStudent:
     return LazyStudent(cfg, path, written, config.model, model)
 
 
-def check_is_of_run(student: LazyStudent, checkpoint: str) -> None:
+def check_is_of_run(student: LazyStudent, checkpoint: str, *, but: Sequence[str] = ()) -> None:
     """Refuse a LazyConfig that describes another model than that of the run, whose config.yaml
-    lies beside the checkpoint: weights may fit all the same. What lies beside an exported
-    student is no run's.
+    lies beside the checkpoint, or other test images: weights may fit all the same. What lies beside
+    an exported student is no run's.
+
+    Args:
+        but: paths, such as "model.roi_heads", below which a difference is meant.
 
     Raises:
         ConfigError: naming the first path that differs.
     """
     folder = os.path.dirname(checkpoint)
     beside = os.path.join(folder, "config.yaml")
-    then = None if "://" in folder else written_model(beside)
+    then = None if "://" in folder else written_config(beside)
     if then is None or read_metadata(folder):
         return
     with tempfile.TemporaryDirectory() as folder:
         again = os.path.join(folder, "config.yaml")
         LazyConfig.save(student.config, again)  # as the run has
-        now = written_model(again) or {}
-    found = next(_differences(now, then, "model"), None)
-    if found:
-        key, ours, theirs = found
+        now = written_config(again) or {}
+    for key, ours, theirs in _differences(_compared(now), _compared(then)):
+        if any(f"{key}.".startswith(f"{x}.") for x in but):
+            continue
         raise ConfigError(
             f"--config-file {student.path}: {key} is {ours}, but the run had {theirs} "
             f"({beside}); repeat the run's overrides in --overrides. If the difference is meant, "
@@ -163,9 +170,9 @@ def _test_size(config: DictConfig, path: str) -> Tuple[int, int]:
     )
 
 
-def written_model(path: str) -> Any:
-    """The ``model`` in a file of :meth:`LazyConfig.save`, values as written: nothing that the file
-    names is made.
+def written_config(path: str) -> Optional[Dict[str, Any]]:
+    """What is in a file of :meth:`LazyConfig.save`, values as written: nothing that the file names
+    is made.
 
     Returns:
         None if it is no such file.
@@ -179,7 +186,19 @@ def written_model(path: str) -> Any:
         content = _plain(yaml.compose(text, yaml.SafeLoader))
     except (RecursionError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return content["model"] if isinstance(content, dict) and is_saved_lazy(content) else None
+    return content if isinstance(content, dict) and is_saved_lazy(content) else None
+
+
+def _compared(config: Dict[str, Any]) -> Dict[str, Any]:
+    """What decides what a model makes of an image."""
+    parts = {"model": config.get("model")}
+    for key in _OF_IMAGES:
+        value: Any = config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            parts[key] = value
+    return parts
 
 
 def _plain(node: Optional[yaml.Node]) -> Any:
@@ -190,12 +209,13 @@ def _plain(node: Optional[yaml.Node]) -> Any:
     return None if node is None else node.value
 
 
-def _differences(a: Any, b: Any, key: str) -> Iterator[Tuple[str, str, str]]:
+def _differences(a: Any, b: Any, key: str = "") -> Iterator[Tuple[str, str, str]]:
     """(path, value, value) where two trees differ."""
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         a, b = (dict(enumerate(x)) for x in (a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         for k in {**a, **b}:
-            yield from _differences(a.get(k, "not there"), b.get(k, "not there"), f"{key}.{k}")
+            path = f"{key}.{k}" if key else str(k)
+            yield from _differences(a.get(k, "not there"), b.get(k, "not there"), path)
     elif a != b:
         yield key, str(a), str(b)

@@ -17,6 +17,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..common.errors import one_line
+
 
 class WeightsError(ValueError):
     """A file of weights can't be read, or must not be."""
@@ -212,9 +214,9 @@ def _read(local: str, path: str) -> Any:
         # One that goes to a place in front of the file raises EINVAL: the file is at fault.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        reason = f"{type(error).__name__} {error}".strip().split("\n")[0]
         raise WeightsError(
-            f"{path}: {reader} can't read it; the file is damaged, or of another kind ({reason})"
+            f"{path}: {reader} can't read it; the file is damaged, or of another kind "
+            f"({one_line(error)})"
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Any, Mapping, Optional, Union
 import yaml
 from detectron2.config import CfgNode, LazyCall, LazyConfig, get_cfg, instantiate
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import GeneralizedRCNN, build_model, build_resnet_backbone
+from detectron2.modeling import GeneralizedRCNN, build_resnet_backbone
 from detectron2.modeling.backbone import FPN, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch import RetinaNet
@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..common.building import build_detector
 from ..common.config_files import default_config, merge_from_list
 from ..common.lazy_config import explain, is_saved_lazy
 from ..common.safe_yaml import load_yaml
@@ -64,13 +65,7 @@ def build_student(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    try:
-        return build_model(cfg).eval()
-    except (AssertionError, KeyError) as error:
-        # A KeyError's own text is the quoted one of its argument.
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        reason = str(text).strip().split("\n")[0]
-        raise ConfigError(f"the config's model can't be built: {reason}") from error
+    return build_detector(cfg, what="the config").eval()
 
 
 def stock_config(cfg: CfgNode, weights: str) -> Union[CfgNode, DictConfig]:

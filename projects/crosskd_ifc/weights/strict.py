@@ -1,9 +1,10 @@
 """Loading all of a detector or nothing."""
 
-from typing import Any
+from typing import Any, Mapping
 
 from torch import nn
 
+from ..common.errors import one_line
 from ..config import ConfigError
 from .reading import SafeReader, WeightsError
 from .state_dicts import ADAPTER_PREFIX, describe_problems
@@ -52,7 +53,7 @@ def describe_misfit(found: Any, *, with_adapters: bool) -> str:
 
 def load_strictly(
     model: nn.Module, weights: str, *, key: str = "MODEL.WEIGHTS", source: str = "its config"
-) -> None:
+) -> Mapping[str, Any]:
     """Load all of a detector.
 
     Args:
@@ -60,15 +61,19 @@ def load_strictly(
         key: the config key that named it, for the error.
         source: where the model comes from, for the error.
 
+    Returns:
+        What the file holds beside the weights.
+
     Raises:
         ConfigError: if the file can't be read or doesn't fit.
     """
     try:
-        StrictReader(model).load(weights)
+        return StrictReader(model).load(weights)
     except MisfitError as error:
         raise ConfigError(
             f"{key} {weights!r} does not fit the model of {source}. Weights {error}"
         ) from None
     except Exception as error:  # readers raise what they like on foreign bytes
-        reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0]
-        raise ConfigError(f"{key} {weights!r} can't be read as weights: {reason}") from error
+        raise ConfigError(
+            f"{key} {weights!r} can't be read as weights: {one_line(error)}"
+        ) from error

@@ -2,11 +2,9 @@
 
 import logging
 import os
-import re
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -14,23 +12,19 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
-from ..common.config_files import flat, load_config, load_config_text
+from ..common.config_files import load_config, load_config_text
 from ..common.lazy_config import is_lazy
 from ..common.paths import resolve_path
 from ..common.user_code import refuse_user_code
 from ..config import ConfigError
 from ..data.cards import fill_in_class_count
-from .lazy_student import build_lazy_student, check_is_of_run, written_model
+from .held_config import differing_keys
+from .lazy_student import build_lazy_student, check_is_of_run, written_config
 from .reading import load_weights
 from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
 from .stock import build_student, lazy_stock_config, stock_config
 
 logger = logging.getLogger(__name__)
-
-# Keys that weights fit with any value of, and that change what a model finds.
-_OF_PREDICTIONS = re.compile(
-    r"MODEL\.PIXEL_(MEAN|STD)|INPUT\.FORMAT|.*_TEST|.*DETECTIONS_PER_IMAGE"
-)
 
 
 class Student(NamedTuple):
@@ -98,7 +92,7 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
             f"{checkpoint}: there is no config in it, and no config.yaml beside it, where training "
             "writes one; give the config that it was trained with by --config-file"
         )
-    elif written_model(path) is not None:
+    elif written_config(path) is not None:
         raise ConfigError(
             f"{path}: a LazyConfig, which is code; give the one that {checkpoint} was trained with "
             "by --config-file FILE.py (of an exported FCOS, the training's config)"
@@ -106,23 +100,13 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
     cfg = load_config(path, key=key, found=not config_file)
     if config_file:
         fill_in_class_count(cfg)  # a training has written it into its own
-        _warn_of_differences(cfg, path, held, checkpoint)
+        keys = differing_keys(content, cfg, evaluation=True)
+        if keys:
+            logger.warning(
+                f"--config-file {path}: {', '.join(keys)} differ from the config in {checkpoint}, "
+                "that of its training; without --config-file that one is taken"
+            )
     return cfg, path
-
-
-def _warn_of_differences(cfg: CfgNode, path: str, held: Any, checkpoint: str) -> None:
-    """Warn where a named config finds something else than the checkpoint's own would."""
-    try:
-        then = dict(flat(yaml.safe_load(held["yaml"])))
-    except (AttributeError, KeyError, TypeError, yaml.YAMLError):  # it holds none
-        return
-    now = dict(flat(yaml.safe_load(cfg.dump())))
-    keys = [k for k in now if k in then and _OF_PREDICTIONS.fullmatch(k) and now[k] != then[k]]
-    if keys:
-        logger.warning(
-            f"--config-file {path}: {', '.join(keys)} differ from the config in {checkpoint}, that "
-            "of its training; without --config-file that one is taken"
-        )
 
 
 def config_beside(checkpoint: str) -> str:

@@ -1,0 +1,38 @@
+"""The config that a checkpoint of this project holds, beside one that is named for its weights."""
+
+import re
+from typing import Any, List
+
+import yaml
+from detectron2.config import CfgNode
+
+from ..common.config_files import flat
+
+# Keys that weights fit with any value of, and that change what a model finds.
+_OF_PREDICTIONS = re.compile(
+    r"INPUT\.FORMAT|MODEL\.(PIXEL_(MEAN|STD)|ANCHOR_GENERATOR\..*)"
+    r"|.*(BBOX_REG_WEIGHTS|HEAD(S|NET)?\.IN_FEATURES|POOLER_(TYPE|RESOLUTION|SAMPLING_RATIO))"
+    r"|.*(STRIDE_IN_1X1|RES5_DILATION|FUSE_TYPE|USE_SIGMOID_CE|NMS_THRESH)"
+)
+_OF_EVALUATION = re.compile(r".*(_TEST|DETECTIONS_PER_IMAGE)")
+
+
+def differing_keys(checkpoint: Any, cfg: CfgNode, *, evaluation: bool) -> List[str]:
+    """Keys because of which a config makes other predictions than the one in a checkpoint.
+
+    Args:
+        checkpoint: its content; without a config in it there are no such keys.
+        cfg: the named config.
+        evaluation: whether sizes and thresholds of an evaluation count, too.
+    """
+    try:
+        then = dict(flat(yaml.safe_load(checkpoint["config"]["yaml"])))
+    except (AttributeError, KeyError, TypeError, yaml.YAMLError):
+        return []
+    now = dict(flat(yaml.safe_load(cfg.dump())))
+    return [
+        key
+        for key in now
+        if key in then and now[key] != then[key]
+        if _OF_PREDICTIONS.fullmatch(key) or (evaluation and _OF_EVALUATION.fullmatch(key))
+    ]
