@@ -1,4 +1,4 @@
-"""Every config of configs/quick trains, resumes and evaluates, on a few pictures.
+"""Every config of configs/quick trains and evaluates, on a few pictures.
 
 That all of them load, build and fit their teachers is in training/test_trainer.py.
 """
@@ -75,27 +75,22 @@ def teachers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("config", configs())
-def test_a_quick_config_trains_resumes_and_evaluates(config, few_pictures, teachers, tmp_path):
+def test_a_quick_config_trains_and_evaluates(config, few_pictures, teachers, tmp_path):
     path = os.path.join("quick", config)
     cfg = Run("", path, "").cfg()
-    opts = [*SMALL, "OUTPUT_DIR", tmp_path / "run", "TEST.EVAL_PERIOD", 2]
+    opts = [*SMALL, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 1]
+    opts += ["OUTPUT_DIR", tmp_path / "run", "TEST.EVAL_PERIOD", 0]
     teacher = cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE
     if teacher:
         opts += ["MODEL.CROSSKD.TEACHER.WEIGHTS", teachers(teacher)]
     if cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD:
         opts += ["MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD", 1]
-    train_net = load_script(TRAIN_NET)
-
-    def run(*more):
-        arguments = [*more, *opts] if more and more[0] == "--resume" else [*opts, *more]
-        arguments = ["--config-file", path, *map(str, arguments)]
-        return train_net.main(default_argument_parser().parse_args(arguments))
-
-    run("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 0)
-    first = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
-    assert first["iteration"] == 0
-    run("--resume", "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ())
-    last = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    arguments = ["--config-file", path, *map(str, opts)]
+    load_script(TRAIN_NET).main(default_argument_parser().parse_args(arguments))
+    first, last = (
+        torch.load(tmp_path / "run" / f"model_{name}.pth", weights_only=True)
+        for name in ("0000000", "final")
+    )
     assert last["iteration"] == 1 and last["model"].keys() == first["model"].keys()
     for name, value in last["model"].items():
         assert torch.isfinite(value).all(), name
