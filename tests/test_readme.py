@@ -603,6 +603,7 @@ def rows_of_results(after="# Results"):
         ("plain CrossKD and the student's own predictions", "both"),
         ("mean of fc1 and fc2, today's CrossKD-IFC", "ifc"),
         ("fc2 alone", "fc2"),
+        ("plain CrossKD, loss weights doubled", "crosskd_double"),
     ],
 )
 def test_the_table_of_the_screen_is_that_of_the_recorded_runs(title, arm):
