@@ -15,7 +15,7 @@ from typing import List, Optional
 import torch
 
 from crosskd_ifc.common.command_line import tool_parser
-from crosskd_ifc.common.files import refuse_overwriting, staging_folder
+from crosskd_ifc.common.files import refuse_overwriting, replacing
 from crosskd_ifc.modeling.timm_backbones import timm_input, timm_weights
 from crosskd_ifc.weights.reading import load_weights
 
@@ -36,10 +36,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         if state is not None:
             state = state.get("model", state.get("state_dict", state))
         weights = timm_weights(args.NAME, state)
-        with staging_folder(os.path.dirname(os.path.abspath(args.OUT))) as folder:
-            staged = os.path.join(folder, os.path.basename(args.OUT))
-            torch.save({"model": weights, "__author__": f"timm: {args.NAME}"}, staged)
-            os.replace(staged, args.OUT)
+        os.makedirs(os.path.dirname(os.path.abspath(args.OUT)), exist_ok=True)
+        with replacing(args.OUT) as f:
+            torch.save({"model": weights, "__author__": f"timm: {args.NAME}"}, f)
     except (OSError, ValueError) as error:
         print(f"timm_weights: {error}", file=sys.stderr)
         return 1

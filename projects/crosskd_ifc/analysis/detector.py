@@ -15,7 +15,12 @@ from PIL import Image
 from torch import nn
 
 from ..common.building import build_detector
-from ..common.config_files import find_config, load_config, merge_from_list
+from ..common.config_files import (
+    find_config,
+    load_config,
+    load_config_text,
+    merge_from_list,
+)
 from ..common.environment import device_fault
 from ..common.lazy_config import is_lazy
 from ..config import ConfigError, teacher_configs
@@ -25,7 +30,6 @@ from ..modeling.attach import load_teacher_config
 from ..training.run_folder import last_checkpoint
 from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
-from ..weights.stock import read_exported_fcos
 from ..weights.strict import load_strictly
 from ..weights.student import config_beside
 
@@ -87,7 +91,8 @@ def load_detector(
         ConfigError: if weights or config can't be found, read or combined.
     """
     file, config = _find(weights, config_file)
-    names = read_metadata(os.path.dirname(file)).get("classes")
+    about = read_metadata(os.path.dirname(file))
+    names = about.get("classes")
     if is_lazy(config_file):
         student = build_lazy_student(config_file, opts)
         check_is_of_run(student, file, but=[str(opt).split("=")[0].lstrip("+~") for opt in opts])
@@ -99,13 +104,12 @@ def load_detector(
     if config_file:
         cfg = load_config(config_file, opts)
         fill_in_class_count(cfg)  # a training has written it into its own
+    elif "config" in about:
+        cfg = load_config_text(about["config"], source=f"{config}: the config in metadata.json")
+        merge_from_list(cfg, opts, key="--opts")
     else:
-        cfg = read_exported_fcos(config)
-        if cfg is not None:
-            merge_from_list(cfg, opts, key="--opts")
-        else:
-            key = "the config beside the weights,"
-            cfg = load_config(config, opts, key=key, opts_key="--opts", found=True)
+        key = "the config beside the weights,"
+        cfg = load_config(config, opts, key=key, opts_key="--opts", found=True)
     return _build(cfg, file, names)
 
 

@@ -167,7 +167,7 @@ def _load(path: str) -> Protocol:
         seeds=tuple(entry.seeds),
         validation=entry.validation,
         test=entry.test,
-        opts=_flat(entry.opts),
+        opts=_as_words(entry.opts),
         arms=_arms(entry),
         contrasts=tuple((arm, reference) for arm, reference in entry.contrasts),
         margin=entry.margin,
@@ -201,7 +201,7 @@ def _arms(entry: ProtocolEntry) -> Dict[str, Arm]:
             name=name,
             config=arm.config,
             title=arm.title or name,
-            opts=_flat(arm.opts),
+            opts=_as_words(arm.opts),
             seeds=tuple(seeds),
             group=group,
             versus=tuple(arm.versus or _usual_versus(name, group, names)),
@@ -256,7 +256,7 @@ def _needs_teacher(protocol: Protocol, name: str) -> bool:
     )
 
 
-def _flat(opts: Mapping[str, Any]) -> Tuple[str, ...]:
+def _as_words(opts: Mapping[str, Any]) -> Tuple[str, ...]:
     # As on a command line: yacs reads the text of a Python literal. Its tuples and lists replace
     # each other, so a YAML list does for both.
     texts = ((key, value if isinstance(value, str) else repr(value)) for key, value in opts.items())

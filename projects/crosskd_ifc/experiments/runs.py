@@ -19,7 +19,7 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from ..analysis.curves import read_metrics
-from ..common.config_files import default_values, find_config, flat, load_config
+from ..common.config_files import find_config, load_config
 from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json_if_any, write_json
 from ..common.paths import resolve_path
@@ -30,17 +30,7 @@ from ..modeling.attach import load_teacher_config
 from ..training.non_finite import DIVERGED
 from ..weights.state_dicts import is_missing
 from .child_process import RunFailed, RunStopped, StepCounter, claim_folder, supervise
-
-# Keys of MODEL.CROSSKD that came after the first records, with the value that stands for what was
-# done before.
-_SINCE = {
-    "MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0,
-    "MODEL.CROSSKD.TEACHERS_LOSS": "mean",
-    "MODEL.CROSSKD.LOSS.CLS_TYPE": "kl",
-    "MODEL.CROSSKD.LOSS.FEATURE_TYPE": "pkd",
-}
-# Settings that don't belong to a run's results.
-_NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD", "WANDB.PROJECT")
+from .settings_digest import digested_settings
 
 
 @dataclasses.dataclass
@@ -90,7 +80,7 @@ class Run:
         Folder and device don't matter, nor do keys that are new since then, as long as they are at
         their defaults (those of ``MODEL.CROSSKD``: empty, 0 or False): results outlive new options.
         """
-        settings = _settings(self.cfg())
+        settings = digested_settings(self.cfg())
         if self.needs:
             settings.pop("MODEL.CROSSKD.TEACHER.WEIGHTS", None)
         return self._sha256([settings, *(run.digest() for run in self.needs)])
@@ -122,7 +112,7 @@ class Run:
             found["shapes"] = shapes.VERSION
         for i, (one, teacher, weights) in enumerate(teachers):
             lazy = not isinstance(teacher, CfgNode)
-            settings = _teacher_file(one) if lazy else _settings(teacher)
+            settings = _teacher_file(one) if lazy else digested_settings(teacher)
             key = f"teacher_{i + 1}" if i else "teacher"
             found[key] = [settings, weights, file_sha256(weights)]
         return self._sha256(found)
@@ -277,9 +267,9 @@ def _collect(run: Run) -> Dict[str, Any]:
             raise RunFailed(f"{run.name}: no {key} in {run.path('metrics.json')}")
         last = points[max(points)]
         splits[name] = {
-            "AP": _score(last[key]),
-            "AP50": _score(last[f"{key}50"]),
-            "curve": [[i, _score(points[i][key])] for i in sorted(points)],
+            "AP": ap_or_zero(last[key]),
+            "AP50": ap_or_zero(last[f"{key}50"]),
+            "curve": [[i, ap_or_zero(points[i][key])] for i in sorted(points)],
         }
     return _content(splits, steps, lines, _statistics(lines))
 
@@ -316,27 +306,6 @@ def _statistics(lines: List[dict]) -> Dict[str, float]:
     return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
 
-def _score(value: float) -> float:
-    # detectron2 says NaN where a model detects nothing at all.
+def ap_or_zero(value: float) -> float:
+    """An AP of an evaluation; detectron2 says NaN where a model detects nothing at all."""
     return 0.0 if math.isnan(value) else value
-
-
-def _settings(cfg: CfgNode) -> Dict[str, Any]:
-    """What results depend on: all that isn't at its default; for a student that distils all of
-    MODEL.CROSSKD that is set, so that a changed default is another setting."""
-    before, settings, since = default_values(), {}, dict(_SINCE)
-    kd = cfg.MODEL.CROSSKD
-    if kd.LOSS.TAP_WEIGHTS:  # as their first records have it
-        since["MODEL.CROSSKD.LOSS.FUSED_WEIGHT"] = 0.0
-    is_separate = kd.FUSION.NAME == "none" and len(kd.FUSION.IN_FEATURES) != 1
-    for key, value in flat(cfg):
-        if key == "MODEL.CROSSKD.FUSION.ROUTE" and not is_separate:
-            value = value or "direct"  # which was the default
-        if key.startswith("MODEL.CROSSKD."):
-            counts = value != since[key] if key in since else value not in (0, "", (), [], None)
-            counts = counts and distillation_requested(cfg)
-        else:
-            counts = key not in _NO_RESULT and value != before.get(key)
-        if counts:
-            settings[key] = value
-    return settings

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import operator
 import os
 import threading
@@ -30,7 +29,7 @@ from .protocol import TEACHER, Protocol, load_protocol
 from .protocol_file import OWN_KEYS
 from .report import write_report
 from .results import Key, Results
-from .runs import Run, train
+from .runs import Run, ap_or_zero, train
 from .tuning import Space
 
 # Of the protocol whose arm is tuned.
@@ -256,9 +255,7 @@ class Watch:
             step = line["iteration"] + 1
             if self._key in line and step < self._last and step not in self._told:
                 self._told.add(step)
-                # detectron2 says NaN where a model detects nothing at all.
-                score = 0.0 if math.isnan(line[self._key]) else line[self._key]
-                found.append((step, score))
+                found.append((step, ap_or_zero(line[self._key])))
         return found
 
 

@@ -5,7 +5,7 @@ The inheriting start of ICD (Kang et al., 2021), FGD (Yang et al., 2022) and PKD
 
 import logging
 import re
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -268,11 +268,3 @@ def _rows(rows: _Rows, class_map: ClassMap, count: int) -> Optional[List[int]]:
         for i in range(count // len(group))
         for row in group
     ]
-
-
-def plan_inheritance(
-    cfg: CfgNode, student: nn.Module, teacher: Teacher
-) -> Optional[WeightInheritance]:
-    """The :class:`WeightInheritance` that the config asks for, or None."""
-    prefixes: Sequence[str] = cfg.MODEL.CROSSKD.INHERIT
-    return WeightInheritance(cfg, student, teacher) if prefixes else None

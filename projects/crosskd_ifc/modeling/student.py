@@ -25,7 +25,7 @@ from ..distillation.distiller import Distiller
 from ..distillation.several import SeveralTeachers
 from ..distillation.teacher import Teacher
 from .diagnostics import GradientDiagnostics
-from .inheriting import WeightInheritance, plan_inheritance
+from .inheriting import WeightInheritance
 
 
 class TeacherCandidate(NamedTuple):
@@ -106,8 +106,8 @@ class Student(nn.Module):
         for candidate in candidates if cfg.MODEL.CROSSKD.ENABLED else ():
             with error_prefix(candidate.name):
                 distillers.append(self.build_distiller(candidate.cfg, candidate.teacher))
-                if inheritance is None:
-                    inheritance = plan_inheritance(candidate.cfg, self, candidate.teacher)
+                if inheritance is None and candidate.cfg.MODEL.CROSSKD.INHERIT:
+                    inheritance = WeightInheritance(candidate.cfg, self, candidate.teacher)
         for candidate in candidates:
             with error_prefix(candidate.name):
                 if candidate.load is not None:

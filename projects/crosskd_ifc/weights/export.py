@@ -12,13 +12,13 @@ from torch import nn
 from ..common.files import refuse_overwriting, staging_folder, write_json
 from .deployed import INFO_NAME, DeployedModel, Info, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
-from .metadata import METADATA_NAME, describe_detector
+from .metadata import METADATA_NAME, describe_detector, yacs_settings
 from .own_code import own_code
 from .quantizing import quantize
 from .reading import save_safetensors
 from .samples import calibration_images, sample_images
 from .stock import load_stock, write_config
-from .student import Student, load_student
+from .student import LoadedStudent, load_student
 
 FORMATS = ("detectron2", *GRAPH_NAMES)
 _WEIGHTS, _CONFIG, _SAFETENSORS = "model.pth", "config.yaml", "model.safetensors"
@@ -130,22 +130,24 @@ def export_student(
     return export
 
 
-def _write_stock(found: Student, folder: str, out: str, *, safetensors: bool) -> Export:
+def _write_stock(found: LoadedStudent, folder: str, out: str, *, safetensors: bool) -> Export:
     """Write weights and config for stock detectron2 into ``folder``, as they will be in ``out``."""
     state, stock = found.model.state_dict(), found.stock_config(os.path.join(out, _WEIGHTS))
     torch.save({"model": state}, os.path.join(folder, _WEIGHTS))
     write_config(stock, os.path.join(folder, _CONFIG))
-    write_json(os.path.join(folder, METADATA_NAME), describe_detector(found.cfg))
+    is_lazy, about = not isinstance(stock, CfgNode), describe_detector(found.cfg)
+    if is_lazy and found.node is None:  # of FCOS; predict.py reads this, and runs nothing
+        about["config"] = yacs_settings(found.cfg)
+    write_json(os.path.join(folder, METADATA_NAME), about)
     if safetensors:
         save_safetensors(state, os.path.join(folder, _SAFETENSORS))
-    is_lazy = not isinstance(stock, CfgNode)
     detections, kind = _verify_stock(found.model, folder, is_lazy)
     export = _export(found, out, (_WEIGHTS, _CONFIG), kind, detections)
     return export._replace(is_lazy=is_lazy, own_code=own_code(stock))
 
 
 def _write_one_file(
-    found: Student, folder: str, out: str, info: Info, samples: Sequence[torch.Tensor]
+    found: LoadedStudent, folder: str, out: str, info: Info, samples: Sequence[torch.Tensor]
 ) -> Export:
     """Write the student as one graph into ``folder``, as it will be in ``out``."""
     write_graph(found.model, info, samples[0], folder)
@@ -153,7 +155,9 @@ def _write_one_file(
     return _export(found, out, (info.file, INFO_NAME), info.kind, detections)
 
 
-def _export(found: Student, out: str, names: Tuple[str, str], kind: str, detections: int) -> Export:
+def _export(
+    found: LoadedStudent, out: str, names: Tuple[str, str], kind: str, detections: int
+) -> Export:
     weights, config = (os.path.join(out, name) for name in names)
     return Export(
         weights=weights,

@@ -26,8 +26,16 @@ def describe_detector(cfg: CfgNode) -> Dict[str, Any]:
     }
 
 
+def yacs_settings(cfg: CfgNode) -> str:
+    """What a detector and its images are, as YAML, less what only its training needed."""
+    kept = CfgNode({key: cfg[key].clone() for key in ("MODEL", "INPUT", "TEST")})
+    del kept.MODEL["CROSSKD"]
+    return kept.dump()
+
+
 def read_metadata(folder: str) -> Dict[str, Any]:
-    """What :func:`describe_detector` gave, from the file in ``folder``; {} if there is none.
+    """What :func:`describe_detector` gave, from the file in ``folder``, and of a detector whose
+    config is code also "config", see :func:`yacs_settings`; {} if there is none.
 
     Raises:
         ConfigError: if the file holds something else.
@@ -42,6 +50,7 @@ def read_metadata(folder: str) -> Dict[str, Any]:
         raise ConfigError(f"{path}: not JSON ({error})") from None
     names = found.get("classes") if isinstance(found, dict) else ()
     is_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not isinstance(found, dict) or not _KEYS <= set(found) or not (names is None or is_names):
+    is_whole = isinstance(found, dict) and _KEYS <= set(found) and (names is None or is_names)
+    if not is_whole or not isinstance(found.get("config", ""), str):
         raise ConfigError(f"{path}: expected an object with {', '.join(sorted(_KEYS))}")
     return found

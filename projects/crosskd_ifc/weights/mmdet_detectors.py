@@ -41,7 +41,7 @@ _ASSUMED = (
 _CHECKED = "The training config in the file fits detectron2's model (input, anchors, box coding)"
 
 
-class Detector(NamedTuple):
+class ConvertedDetector(NamedTuple):
     """A converted detector.
 
     Attributes:
@@ -81,7 +81,7 @@ class _LayoutError(ValueError):
 
 def convert_detector(
     checkpoint: Checkpoint, backbone: Mapping[str, torch.Tensor], resnet: CN, source: str
-) -> Detector:
+) -> ConvertedDetector:
     """The same detector in detectron2.
 
     Args:
@@ -118,7 +118,7 @@ def convert_detector(
         is_outer = key.rpartition(".")[0] in layout.ratio_outer
         weights[names[key]] = sizes_first(value) if is_outer else value
     note = _CHECKED if checkpoint.training.get("model") else _ASSUMED
-    return Detector(name, weights, config, note)
+    return ConvertedDetector(name, weights, config, note)
 
 
 def sizes_first(rows: torch.Tensor) -> torch.Tensor:

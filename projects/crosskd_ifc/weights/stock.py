@@ -2,9 +2,7 @@
 
 import functools
 import operator
-import os
-import tempfile
-from typing import Any, Mapping, Optional, Union
+from typing import Union
 
 import yaml
 from detectron2.config import CfgNode, LazyCall, LazyConfig, get_cfg, instantiate
@@ -21,9 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..common.building import build_detector
-from ..common.config_files import default_config, merge_from_list
-from ..common.lazy_config import explain, is_saved_lazy
-from ..common.safe_yaml import load_yaml
+from ..common.lazy_config import explain
 from ..config import ConfigError, remove_crosskd_ifc_config
 from .own_code import own_code
 from .reading import load_weights
@@ -116,80 +112,6 @@ def write_config(stock: Union[CfgNode, DictConfig], path: str) -> None:
         header += f"# It needs code of your own: {', '.join(map(ascii, files))}.\n"
     with PathManager.open(path, "w") as f:
         f.write(header + text)
-
-
-def read_exported_fcos(path: str) -> Optional[CfgNode]:
-    """What an exported FCOS's config says, as a yacs config of this project's FCOS.
-
-    Only values are read: nothing that the file names is imported or called.
-
-    Args:
-        path: of any config.
-
-    Returns:
-        None if it is no LazyConfig.
-
-    Raises:
-        ConfigError: if it is one that :func:`write_config` hasn't written.
-    """
-    problem = f"{path} is a LazyConfig, but not that of an FCOS from tools/export_student.py"
-    advice = "; give the .py file that it is from by --config-file"
-    try:
-        content = _read(path)
-        if not isinstance(content, dict) or not is_saved_lazy(content):
-            return None
-        cfg = _yacs_config(content)
-        with tempfile.TemporaryDirectory() as folder:
-            again = os.path.join(folder, "config.yaml")
-            write_config(_lazy_config(cfg, content["train"]["init_checkpoint"]), again)
-            is_same = _read(again) == content
-    except (AttributeError, ConfigError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{problem} ({explain(error)}){advice}") from error
-    if not is_same:
-        raise ConfigError(f"{problem}, or it was changed{advice}")
-    return cfg
-
-
-def _read(path: str) -> Any:
-    with PathManager.open(path) as f:
-        return load_yaml(f.read())
-
-
-def _yacs_config(content: Mapping[str, Any]) -> CfgNode:
-    """The inverse of :func:`_lazy_config`."""
-    model, image = content["model"], content["input"]
-    backbone, head = model["backbone"], model["head"]
-    resnet = backbone["bottom_up"]["cfg"]["MODEL"]
-    cfg = default_config()
-    settings = {
-        "META_ARCHITECTURE": "FCOS",
-        "BACKBONE.NAME": "build_crosskd_fcos_resnet_fpn_backbone",
-        "BACKBONE.FREEZE_AT": resnet["BACKBONE"]["FREEZE_AT"],
-        **{f"RESNETS.{key}": value for key, value in resnet["RESNETS"].items()},
-        "FPN.IN_FEATURES": backbone["in_features"],
-        "FPN.OUT_CHANNELS": backbone["out_channels"],
-        "FPN.NORM": backbone["norm"],
-        "FPN.FUSE_TYPE": backbone["fuse_type"],
-        "FCOS.NUM_CLASSES": model["num_classes"],
-        "FCOS.IN_FEATURES": model["head_in_features"],
-        "FCOS.NUM_CONVS": len(head["conv_dims"]),
-        "FCOS.NORM": head["norm"],
-        "FCOS.PRIOR_PROB": head["prior_prob"],
-        "FCOS.CENTER_SAMPLING_RADIUS": model["center_sampling_radius"],
-        "FCOS.FOCAL_LOSS_ALPHA": model["focal_loss_alpha"],
-        "FCOS.FOCAL_LOSS_GAMMA": model["focal_loss_gamma"],
-        "FCOS.SCORE_THRESH_TEST": model["test_score_thresh"],
-        "FCOS.TOPK_CANDIDATES_TEST": model["test_topk_candidates"],
-        "FCOS.NMS_THRESH_TEST": model["test_nms_thresh"],
-        "PIXEL_MEAN": model["pixel_mean"],
-        "PIXEL_STD": model["pixel_std"],
-    }
-    pairs = [(f"MODEL.{key}", value) for key, value in settings.items()]
-    pairs += [("INPUT.FORMAT", image["format"]), ("INPUT.MIN_SIZE_TEST", image["min_size"])]
-    pairs += [("INPUT.MAX_SIZE_TEST", image["max_size"])]
-    pairs += [("TEST.DETECTIONS_PER_IMAGE", model["max_detections_per_image"])]
-    merge_from_list(cfg, [x for pair in pairs for x in pair], key="its values")
-    return cfg
 
 
 def load_stock(config: str, weights: str, *, lazy: bool) -> nn.Module:

@@ -27,7 +27,7 @@ from .stock import build_student, lazy_stock_config, stock_config
 logger = logging.getLogger(__name__)
 
 
-class Student(NamedTuple):
+class LoadedStudent(NamedTuple):
     """What :func:`load_student` found: the student's config, the file that it is from, the model,
     what the checkpoint holds beside it, and of a LazyConfig its ``model`` of stock classes."""
 
@@ -50,7 +50,9 @@ class Student(NamedTuple):
         return DatasetMapper(False, augmentations=[resize], image_format=size.FORMAT)
 
 
-def load_student(checkpoint: str, config_file: str = "", overrides: Sequence[str] = ()) -> Student:
+def load_student(
+    checkpoint: str, config_file: str = "", overrides: Sequence[str] = ()
+) -> LoadedStudent:
     """A checkpoint's student on the CPU, in evaluation mode.
 
     Args:
@@ -71,7 +73,7 @@ def load_student(checkpoint: str, config_file: str = "", overrides: Sequence[str
         model = build_student(cfg)
     state, dropped = _student_state(content, model, checkpoint)
     model.load_state_dict(state)
-    return Student(cfg, config_path, model, dropped, node)
+    return LoadedStudent(cfg, config_path, model, dropped, node)
 
 
 def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:

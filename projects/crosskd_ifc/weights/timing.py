@@ -54,11 +54,11 @@ def measure_in_turns(parts: Mapping[str, Callable[[], Any]], rounds: int) -> Dic
 
 
 def images_per_second(seconds: Sequence[float], images: int) -> Dict[str, Any]:
-    """:func:`spread` over rounds of ``images`` each."""
-    return spread([images / x for x in seconds])
+    """:func:`median_and_quartiles` over rounds of ``images`` each."""
+    return median_and_quartiles([images / x for x in seconds])
 
 
-def spread(values: Sequence[float]) -> Dict[str, Any]:
+def median_and_quartiles(values: Sequence[float]) -> Dict[str, Any]:
     """The "median" and the "quartiles"."""
     quartiles = [values[0]] * 2
     if len(values) > 1:

@@ -23,7 +23,7 @@ from ...config import ConfigError, class_count
 from ...distillation.head_layers import box_stages
 from ...distillation.teacher import TeacherPass
 from ...modeling.attach import attach_teacher, load_teacher_config
-from ...weights.timing import spread
+from ...weights.timing import median_and_quartiles
 from .instruments import peak_on_cpu, quiet_profiler, timed_modules
 
 #: What is timed: the plain student's training step, the stock float32 teacher's forward on the same
@@ -302,6 +302,6 @@ def summarize_times(seconds: Mapping[str, Sequence[float]]) -> Dict[str, Any]:
         "(a+b)/a": [(a + b) / a for a, b, d, c in rows],
     }
     return {
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "ratios": {name: spread(values) for name, values in ratios.items()},
+        "seconds": {name: median_and_quartiles(values) for name, values in seconds.items()},
+        "ratios": {name: median_and_quartiles(values) for name, values in ratios.items()},
     }

@@ -87,15 +87,10 @@ class DenseBoxDistiller:
             "box_type": kd.LOSS.BOX_TYPE or student.kd_box_type,
         }
 
-    @property
-    def is_active(self) -> bool:
-        """Whether a loss has a weight."""
-        return self.cls_weight > 0 or self.box_weight > 0
-
     def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted losses of one step, scalars; with both weights 0 nothing is computed."""
         trace = step.heads
-        if not self.is_active:
+        if self.cls_weight == self.box_weight == 0:
             return {key: self.zero(trace) for key in self.keys}
         entries, predictions = step.teacher.once("dense", lambda: self.run_teacher(step.teacher))
         targets = self.teacher.by_level(predictions)

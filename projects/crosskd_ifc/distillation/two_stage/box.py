@@ -109,16 +109,11 @@ class BoxDistiller:
     def parts(self) -> Sequence["BoxDistiller"]:
         return (self,)
 
-    @property
-    def is_active(self) -> bool:
-        """Whether a loss has a weight."""
-        return self.cls_weight > 0 or self.box_weight > 0
-
     def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted losses of one step, scalars; with both weights 0 nothing is computed, and
         with that of the classes 0 not their loss, which may need a class map."""
         trace = step.heads.stages[self.stages.student]
-        if not self.is_active:
+        if self.cls_weight == self.box_weight == 0:
             return {key: self.zero(step.heads) for key in self.keys}
         targets, layers = self._targets(step.teacher, trace.boxes)
         terms, wanted = self.mimic.terms(trace, layers), self.mimic.targets(targets)

@@ -1,0 +1,44 @@
+"""Which settings a run's results depend on."""
+
+from typing import Any, Dict
+
+from detectron2.config import CfgNode
+
+from ..common.config_files import default_values, flat
+from ..config import distillation_requested
+
+# Keys of MODEL.CROSSKD that came after the first records, with the value that stands for what was
+# done before.
+_SINCE = {
+    "MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0,
+    "MODEL.CROSSKD.TEACHERS_LOSS": "mean",
+    "MODEL.CROSSKD.LOSS.CLS_TYPE": "kl",
+    "MODEL.CROSSKD.LOSS.FEATURE_TYPE": "pkd",
+}
+# Raise it when taps or weights that may be left open, where taps aren't combined, become others.
+_SEPARATE_TAPS = 1
+# Settings that don't belong to a run's results.
+_NO_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD", "WANDB.PROJECT")
+
+
+def digested_settings(cfg: CfgNode) -> Dict[str, Any]:
+    """What results depend on: all that isn't at its default; for a student that distils all of
+    MODEL.CROSSKD that is set, so that a changed default is another setting."""
+    before, settings, since = default_values(), {}, dict(_SINCE)
+    kd = cfg.MODEL.CROSSKD
+    if kd.LOSS.TAP_WEIGHTS:  # as their first records have it
+        since["MODEL.CROSSKD.LOSS.FUSED_WEIGHT"] = 0.0
+    is_separate = kd.FUSION.NAME == "none" and len(kd.FUSION.IN_FEATURES) != 1
+    if is_separate:
+        settings["separate taps"] = _SEPARATE_TAPS
+    for key, value in flat(cfg):
+        if key == "MODEL.CROSSKD.FUSION.ROUTE" and not is_separate:
+            value = value or "direct"  # which was the default
+        if key.startswith("MODEL.CROSSKD."):
+            counts = value != since[key] if key in since else value not in (0, "", (), [], None)
+            counts = counts and distillation_requested(cfg)
+        else:
+            counts = key not in _NO_RESULT and value != before.get(key)
+        if counts:
+            settings[key] = value
+    return settings
