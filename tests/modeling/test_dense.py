@@ -367,7 +367,7 @@ REFUSED = {
     "an entry": (
         fusion("none", ("conv4",)),
         ("MODEL.RETINANET.NUM_CONVS", 2),
-        "ENTRY.*teacher's.*'conv4'; they have conv1, conv2",
+        "ENTRY.*teacher's.*'conv4'; it has conv1, conv2",
     ),
     "the input as a tap": (fusion("none", ("input",)), (), "IN_FEATURES.*no layer 'input'"),
     "taps behind the entry": (

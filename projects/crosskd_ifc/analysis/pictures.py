@@ -73,7 +73,7 @@ def inspect_pair(
     compare_detections(
         student,
         inputs,
-        class_names(cfg, teacher),
+        names_by_column(cfg, teacher),
         detections,
         annotations=[record["annotations"] for record in records] if known else None,
         threshold=threshold,

@@ -154,7 +154,7 @@ class DeployedModel:
         result = Instances((height, width), pred_boxes=Boxes(boxes))
         result.scores, result.pred_classes = found["scores"], found["classes"]
         if "masks" in found:
-            result.masks, result.boxes = found["masks"], boxes
+            result.masks, result.boxes = found["masks"], boxes.clone()
         if KEYPOINTS in found:
             result.pred_keypoint_heatmaps = found[KEYPOINTS]
             result.pred_keypoints = heatmaps_to_keypoints(found[KEYPOINTS], boxes)[:, :, [0, 1, 3]]
@@ -162,7 +162,7 @@ class DeployedModel:
         result = detector_postprocess(result, *out)
         if result.has("masks"):
             # A mask is of the whole box, which may reach into the padding.
-            boxes = Boxes(result.boxes.clone())
+            boxes = Boxes(result.boxes)
             boxes.scale(out[1] / width, out[0] / height)
             masks = ROIMasks(result.masks[:, 0]).to_bitmasks(boxes, *out, MASK_THRESHOLD)
             result.pred_masks = masks.tensor
