@@ -5,6 +5,7 @@ import json
 import os
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 
