@@ -42,6 +42,7 @@ COMBINING_ARMS = {
     "second": "one loss per tap, and their mean's",
     "ifc": "one loss, their mean's",
     "single": "best single tap",
+    "crosskd_double": "plain CrossKD, weights doubled",
 }
 
 
