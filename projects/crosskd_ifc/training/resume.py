@@ -140,7 +140,7 @@ class ResumeState(HookBase):
 
     @property
     def _device(self) -> torch.device:
-        return unwrap(self.trainer.model).device
+        return next(unwrap(self.trainer.model).parameters()).device
 
     def _stream(self):
         return getattr(self.trainer._trainer.data_loader, "stream", None)

@@ -7,6 +7,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..common.config_files import flat
+from ..common.safe_yaml import load_yaml
 
 # Keys that weights fit with any value of, and that change what a model finds.
 _OF_PREDICTIONS = re.compile(
@@ -26,10 +27,10 @@ def differing_keys(checkpoint: Any, cfg: CfgNode, *, evaluation: bool) -> List[s
         evaluation: whether sizes and thresholds of an evaluation count, too.
     """
     try:
-        then = dict(flat(yaml.safe_load(checkpoint["config"]["yaml"])))
-    except (AttributeError, KeyError, TypeError, yaml.YAMLError):
+        then = dict(flat(load_yaml(checkpoint["config"]["yaml"])))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError):
         return []
-    now = dict(flat(yaml.safe_load(cfg.dump())))
+    now = dict(flat(load_yaml(cfg.dump())))
     return [
         key
         for key in now
