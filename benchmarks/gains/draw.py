@@ -65,7 +65,9 @@ def draw(name: str, titles: Dict[str, str], arms: Dict[str, str], other: str, la
         titles, arms: name of a comparison, or of an arm -> what to write.
         label: below the picture.
     """
-    tables, rows = read_tables(titles), list(dict.fromkeys(arms.values()))
+    tables = read_tables(titles)
+    run = [arm for arm in arms if any(table.runs.get(arm) for table in tables.values())]
+    rows = list(dict.fromkeys(arms[arm] for arm in run))
     figure, axes = pyplot().subplots(
         *(1, len(tables)),
         figsize=(max(2.2 * len(tables), 6), 2.9),
