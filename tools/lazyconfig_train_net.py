@@ -54,7 +54,7 @@ def main(args):
         if not args.eval_only:
             return train(cfg, args, config, lambda: LazyTrainer(config, cfg))
         build = functools.partial(build_lazy_model, config, cfg)
-        return evaluate(cfg, args, config, build, functools.partial(test_lazy, config, cfg))
+        return evaluate(cfg, args, config, build, functools.partial(test_lazy, config))
 
 
 def invoke_main() -> None:

@@ -28,7 +28,7 @@ from ..data.cards import fill_in_class_count
 from ..data.class_names import class_names_or_numbers
 from ..modeling.attach import load_teacher_config
 from ..training.run_folder import last_checkpoint
-from ..weights.lazy_student import build_lazy_student, check_is_of_run
+from ..weights.lazy_student import build_lazy_student, check_is_of_run, written_config
 from ..weights.metadata import read_metadata
 from ..weights.strict import load_strictly
 from ..weights.student import config_beside
@@ -107,6 +107,11 @@ def load_detector(
     elif "config" in about:
         cfg = load_config_text(about["config"], source=f"{config}: the config in metadata.json")
         merge_from_list(cfg, opts, key="--opts")
+    elif written_config(config) is not None:
+        raise ConfigError(
+            f"{config} is a LazyConfig, which is code; give the .py file that it is from by "
+            "--config-file"
+        )
     else:
         key = "the config beside the weights,"
         cfg = load_config(config, opts, key=key, opts_key="--opts", found=True)
