@@ -25,6 +25,12 @@ ROUTES = ("direct", "through")
 ALIGNMENTS = ("none", "standardize", "standardize_taps")
 
 
+def are_separate(fusion: str, taps: Sequence[str]) -> bool:
+    """Whether taps have a loss each, in place of one for their combination; () stands for those
+    that are taken by default, which are several."""
+    return fusion == "none" and len(taps) != 1
+
+
 class SpatialMean(nn.Module):
     """(R, C, H, W) -> (R, C)."""
 
@@ -127,7 +133,7 @@ class FeatureFusion(nn.Module):
         self.taps, self.entry, self.route = tuple(taps), entry, route
         self.align, self.detach = align, frozenset(detach)
         self.rectify = align != "none" and entry != "pool"
-        if name == "none" and len(self.taps) > 1:
+        if are_separate(name, self.taps):
             fused_weight = 0.0
             tap_weights = tap_weights or (1.0, *[0.5] * (len(self.taps) - 1))
         self._fused_weight = fused_weight

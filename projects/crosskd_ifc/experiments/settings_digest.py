@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 
 from ..common.config_files import default_values, flat
 from ..config import distillation_requested
+from ..distillation.fusion import are_separate
 
 # Keys of MODEL.CROSSKD that came after the first records, with the value that stands for what was
 # done before.
@@ -28,7 +29,7 @@ def digested_settings(cfg: CfgNode) -> Dict[str, Any]:
     kd = cfg.MODEL.CROSSKD
     if kd.LOSS.TAP_WEIGHTS:  # as their first records have it
         since["MODEL.CROSSKD.LOSS.FUSED_WEIGHT"] = 0.0
-    is_separate = kd.FUSION.NAME == "none" and len(kd.FUSION.IN_FEATURES) != 1
+    is_separate = are_separate(kd.FUSION.NAME, kd.FUSION.IN_FEATURES)
     if is_separate:
         settings["separate taps"] = _SEPARATE_TAPS
     for key, value in flat(cfg):

@@ -18,7 +18,7 @@ from ..weights.reading import SafeReader, load_weights, unreadable
 from ..weights.state_dicts import ADAPTER_PREFIX, is_state_dict
 from ..weights.strict import describe_misfit
 from .run_config import as_table, changed_settings, describe_run
-from .run_folder import find_checkpoints, has_checkpoint, number_of, tagged
+from .run_folder import find_checkpoints, has_checkpoint, number_of, tagged_checkpoint
 
 
 class CheckpointError(RuntimeError):
@@ -134,7 +134,7 @@ class SafeCheckpointer(SafeReader):
         """The file in this folder that ``last_checkpoint`` names, be it there or not; or ""."""
         if "://" in self.save_dir:
             return super().get_checkpoint_file()
-        return tagged(self.save_dir)
+        return tagged_checkpoint(self.save_dir)
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint in the folder, be it without ``last_checkpoint``."""

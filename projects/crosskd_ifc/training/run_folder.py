@@ -24,14 +24,18 @@ def check_tag(folder: str) -> None:
         ConfigError: saying what to do.
     """
     tag = os.path.join(folder, "last_checkpoint")
-    if os.path.isfile(tag) and not find_checkpoints(folder) and not os.path.isfile(tagged(folder)):
+    if (
+        os.path.isfile(tag)
+        and not find_checkpoints(folder)
+        and not os.path.isfile(tagged_checkpoint(folder))
+    ):
         raise ConfigError(
             f"OUTPUT_DIR {os.path.abspath(folder)} has a file last_checkpoint, but no checkpoint: "
             "delete it to start anew, or put the checkpoint back"
         )
 
 
-def tagged(folder: str) -> str:
+def tagged_checkpoint(folder: str) -> str:
     """The file that ``last_checkpoint`` names, in this folder; "" if it names none."""
     tag = os.path.join(folder, "last_checkpoint")
     if not os.path.isfile(tag):
@@ -53,7 +57,7 @@ def find_checkpoints(folder: str) -> List[str]:
 def last_checkpoint(folder: str) -> str:
     """The one that ``last_checkpoint`` names, or the one of the most iterations; "" if there is
     none. ``model_final.pth`` may be of an earlier, shorter training."""
-    named = tagged(folder)
+    named = tagged_checkpoint(folder)
     return named if os.path.isfile(named) else next(iter(find_checkpoints(folder)), "")
 
 

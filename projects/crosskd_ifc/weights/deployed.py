@@ -21,9 +21,9 @@ from ..common.errors import one_line
 
 INFO_NAME = "model.json"
 KEYPOINTS = "keypoint_heatmaps"
-MASK_THRESHOLD = 0.5  # detectron2's
 BOX_TOLERANCE = 1e-2  # pixels
 SCORE_TOLERANCE = 1e-4
+_MASK_THRESHOLD = 0.5  # detectron2's
 _MASK_TOLERANCE = 1e-3  # of the image's pixels
 _HEATMAP_TOLERANCE = 1e-2  # logits
 
@@ -164,7 +164,7 @@ class DeployedModel:
             # A mask is of the whole box, which may reach into the padding.
             boxes = Boxes(result.boxes)
             boxes.scale(out[1] / width, out[0] / height)
-            masks = ROIMasks(result.masks[:, 0]).to_bitmasks(boxes, *out, MASK_THRESHOLD)
+            masks = ROIMasks(result.masks[:, 0]).to_bitmasks(boxes, *out, _MASK_THRESHOLD)
             result.pred_masks = masks.tensor
             result.remove("masks"), result.remove("boxes")
         return result

@@ -14,7 +14,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from ..common.config_files import find_config
+from ..common.config_files import find_config, flat
 from ..common.lazy_config import calls, instantiate_model, is_saved_lazy, load_lazy_config
 from ..common.lazy_detectors import (
     config_of_node,
@@ -191,14 +191,9 @@ def written_config(path: str) -> Optional[Dict[str, Any]]:
 
 def _compared(config: Dict[str, Any]) -> Dict[str, Any]:
     """What decides what a model makes of an image."""
-    parts = {"model": config.get("model")}
-    for key in _OF_IMAGES:
-        value: Any = config
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        if value is not None:
-            parts[key] = value
-    return parts
+    values = dict(flat(config))
+    parts = {key: values[key] for key in _OF_IMAGES if values.get(key) is not None}
+    return {"model": config.get("model"), **parts}
 
 
 def _plain(node: Optional[yaml.Node]) -> Any:

@@ -5,7 +5,7 @@ from typing import Sequence, Tuple
 from detectron2.config import CfgNode
 
 from ...config import ConfigError
-from ..fusion import FeatureFusion
+from ..fusion import FeatureFusion, are_separate
 from ..head_layers import NamedLayers
 from .settings import check_unused
 
@@ -51,7 +51,7 @@ def make_fusion(
             f"MODEL.CROSSKD.FUSION.DETACH is {tuple(kd.DETACH)}; it must name some, not all, of "
             f"the taps {taps}"
         )
-    if kd.NAME == "none" and len(taps) > 1:
+    if are_separate(kd.NAME, taps):
         check_unused(
             crosskd,
             ("FUSION.DETACH", "LOSS.FUSED_WEIGHT"),

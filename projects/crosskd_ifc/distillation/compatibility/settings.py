@@ -9,7 +9,7 @@ from detectron2.config import CfgNode as CN
 
 from ...common.config_files import default_config
 from ...config import ConfigError, error_prefix, teacher_configs
-from ..fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES
+from ..fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES, are_separate
 from ..loss_types import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY
 from . import class_map
 
@@ -119,7 +119,7 @@ def _check_terms(kd: CN) -> None:
             f"MODEL.CROSSKD.LOSS.FUSED_WEIGHT is 0 and LOSS.TAP_WEIGHTS {tuple(weights)}: neither "
             "the combined feature nor a tap would be compared; set one of them above 0"
         )
-    if fusion.NAME == "none" and len(fusion.IN_FEATURES) != 1 and weights and not any(weights):
+    if are_separate(fusion.NAME, fusion.IN_FEATURES) and weights and not any(weights):
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(weights)}: no tap would be compared; set "
             "one above 0, or ()"

@@ -10,7 +10,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers, Res5ROIHeads, St
 from torch import nn
 
 from ...config import ConfigError
-from ..fusion import FeatureFusion
+from ..fusion import FeatureFusion, are_separate
 from ..head_layers import BoxHeadLayers, box_stages, own_method
 from ..teacher import Teacher
 from .fusions import make_fusion
@@ -185,7 +185,7 @@ def build_fusion(crosskd: CfgNode, ours: BoxHeadLayers, theirs: BoxHeadLayers) -
     """
     kd = crosskd.FUSION
     taps = tuple(kd.IN_FEATURES) or _default_taps(kd.NAME, ours)
-    route = kd.ROUTE or ("through" if kd.NAME == "none" and len(taps) > 1 else "direct")
+    route = kd.ROUTE or ("through" if are_separate(kd.NAME, taps) else "direct")
     entry, align = kd.ENTRY or theirs.last, kd.ALIGN or "none"
     return make_fusion(crosskd, taps, entry, route, align, ours, theirs, head="box head")
 
