@@ -24,7 +24,7 @@ TITLES = {
     "teacher": "teacher R34",
     "student": "student R18, plain",
     "crosskd": "student R18, CrossKD",
-    "crosskd_ifc": "student R18, CrossKD-IFC",
+    "crosskd_ifc": "student R18, sum of taps",
 }
 
 
@@ -57,7 +57,7 @@ COMPARED = {
     "student_head": "prediction mimicking",
     "feature": "feature mimicking (PKD)",
     "crosskd": "plain CrossKD",
-    "crosskd_ifc": "CrossKD-IFC",
+    "crosskd_ifc": "mean of taps",
 }
 PROTOCOLS = (
     "shapes_faster_rcnn",
@@ -83,7 +83,7 @@ def rows_of_the_comparison():
         cells = []
         for table in tables:
             cells.append(tell(table.difference("crosskd_ifc", other)))
-        yield f"| CrossKD-IFC minus {title} | {' | '.join(cells)} |"
+        yield f"| mean of taps minus {title} | {' | '.join(cells)} |"
 
 
 @pytest.mark.parametrize("number", range(len(COMPARED) + 2))
@@ -187,11 +187,15 @@ def test_what_longer_training_gives_is_told_as_recorded():
     assert min(table.difference("student_2x", "teacher").values.values()) > 0
     gains = [table.difference(f"{arm}_2x", "student_2x") for arm in ARMS_2X]
     text = f"gets {mean_ap(table, 'student_2x')} AP, more than its teachers; plain CrossKD adds "
-    text += "{} to that, CrossKD-IFC {}, fc2 alone {}, on three seeds".format(*map(tell, gains))
+    text += "{} to that, the mean of taps {}, fc2 alone {}, on three seeds".format(
+        *map(tell, gains)
+    )
     assert text in told_in_results() and all(len(gain.values) == 3 for gain in gains)
 
 
 def test_every_distilled_student_is_better_than_the_plain_one():
+    for arm in ("crosskd", "winner", "second", "single", "ifc"):
+        assert min(results("decisive").difference(arm, "student").values.values()) > 0
     for arm in ("student_head", "feature", "crosskd", "crosskd_ifc"):
         for found in differences(arm, "student"):
             assert min(found.values.values()) > 0
@@ -208,7 +212,7 @@ def test_what_distilling_closes_of_the_gap_is_told_as_recorded():
         else:
             assert round(gap.mean) == 1 and round(gain.mean) == 2 and gain.interval[0] < 0
     assert far == [True, True, False, True, False]
-    told = f"{min(gaps)} to {max(gaps)} AP behind its teacher, CrossKD-IFC closes "
+    told = f"{min(gaps)} to {max(gaps)} AP behind its teacher, the mean of taps closes "
     assert told + f"{min(closed):.0f} to {max(closed):.0f} %" in told_in_results()
 
 
@@ -232,37 +236,21 @@ def test_a_committed_report_is_that_of_the_recorded_runs(name):
 
 
 def test_the_table_of_the_demo_is_that_of_the_recorded_run():
-    names = (
-        "Teacher R34",
-        "Student R18, plain",
-        "Student R18, CrossKD",
-        "Student R18, CrossKD-IFC",
-    )
-    runs = json.loads(read("benchmarks", "demo", "demo_seed_1.json"))["runs"]
-    assert list(runs) == ["teacher", "student", "crosskd", "crosskd_ifc"]
-    for title, run in zip(names, runs.values()):
-        assert f"| {title} | {run['AP']:.1f} | {run['AP50']:.1f} |" in read(
-            "docs", "more_results.md"
-        )
+    runs = {
+        run["arm"]: run for run in json.loads(read("benchmarks", "demo", "results.json"))["runs"]
+    }
+    demo = load_protocol(os.path.join(ROOT, "benchmarks", "protocols", "demo.yaml"))
+    assert list(runs) == list(demo.arms)
+    for arm, run in runs.items():
+        row = f"| {demo.arms[arm].title} | {run['AP']:.1f} | {run['AP50']:.1f} |"
+        assert row in read("docs", "more_results.md")
 
 
 def test_the_demo_on_another_processor_is_told_as_recorded():
-    runs = {
-        run["arm"]: run["AP"]
-        for run in json.loads(read("benchmarks", "demo", "results.json"))["runs"]
-    }
-    told = [f"{runs[arm]:.1f}" for arm in ("teacher", "student", "crosskd", "crosskd_ifc")]
-    assert "had {}, {}, {} and {} AP".format(*told) in told_in_results()
-
-
-def test_the_demo_is_seed_1_of_the_comparison():
+    """Seed 1 of the comparison, whose settings are those of the demo."""
     table = results("shapes_faster_rcnn")
-    for arm, run in json.loads(read("benchmarks", "demo", "demo_seed_1.json"))["runs"].items():
-        assert table.current(arm)[1][0]["AP"] == pytest.approx(run["AP"], abs=1e-4)
-    runs = [runs[0] for seed, runs in table.current("teacher").items() if seed > 1]
-    teachers = [run["AP"] for run in runs]  # of the demo's machine
-    told = f"those of the other four have {min(teachers):.1f} to {max(teachers):.1f}"
-    assert told in told_in_results()
+    told = [table.current(arm)[1][0]["AP"] for arm in ("teacher", "student", "crosskd")]
+    assert "had {:.1f}, {:.1f} and {:.1f} AP".format(*told) in told_in_results()
 
 
 def test_what_was_repeated_is_told_as_recorded():
@@ -309,14 +297,17 @@ def test_what_the_logs_say_is_told_as_recorded():
         for arm in ("crosskd", "crosskd_ifc")
     )
     assert f"have a cosine of {pooled[0]} with the teacher's" in told_in_results()
-    assert f"fc features of CrossKD-IFC's students have one of {combined[0]}," in told_in_results()
+    assert (
+        f"fc features of students with the mean of taps have one of {combined[0]},"
+        in told_in_results()
+    )
     told = "({} and {} at 160x120, {} and {} at 640x480)"
     assert told.format(pooled[1], combined[1], pooled[2], combined[2]) in told_in_results()
     length = float(logged("shapes_faster_rcnn", "sum", "fused_length"))
     assert f"it stays near 2 ({length:.1f})" in told_in_results()
     arms = [f"{arm}_gradients" for arm in ("crosskd_ifc", "student_head", "crosskd")]
     cosines = [logged("shapes_faster_rcnn", arm, "grad_cosine_shared") for arm in arms]
-    told = "cosine is {} for CrossKD-IFC and {} for prediction mimicking "
+    told = "cosine is {} for the mean of taps and {} for prediction mimicking "
     told += "(both at fc2), and {} for plain CrossKD"
     assert told.format(*cosines) in told_in_results()
 
@@ -338,7 +329,7 @@ def test_what_a_tap_is_worth_alone_is_told_as_recorded():
 def test_the_table_of_other_classes_is_that_of_the_recorded_runs():
     plain = recorded("other_classes", "seeds.json", arm="student")
     distilled = recorded("other_classes", "seeds.json", arm="other_classes")
-    for title, runs in (("plain", plain), ("CrossKD-IFC, teacher of other classes", distilled)):
+    for title, runs in (("plain", plain), ("sum of taps, teacher of other classes", distilled)):
         row = f"| student R18, {title} | {mean(runs, 'AP')} | {each(runs)} |"
         assert row in read("docs", "more_results.md")
 
@@ -424,12 +415,14 @@ def costs_told():
 
 
 def test_the_costs_in_short_are_the_measured_ones():
-    plain, _, both, *_ = costs("faster_rcnn_R50_R18_cpu", speed=False)
+    plain, _, both, *_ = costs("faster_rcnn_taps_R50_R18_cpu", speed=False)
     assert f"takes {both} times the time of the plain student's step" in costs_told()
     assert f"together, {plain} times the plain step" in costs_told()
     assert f"takes {float(plain):.1f} times the plain student's step" in read("README.md")
+    plain, _, both, *_ = costs("faster_rcnn_R50_R18_cpu", speed=False)
+    assert f"it is {both} times and {plain} times on another CPU" in costs_told()
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16", speed=True)
-    told = f"On an H100 (16 images of 800x1333) it is {both} times and {plain} times, with AMP "
+    told = f"on an H100 (16 images of 800x1333) {both} times and {plain} times, with AMP "
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16_amp", speed=True)
     assert told + f"{both} and {plain} times." in costs_told()
     places = ("R50_R18_cpu", "R50_R18_h100")
@@ -486,32 +479,44 @@ def test_the_table_of_mask_losses_is_that_of_the_recorded_runs():
         assert f"{cells} | {weight} | {run['mask_AP']:.1f} | {run['AP']:.1f} |" in text
 
 
-HEADLINE = PROTOCOLS[:3]
+# The comparisons of README's table, and the arms that its rows have in the first.
+HEADLINE = ("decisive", "bccd_faster_rcnn", "bccd_faster_rcnn_640")
+DECISIVE = {"crosskd_ifc": "winner", "mean": "ifc"}
+PHOTOS = {"mean": "crosskd_ifc", "crosskd_ifc": ""}
+ROWS = {
+    "teacher": "teacher",
+    "student": "student, plain",
+    "student_head": "prediction mimicking",
+    "feature": "feature mimicking (PKD)",
+    "crosskd": "plain CrossKD",
+    "crosskd_ifc": "**CrossKD-IFC**, a loss for each layer",
+    "mean": "one loss, for the mean of layers",
+}
 
 
-def rows_of_the_headline():
-    """The README's table: AP of each arm, and what distillation adds to the plain student."""
-    for arm, title in COMPARED.items():
-        cells = []
-        for table in map(results, HEADLINE):
-            scores = table.scores(arm)
-            _, average, deviation = describe_sample(list(scores.values()))
-            cell = f"{average:.1f} ± {deviation:.1f}"
-            if arm not in ("teacher", "student"):
-                cell += f"; {tell(table.difference(arm, 'student'))}"
-            cells.append(cell)
-        yield f"| {title} | {' | '.join(cells)} |"
+def headline(row, name):
+    """A cell of README's table: AP of an arm, and what distillation adds to the plain student."""
+    table = results(name)
+    arm = (DECISIVE if name == "decisive" else PHOTOS).get(row, row)
+    if not table.runs.get(arm):
+        return "-"
+    _, average, deviation = describe_sample(list(table.scores(arm).values()))
+    more = "" if row in ("teacher", "student") else f"; {tell(table.difference(arm, 'student'))}"
+    return f"{average:.1f} ± {deviation:.1f}{more}"
 
 
-def test_the_headline_is_that_of_the_recorded_runs():
+@pytest.mark.parametrize("row", ROWS)
+def test_the_headline_is_that_of_the_recorded_runs(row):
+    cells = [headline(row, name) for name in HEADLINE]
+    assert f"| {ROWS[row]} | {' | '.join(cells)} |" in read("README.md").splitlines()
+
+
+def test_the_seeds_of_the_headline_are_those_of_the_recorded_runs():
     text = read("README.md")
-    assert [row for row in rows_of_the_headline() if row not in text] == []
-    counts = [len(table.scores("crosskd_ifc")) for table in map(results, HEADLINE)]
-    assert "n = {}, {} and {}".format(*counts) in text
-    photos = [tell(found) for found in differences("crosskd_ifc", "crosskd")[1:3]]
-    assert "{} and {} on the photos".format(*photos) in " ".join(text.split())
-    built_in = tell(differences("crosskd_ifc", "crosskd")[0])
-    assert f"The difference is {built_in} on the built-in data" in " ".join(text.split())
+    counts = [len(results(name).scores("crosskd")) for name in HEADLINE]
+    assert "n = {}, {} and {} seeds".format(*counts) in text
+    eight = {len(results("decisive").scores(arm)) for arm in ("student", "student_head")}
+    assert eight == {8} and "8 of the plain student and of prediction mimicking" in text
 
 
 def test_the_figure_of_the_sweep_is_the_recorded_one():
@@ -594,7 +599,7 @@ def rows_of_results(after="# Results"):
         ("anchored", "anchored"),
         ("fc1 alone", "fc1"),
         ("plain CrossKD and the student's own predictions", "both"),
-        ("mean of fc1 and fc2, today's CrossKD-IFC", "ifc"),
+        ("mean of fc1 and fc2", "ifc"),
         ("fc2 alone", "fc2"),
         ("plain CrossKD, loss weights doubled", "crosskd_double"),
     ],
@@ -603,21 +608,45 @@ def test_the_table_of_the_screen_is_that_of_the_recorded_runs(title, arm):
     assert row_against_crosskd("decisive_screen", title, arm) in rows_of_results()
 
 
-@pytest.mark.parametrize(
-    "title, arm",
-    [
-        ("one loss per tap", "winner"),
-        ("one loss per tap, and one for their mean", "second"),
-        ("mean of fc1 and fc2, today's CrossKD-IFC", "ifc"),
-        ("fc1 alone", "single"),
-        ("plain student, 600 steps", "student_longer"),
-        ("prediction mimicking", "student_head"),
-        ("plain student", "student"),
-    ],
-)
-def test_the_table_of_the_confirmation_is_that_of_the_recorded_runs(title, arm):
-    rows = rows_of_results(after="### The confirmation so far")
-    assert row_against_crosskd("decisive", title, arm) in rows
+DECIDED = {
+    "winner": "CrossKD-IFC (one loss per tap)",
+    "second": "one loss per tap, and one for their mean",
+    "crosskd": "plain CrossKD",
+    "single": "fc1 alone",
+    "ifc": "mean of fc1 and fc2",
+    "student_longer": "plain student, 600 steps",
+    "student_head": "prediction mimicking",
+    "student": "plain student",
+}
+
+
+@pytest.mark.parametrize("arm", DECIDED)
+def test_the_table_of_the_decisive_comparison_is_that_of_the_recorded_runs(arm):
+    table = results("decisive")
+    count, average, deviation = describe_sample(list(table.scores(arm).values()))
+    more = tell(table.difference(arm, "crosskd")) if arm != "crosskd" else "-"
+    row = f"| {DECIDED[arm]} | {average:.1f} ± {deviation:.1f} | {more} | {count} |"
+    assert row in rows_of_results(after="## The decisive comparison")
+
+
+def test_the_verdicts_of_the_decisive_comparison_are_told_as_recorded():
+    contrasts = results("decisive").contrasts()
+    assert len(contrasts) == 7
+    for found in contrasts:
+        names = [DECIDED[arm] for arm in (found.arm, found.reference)]
+        interval = "{:+.1f} to {:+.1f}".format(*found.corrected)
+        cells = (f"{found.difference.mean:+.1f}", interval, found.verdict)
+        row = f"| {' minus '.join(names)} | {' | '.join(cells)} |"
+        assert row in rows_of_results(after="## The decisive comparison")
+    best = next(c for c in contrasts if (c.arm, c.reference) == ("winner", "crosskd"))
+    told = "{:+.1f} AP (corrected interval {:+.1f} to {:+.1f})"
+    assert told.format(best.difference.mean, *best.corrected) in told_in_results()
+    gain = f"{best.difference.mean:.1f} AP"
+    assert f"beats plain CrossKD by {gain}" in " ".join(read("docs", "choosing.md").split())
+    text = " ".join(read("README.md").split())
+    assert f"beats plain CrossKD by {gain}** ({{:.1f}} to {{:.1f}};".format(*best.corrected) in text
+    ahead = sum(value > 0 for value in best.difference.values.values())
+    assert f"ahead of plain CrossKD on {ahead} of the 16 seeds" in told_in_results()
 
 
 def test_what_a_longer_training_of_the_plain_student_gives_is_told_as_recorded():

@@ -28,7 +28,7 @@ GAINS_ARMS = {  # of the results, from top to bottom
     "student_head": "prediction mimicking",
     "feature": "feature mimicking (PKD)",
     "crosskd": "plain CrossKD",
-    "crosskd_ifc": "CrossKD-IFC",
+    "crosskd_ifc": "mean of taps",
 }
 COMBINING = {
     "decisive": "Faster R-CNN, built-in\n440 steps",

@@ -17,8 +17,8 @@ train.output_dir = "output/coco/crosskd_ifc_mask_rcnn_R_50_from_LSJ_R_101"
 model._target_ = CrossKDRCNN
 model.roi_heads._target_ = CrossKDROIHeads
 # The keys of MODEL.CROSSKD, see docs/options.md. The teacher's box head has four convolutions and
-# one linear layer: the student's fc1 and fc2, averaged, enter behind the last.
+# one linear layer: the student's pool and fc1, which it has, too, are read by the rest of it.
 crosskd = dict(
     TEACHER=dict(CONFIG_FILE="new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py"),
-    FUSION=dict(NAME="mean", IN_FEATURES=["fc1", "fc2"]),
+    FUSION=dict(NAME="none", IN_FEATURES=["pool", "fc1"]),
 )

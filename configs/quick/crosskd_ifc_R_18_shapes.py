@@ -17,5 +17,5 @@ crosskd = dict(
         CONFIG_FILE="quick/faster_rcnn_R_34_shapes.yaml",
         WEIGHTS="output/quick/teacher/model_final.pth",
     ),
-    FUSION=dict(NAME="mean", IN_FEATURES=["fc1", "fc2"]),
+    FUSION=dict(NAME="none", IN_FEATURES=["pool", "fc1", "fc2"]),
 )

@@ -69,18 +69,19 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.TEACHERS_LOSS = "mean"
 
     _C.FUSION = CN()
-    # How the tapped features are combined: a key of FEATURE_FUSION_REGISTRY, such as "sum", "mean",
-    # "weighted", "attention", "concat", "dropout", "residual"; "none": not, several taps have a
-    # loss each.
-    _C.FUSION.NAME = "mean"
-    # The student's layers to tap: pool, conv1, ..., fc1, ... Empty: ("fc1", "fc2"), RetinaNet conv1
-    # to conv3, FCOS conv1 and conv2; with "none" pool, fc1, fc2, ..., or convs from the deepest on.
+    # How the tapped features are combined: "none", by their losses alone, one for each; or into one
+    # feature, by a key of FEATURE_FUSION_REGISTRY such as "sum", "mean", "weighted", "attention",
+    # "concat", "dropout", "residual". Empty: "none", dense detectors "mean".
+    _C.FUSION.NAME = ""
+    # The student's layers to tap: pool, conv1, ..., fc1, ... Empty: pool and those fc layers that
+    # both box heads have, for one combined feature ("fc1", "fc2"); RetinaNet conv1 to conv3, FCOS
+    # conv1 and conv2, with "none" from the deepest on.
     _C.FUSION.IN_FEATURES = ()
     # The teacher's layer whose output the combined feature replaces. Empty: the last of its box
     # head; of dense detectors the deepest tap.
     _C.FUSION.ENTRY = ""
     # "direct": each tap jumps to ENTRY; "through": it runs the teacher's layers from its own depth
-    # to ENTRY. Empty: "direct", but "through" for several taps of a box head that aren't combined.
+    # to ENTRY. Empty: "direct", but "through" for several taps of a box head with a loss each.
     _C.FUSION.ROUTE = ""
     # "none", or to the channel statistics of the teacher's feature at ENTRY: "standardize" the
     # combined feature, or "standardize_taps", each before they are combined. Empty: "none", dense
@@ -94,7 +95,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.LOSS = CN()
     # The losses of classes and boxes are FUSED_WEIGHT * L(combined feature) + the sum over the taps
     # of TAP_WEIGHTS[i] * L(tap i alone), in the order of FUSION.IN_FEATURES. (): no such terms, but
-    # with several taps that aren't combined 1 for the first and 0.5 for the others.
+    # with FUSION.NAME "none" and several taps 1 for the first and 0.5 for the others.
     _C.LOSS.FUSED_WEIGHT = 1.0
     _C.LOSS.TAP_WEIGHTS = ()
     # Classification loss, weight and temperature: a key of CLS_LOSS_REGISTRY, such as "kl", "dkd",
@@ -199,6 +200,12 @@ def _add_fcos_config(cfg: CN) -> None:
     _C.SCORE_THRESH_TEST = 0.2
     _C.TOPK_CANDIDATES_TEST = 1000
     _C.NMS_THRESH_TEST = 0.6
+
+
+def fusion_name(cfg: CN) -> str:
+    """``MODEL.CROSSKD.FUSION.NAME``, also where it is left to the kind of detector."""
+    usual = "none" if head_section(cfg) == "ROI_HEADS" else "mean"
+    return cfg.MODEL.CROSSKD.FUSION.NAME or usual
 
 
 def head_section(cfg: CN) -> str:

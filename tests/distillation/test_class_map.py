@@ -197,7 +197,7 @@ def test_names_that_a_data_set_knows_only_when_it_is_loaded_are_compared(tmp_pat
 
 
 def test_names_that_are_nowhere_are_taken_as_equal_with_a_warning(named, tmp_path, caplog):
-    gone = ("DATASETS.CARDS", ("gone.yaml",), "DATASETS.TRAIN", ("gone_train",))
+    gone = ("DATASETS.CARDS", ("nowhere.yaml",), "DATASETS.TRAIN", ("gone_train",))
     files = teacher_files(tmp_path, *gone)
     ours = named("known_student", "abc")
     assert found_map(*ours, *files) == (0, 1, 2)
@@ -214,7 +214,7 @@ def test_classes_that_differ_give_cross_head_no_statistics_by_class(named, tmp_p
     student = tiny_model(cfg)
     attach_teacher(student, cfg)
     _, storage = train_losses(student.train(), tiny_batch(), iteration=19)
-    assert "crosskd/agreement_cross_head" in storage.latest()
+    assert "crosskd/agreement_pool" in storage.latest()
     assert "crosskd/disagreement_truth" not in storage.latest()
     cfg.MODEL.CROSSKD.TEACHER.EVAL_AT_START = True
     with pytest.raises(ConfigError, match="EVAL_AT_START compares class by class, but class 0"):

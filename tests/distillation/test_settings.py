@@ -15,6 +15,7 @@ from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 
 K = "MODEL.CROSSKD."
 SEPARATE = (K + "FUSION.NAME", "none", K + "FUSION.IN_FEATURES", ("fc1", "fc2"))
+MEAN = (K + "FUSION.NAME", "mean")
 CASES = {
     "unknown fusion": (
         (K + "FUSION.NAME", "blend"),
@@ -41,7 +42,7 @@ CASES = {
     ),
     "fewer weights than taps": (
         (K + "LOSS.TAP_WEIGHTS", (1.0,)),
-        r"TAP_WEIGHTS is \(1.0,\).*has 2 taps.*fc1.*one weight for each",
+        r"TAP_WEIGHTS is \(1.0,\).*has 3 taps.*fc1.*one weight for each",
     ),
     "a negative tap weight": (
         (K + "LOSS.TAP_WEIGHTS", (1.0, -1.0)),
@@ -52,10 +53,13 @@ CASES = {
         "TAP_WEIGHTS.*list of numbers",
     ),
     "a detached layer that is no tap": (
-        (K + "FUSION.DETACH", ("pool",)),
+        (*MEAN, K + "FUSION.DETACH", ("pool",)),
         "FUSION.DETACH.*pool.*some, not all",
     ),
-    "all taps detached": ((K + "FUSION.DETACH", ("fc1", "fc2")), "FUSION.DETACH.*some, not all"),
+    "all taps detached": (
+        (*MEAN, K + "FUSION.DETACH", ("fc1", "fc2")),
+        "FUSION.DETACH.*some, not all",
+    ),
     "a detached tap without a combined feature": (
         (
             *(K + "FUSION.DETACH", ("fc1",), K + "LOSS.FUSED_WEIGHT", 0.0),
@@ -110,11 +114,11 @@ CASES = {
     "unknown entry": ((K + "FUSION.ENTRY", "conv1"), "ENTRY.*'conv1'.*pool, fc1, fc2"),
     "a combined term of taps that aren't combined": (
         (*SEPARATE, K + "LOSS.FUSED_WEIGHT", 0.5),
-        "LOSS.FUSED_WEIGHT is 0.5, but FUSION.NAME 'none' doesn't combine.*default, 1.0",
+        "LOSS.FUSED_WEIGHT is 0.5, but FUSION.NAME 'none'.* doesn't combine.*default, 1.0",
     ),
     "detached taps that aren't combined": (
         (*SEPARATE, K + "FUSION.DETACH", ("fc1",)),
-        r"FUSION.DETACH is \('fc1',\), but FUSION.NAME 'none' doesn't combine",
+        r"FUSION.DETACH is \('fc1',\), but FUSION.NAME 'none'.* doesn't combine",
     ),
     "no weight for taps that aren't combined": (
         (*SEPARATE, K + "LOSS.TAP_WEIGHTS", (0.0, 0.0)),

@@ -17,6 +17,7 @@ from crosskd_ifc.distillation.teacher import TeacherPass
 K = "MODEL.CROSSKD."
 SIGMOID = ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)
 OWN = (K + "MIMIC", "student_head")
+MEAN = (K + "FUSION.NAME", "mean")
 LAST = (K + "FUSION.NAME", "none", K + "FUSION.IN_FEATURES", ("fc2",))
 KEYS = ("loss_cls_kd", "loss_box_reg_kd")
 
@@ -42,7 +43,7 @@ def test_the_stages_of_a_cascade_score_so_too(opts):
     assert train_losses(student, tiny_batch())[0]["loss_cls_kd"] > 0
 
 
-@pytest.mark.parametrize("opts", [(), (*SIGMOID, *OWN)], ids=["cross-head", "student's head"])
+@pytest.mark.parametrize("opts", [MEAN, (*SIGMOID, *OWN)], ids=["cross-head", "student's head"])
 @pytest.mark.parametrize("box_type", ["l1", "giou"])
 def test_the_losses_are_quality_focal_and_boxes_weighted_by_the_best_sigmoid(opts, box_type):
     student, _ = distilling(*opts, K + "LOSS.BOX_TYPE", box_type, teacher_opts=SIGMOID)

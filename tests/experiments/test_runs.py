@@ -293,6 +293,24 @@ def test_a_stopped_process_is_killed_only_after_its_grace(grace, status, tmp_pat
     assert found == status
 
 
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        ("crosskd_ifc_R_18_shapes", "none"),
+        ("crosskd_ifc_retinanet_R_18_shapes", "mean"),
+        ("options/student_head_R_18_shapes", "mean"),  # unused, as its first records have it
+    ],
+)
+def test_a_fusion_that_is_left_open_is_the_one_that_is_taken(config, name, tmp_path):
+    found = {
+        Run(
+            "", f"quick/{config}.yaml", str(tmp_path), ["MODEL.CROSSKD.FUSION.NAME", value]
+        ).digest()
+        for value in ("", name)
+    }
+    assert len(found) == 1
+
+
 def test_the_digest_changes_with_a_default_but_not_with_a_new_key(tmp_path, monkeypatch):
     def digest():
         return Run("a run", "quick/crosskd_ifc_R_18_shapes.yaml", str(tmp_path)).digest()

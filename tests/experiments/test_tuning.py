@@ -197,14 +197,16 @@ def test_the_first_trial_is_the_arm_as_it_stands(tmp_path):
     space = {
         WEIGHT: FloatDistribution(0.01, 100, log=True),
         "MODEL.CROSSKD.MIMIC": CategoricalDistribution(["cross_head", "both"]),
-        "MODEL.CROSSKD.FUSION.IN_FEATURES": CategoricalDistribution(["('fc1',)", "['fc1', 'fc2']"]),
+        "MODEL.CROSSKD.FUSION.IN_FEATURES": CategoricalDistribution(
+            ["('fc1',)", "['pool', 'fc1', 'fc2']"]
+        ),
     }
     tool = Tool(tmp_path, space=space)
     start = tool.runs.start(space)
     assert start == {
         WEIGHT: 80.0,
         "MODEL.CROSSKD.MIMIC": "cross_head",
-        "MODEL.CROSSKD.FUSION.IN_FEATURES": "['fc1', 'fc2']",
+        "MODEL.CROSSKD.FUSION.IN_FEATURES": "['pool', 'fc1', 'fc2']",
     }
     assert tool.runs.start({WEIGHT: FloatDistribution(0.01, 10)}) is None, "outside of the search"
     for key, low, high, reason in (

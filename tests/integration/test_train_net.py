@@ -71,6 +71,7 @@ def write_config(files, folder, *opts):
     settings = {
         "MODEL.CROSSKD.TEACHER.CONFIG_FILE": str(files / "teacher.yaml"),
         "MODEL.CROSSKD.TEACHER.WEIGHTS": str(files / "teacher.pth"),
+        "MODEL.CROSSKD.FUSION.NAME": "mean",  # with adapters, which learn
         "MODEL.CROSSKD.FUSION.IN_FEATURES": ("pool", "fc1", "fc2"),
         "DATASETS.CARDS": (str(files / "card.yaml"),),
         "DATASETS.TRAIN": ("fewshapes_train",),

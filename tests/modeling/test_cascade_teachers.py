@@ -120,7 +120,8 @@ def test_the_students_own_scores_learn_the_mean_of_the_stages_scores():
 
 def test_all_stages_read_one_pooled_map_and_learn_adapters_of_their_own():
     student, teacher = distilling(
-        *(T + "STAGE", "mean", "MODEL.CROSSKD.FUSION.IN_FEATURES", ("pool", "fc2")),
+        *(T + "STAGE", "mean", "MODEL.CROSSKD.FUSION.NAME", "mean"),
+        *("MODEL.CROSSKD.FUSION.IN_FEATURES", ("pool", "fc2")),
         teacher=cascade(),
     )
     calls = []

@@ -30,6 +30,7 @@ TYPES = ("pkd", "cwd", "mgd", "fgd")
 LEARNED = ("mgd", "fgd")
 FEATURE = (L + "FEATURE_WEIGHT", 0.1, L + "FEATURE_COMBINE", False)
 STUDENT_HEAD = (K + "MIMIC", "student_head")
+MEAN = (K + "FUSION.NAME", "mean")
 WIDE = ("MODEL.FPN.OUT_CHANNELS", 12)
 
 
@@ -123,7 +124,7 @@ def seen():
 SPY = (L + "CLS_TYPE", "spy_for_test")
 
 
-@pytest.mark.parametrize("more", [(), STUDENT_HEAD], ids=["cross_head", "student_head"])
+@pytest.mark.parametrize("more", [MEAN, STUDENT_HEAD], ids=["cross_head", "student_head"])
 def test_dkd_and_dist_are_the_losses_of_the_logits_and_the_ground_truth(more, seen):
     found, _ = train_losses(
         student_of("RCNN", *SPY, L + "CLS_OPTS", ("scale", 8.0), *more), tiny_batch()

@@ -134,7 +134,7 @@ def test_targets_are_the_teachers_own_predictions_on_the_students_boxes():
 
 
 def test_losses_are_the_documented_functions_of_the_predictions():
-    student, _ = distilling("MODEL.CROSSKD.LOSS.TEMPERATURE", 2.0)
+    student, _ = distilling("MODEL.CROSSKD.LOSS.TEMPERATURE", 2.0, *fusion("mean", ("fc1", "fc2")))
     batch = tiny_batch()
     trace, t, _, z = recorded(student, batch)
     loss_cls, loss_box = kd_losses(student, batch)
@@ -145,7 +145,7 @@ def test_losses_are_the_documented_functions_of_the_predictions():
 
 def test_giou_box_loss_compares_decoded_boxes():
     cfg = ("MODEL.CROSSKD.LOSS.BOX_TYPE", "giou")
-    student, teacher = distilling(*cfg)
+    student, teacher = distilling(*cfg, *fusion("mean", ("fc1", "fc2")))
     batch = tiny_batch()
     trace, t, _, z = recorded(student, batch)
     boxes = Boxes.cat(trace.boxes).tensor
@@ -368,11 +368,14 @@ def test_a_user_can_register_a_fusion():
     assert torch.equal(cross.logits, expected[0])
 
 
-def test_statistics_go_to_the_event_storage_every_twenty_steps_only():
-    student, _ = distilling()
-    names = {"num_rois", "teacher_seconds", "factor", "teacher_confidence"}
-    names |= {"agreement_cross_head", "agreement_student", "fused_length", "fused_cosine"}
+@pytest.mark.parametrize("opts", [(), fusion("mean", ("fc1", "fc2"))])
+def test_statistics_go_to_the_event_storage_every_twenty_steps_only(opts):
+    combined = {"agreement_cross_head", "fused_length", "fused_cosine"}
+    by_tap = {f"agreement_{tap}" for tap in ("pool", "fc1", "fc2")}
+    student, _ = distilling(*opts)
+    names = {"num_rois", "teacher_seconds", "factor", "teacher_confidence", "agreement_student"}
     names |= {"disagreement_truth", "disagreement_truth_foreground"}
+    names |= combined if opts else by_tap
     result, storage = train_losses(student, tiny_batch(), iteration=19)
     latest = {k[8:]: v for k, (v, _) in storage.latest().items() if k.startswith("crosskd/")}
     assert set(latest) == names

@@ -22,6 +22,7 @@ def described(*opts, **kwargs):
 def test_taps_route_combination_and_entry_are_named_with_shapes():
     student, lines, _ = described(
         *(K + "FUSION.IN_FEATURES", ("pool", "fc2"), K + "FUSION.ENTRY", "fc1"),
+        *(K + "FUSION.NAME", "mean"),
         teacher_opts=("MODEL.ROI_BOX_HEAD.FC_DIM", 24),
     )
     assert "pool (8x7x7), fc2 (16) -> direct -> MeanFusion -> the teacher's fc1 (24)" in (
@@ -32,6 +33,22 @@ def test_taps_route_combination_and_entry_are_named_with_shapes():
     assert f"adapter of pool {pool}, adapter of fc2 {fc2} parameters" in lines["adapters"]
     assert f"{count_parameters(student.teacher.model) / 1e6:.2f} M" in lines["teacher"]
     assert "GFLOPs" in lines["student"] and "not counted" not in lines["student"]
+
+
+def test_taps_with_a_loss_each_are_told_and_one_tap_is_not_combined():
+    _, lines, _ = described()
+    assert lines["cross-head"].endswith(
+        "pool (8x7x7), fc1 (16), fc2 (16) -> each through -> the teacher's fc2 (16) -> its "
+        "predictor"
+    )
+    assert lines["terms"].endswith("1 x pool, 0.5 x fc1, 0.5 x fc2")
+    one = (K + "FUSION.IN_FEATURES", ("pool",), K + "FUSION.ENTRY", "pool")
+    _, lines, _ = described(*one, K + "FUSION.ALIGN", "standardize")
+    assert lines["cross-head"].endswith(
+        "pool (8x7x7) -> direct -> standardize -> the teacher's pool (8x7x7) -> its fc1, fc2, "
+        "predictor"
+    )
+    assert lines["terms"].endswith("1 x pool")
 
 
 def test_losses_schedule_and_classes_are_told():
@@ -54,7 +71,7 @@ def test_the_students_own_head_has_no_cross_head():
 def test_terms_and_detached_taps_are_told():
     _, lines, _ = described(
         *(K + "LOSS.FUSED_WEIGHT", 0.5, K + "LOSS.TAP_WEIGHTS", (0.0, 0.25)),
-        *(K + "FUSION.DETACH", ("fc1",), K + "MIMIC", "both"),
+        *(K + "FUSION.DETACH", ("fc1",), K + "FUSION.NAME", "mean", K + "MIMIC", "both"),
     )
     assert "fc1 (16, detached), fc2 (16)" in lines["cross-head"]
     assert lines["terms"].endswith("0.5 x combined, 0.25 x fc2") and "own" in lines

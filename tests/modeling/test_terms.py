@@ -105,6 +105,34 @@ def test_the_tap_of_plain_crosskd_comes_first_where_none_is_named(kind):
     assert all(torch.equal(found[key], wanted[key]) for key in KEYS)
 
 
+@kinds
+def test_by_default_taps_of_a_box_head_have_a_loss_each_and_those_of_a_dense_one_their_mean(kind):
+    name = "mean" if kind in DENSE else "none"
+    found, wanted = (
+        losses_of((distilling(*opts) if kind == "RCNN" else pair(kind, *opts))[0])
+        for opts in ((), (K + "FUSION.NAME", name))
+    )
+    assert all(torch.equal(found[key], wanted[key]) for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, taps",
+    [
+        ((0, 2), (0, 2), ("pool", "fc1", "fc2")),
+        ((0, 2), (2, 1), ("pool", "fc1")),
+        ((2, 1), (0, 2), ("pool", "fc1")),
+        ((2, 0), (1, 0), ("pool", "conv1")),
+        ((2, 0), (0, 2), ("pool",)),
+    ],
+)
+def test_by_default_the_layers_are_tapped_that_both_box_heads_have(ours, theirs, taps):
+    keys = ("MODEL.ROI_BOX_HEAD.NUM_CONV", "MODEL.ROI_BOX_HEAD.NUM_FC")
+    ours, theirs = ([x for pair in zip(keys, head) for x in pair] for head in (ours, theirs))
+    student, _ = distilling(*ours, teacher_opts=theirs)
+    assert student.distiller.box.fusion.taps == taps
+    assert all(torch.isfinite(x) and x > 0 for x in losses_of(student).values())
+
+
 def test_the_cross_head_prediction_of_taps_that_are_not_combined_is_that_of_the_first():
     separate, plain = (student_of("RCNN", name="none", taps=taps) for taps in (None, ("pool",)))
     batch = tiny_batch()

@@ -5,7 +5,7 @@ from typing import Any, Dict
 from detectron2.config import CfgNode
 
 from ..common.config_files import default_values, flat
-from ..config import distillation_requested
+from ..config import distillation_requested, fusion_name
 from ..distillation.fusion import are_separate
 
 # Keys of MODEL.CROSSKD that came after the first records, with the value that stands for what was
@@ -29,15 +29,21 @@ def digested_settings(cfg: CfgNode) -> Dict[str, Any]:
     kd = cfg.MODEL.CROSSKD
     if kd.LOSS.TAP_WEIGHTS:  # as their first records have it
         since["MODEL.CROSSKD.LOSS.FUSED_WEIGHT"] = 0.0
-    is_separate = are_separate(kd.FUSION.NAME, kd.FUSION.IN_FEATURES)
+    distils = distillation_requested(cfg)
+    combination = kd.FUSION.NAME or "mean"  # which was the default
+    if distils and kd.MIMIC != "student_head":
+        combination = fusion_name(cfg)
+    is_separate = distils and are_separate(combination, kd.FUSION.IN_FEATURES)
     if is_separate:
         settings["separate taps"] = _SEPARATE_TAPS
     for key, value in flat(cfg):
+        if key == "MODEL.CROSSKD.FUSION.NAME":
+            value = combination
         if key == "MODEL.CROSSKD.FUSION.ROUTE" and not is_separate:
-            value = value or "direct"  # which was the default
+            value = value or "direct"  # which was the default, too
         if key.startswith("MODEL.CROSSKD."):
             counts = value != since[key] if key in since else value not in (0, "", (), [], None)
-            counts = counts and distillation_requested(cfg)
+            counts = counts and distils
         else:
             counts = key not in _NO_RESULT and value != before.get(key)
         if counts:

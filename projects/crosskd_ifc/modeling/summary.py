@@ -124,9 +124,11 @@ def _describe_fusion(
 ) -> List[tuple]:
     shapes = {tap: _text(ours.shapes[tap]) for tap in fusion.taps}
     detached = {tap: ", detached" if tap in fusion.detach else "" for tap in fusion.taps}
-    taps = ", ".join(f"{tap} ({shape}{detached[tap]})" for tap, shape in shapes.items())
-    align = "" if fusion.align == "none" else f", {fusion.align}"
-    combination = type(fusion.combine).__name__ + align
+    taps = [f"{tap} ({shape}{detached[tap]})" for tap, shape in shapes.items()]
+    is_combined = "combined" in fusion.terms and len(taps) > 1
+    route = fusion.route if is_combined or len(taps) == 1 else f"each {fusion.route}"
+    made = [type(fusion.combine).__name__] if is_combined else []
+    made += [] if fusion.align == "none" else [fusion.align]
     entry = f"the teacher's {fusion.entry} ({_text(theirs.shapes[fusion.entry])}){of}"
     after = theirs.names[theirs.depth(fusion.entry) + 1 :]
     then = "".join(f"{layer}, " for layer in after) + "predictor"
@@ -134,9 +136,13 @@ def _describe_fusion(
     learned["combination"] = fusion.combine
     counts = {what: count_parameters(module) for what, module in learned.items()}
     learns = ", ".join(f"{what} {count:,}" for what, count in counts.items() if count)
-    terms = ", ".join(f"{weight:g} x {term}" for term, weight in fusion.terms.items())
+    said = {"combined": fusion.taps[0]} if len(taps) == 1 else {}
+    terms = ", ".join(
+        f"{weight:g} x {said.get(term, term)}" for term, weight in fusion.terms.items()
+    )
+    way = [", ".join(taps), route, ", ".join(made), entry, f"its {then}"]
     return [
-        (name, f"{taps} -> {fusion.route} -> {combination} -> {entry} -> its {then}"),
+        (name, " -> ".join(filter(None, way))),
         ("terms", terms or "none"),
         ("adapters", f"{learns} parameters" if learns else "none: the shapes agree"),
     ]

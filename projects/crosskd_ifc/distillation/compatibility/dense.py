@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 
-from ...config import ConfigError
+from ...config import ConfigError, fusion_name
 from ..fusion import FeatureFusion
 from ..head_layers import TOWERS, towers_of
 from ..loss_types import BOX_LOSS_REGISTRY
@@ -65,21 +65,21 @@ def check_pair(student: DenseDetector, teacher: Teacher) -> None:
 
 
 def build_fusions(
-    crosskd: CfgNode, student: DenseDetector, teacher: Teacher
+    cfg: CfgNode, student: DenseDetector, teacher: Teacher
 ) -> Dict[str, FeatureFusion]:
     """One fusion for each tower.
 
     Args:
-        crosskd: the node MODEL.CROSSKD.
+        cfg: the student's config.
     """
-    kd = crosskd.FUSION
+    kd = cfg.MODEL.CROSSKD.FUSION
     ours, theirs = (towers_of(model.head) for model in (student, teacher.model))
     usual = tuple(f"conv{i + 1}" for i in range(student.kd_depth))
-    taps = tuple(kd.IN_FEATURES) or (usual[::-1] if kd.NAME == "none" else usual)
+    taps = tuple(kd.IN_FEATURES) or (usual[::-1] if fusion_name(cfg) == "none" else usual)
     route, align = kd.ROUTE or "direct", kd.ALIGN or "standardize"
     fusions = {
         tower: make_fusion(
-            *(crosskd, taps, kd.ENTRY, route, align, ours[tower], theirs[tower]),
+            *(cfg, taps, kd.ENTRY, route, align, ours[tower], theirs[tower]),
             head=f"{tower} tower",
         )
         for tower in TOWERS

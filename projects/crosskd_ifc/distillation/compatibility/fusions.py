@@ -4,14 +4,14 @@ from typing import Sequence, Tuple
 
 from detectron2.config import CfgNode
 
-from ...config import ConfigError
+from ...config import ConfigError, fusion_name
 from ..fusion import FeatureFusion, are_separate
 from ..head_layers import NamedLayers
 from .settings import check_unused
 
 
 def make_fusion(
-    crosskd: CfgNode,
+    cfg: CfgNode,
     taps: Tuple[str, ...],
     entry: str,
     route: str,
@@ -24,7 +24,7 @@ def make_fusion(
     """A fusion from layers of the student to one of the teacher.
 
     Args:
-        crosskd: the node MODEL.CROSSKD.
+        cfg: the student's config.
         taps, route, align: as of :class:`FeatureFusion`.
         entry: also; "" for the deepest tap's layer.
         ours, theirs: the layers of student and teacher.
@@ -34,7 +34,7 @@ def make_fusion(
         ConfigError: if there are no such layers, the shapes can't be bridged, the fusion refuses
             the taps, or weights or detached taps don't fit them.
     """
-    kd, loss = crosskd.FUSION, crosskd.LOSS
+    kd, loss, name = cfg.MODEL.CROSSKD.FUSION, cfg.MODEL.CROSSKD.LOSS, fusion_name(cfg)
     _check_layers("IN_FEATURES", taps, ours, f"student's {head}")
     entry = entry or max(taps, key=ours.depth)
     _check_layers("ENTRY", (entry,), theirs, f"teacher's {head}")
@@ -51,18 +51,18 @@ def make_fusion(
             f"MODEL.CROSSKD.FUSION.DETACH is {tuple(kd.DETACH)}; it must name some, not all, of "
             f"the taps {taps}"
         )
-    if are_separate(kd.NAME, taps):
+    if are_separate(name, taps):
         check_unused(
-            crosskd,
+            cfg.MODEL.CROSSKD,
             ("FUSION.DETACH", "LOSS.FUSED_WEIGHT"),
-            "FUSION.NAME 'none' doesn't combine the taps: each has a loss of its own",
+            "FUSION.NAME 'none' (the default of box heads) doesn't combine the taps",
         )
     try:
         return FeatureFusion(
             fused_weight=loss.FUSED_WEIGHT,
             tap_weights=loss.TAP_WEIGHTS,
             detach=kd.DETACH,
-            name=kd.NAME,
+            name=name,
             taps=taps,
             entry=entry,
             route=route,
@@ -72,7 +72,7 @@ def make_fusion(
         )
     except ValueError as error:
         raise ConfigError(
-            f"MODEL.CROSSKD.FUSION (NAME '{kd.NAME}', IN_FEATURES {taps}, ENTRY '{entry}'): {error}"
+            f"MODEL.CROSSKD.FUSION (NAME '{name}', IN_FEATURES {taps}, ENTRY '{entry}'): {error}"
         ) from None
 
 

@@ -8,14 +8,14 @@ from typing import Any, Dict, Sequence
 from detectron2.config import CfgNode as CN
 
 from ...common.config_files import default_config
-from ...config import ConfigError, error_prefix, teacher_configs
+from ...config import ConfigError, error_prefix, fusion_name, teacher_configs
 from ..fusion import ALIGNMENTS, FEATURE_FUSION_REGISTRY, ROUTES, are_separate
 from ..loss_types import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY, FEATURE_LOSS_REGISTRY
 from . import class_map
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-# Earlier defaults that mean the same as today's, as configs of earlier runs spell them out.
-_EARLIER_DEFAULTS = {"FUSION.ROUTE": "direct", "TEACHER.STAGE": 1}
+# Earlier defaults, as configs of earlier runs spell them out; unused they mean the same as today's.
+_EARLIER_DEFAULTS = {"FUSION.NAME": "mean", "FUSION.ROUTE": "direct", "TEACHER.STAGE": 1}
 
 
 def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
@@ -35,7 +35,7 @@ def _choices() -> Dict[str, Sequence[str]]:
     return {
         "MIMIC": ("cross_head", "student_head", "both"),
         "TEACHERS_LOSS": ("mean", "one"),
-        "FUSION.NAME": FEATURE_FUSION_REGISTRY.names(),
+        "FUSION.NAME": ("", *FEATURE_FUSION_REGISTRY.names()),
         "FUSION.ROUTE": ("", *ROUTES),
         "FUSION.ALIGN": ("", *ALIGNMENTS),
         "LOSS.BOX_TYPE": ("", "l1", *BOX_LOSS_REGISTRY.names()),
@@ -66,7 +66,7 @@ def check_crosskd_config(cfg: CN) -> None:
     for key in kd.LOSS:
         if key.endswith("_WEIGHT"):
             _check_number(f"LOSS.{key}", kd.LOSS[key])
-    _check_terms(kd)
+    _check_terms(kd, fusion_name(cfg))
     _check_number("FUSION.WEIGHT_DECAY", kd.FUSION.WEIGHT_DECAY)
     if not (math.isfinite(kd.LOSS.TEMPERATURE) and kd.LOSS.TEMPERATURE > 0):
         raise ConfigError(
@@ -105,7 +105,7 @@ def _check_teacher(teacher: CN) -> None:
         raise ConfigError(f"MODEL.CROSSKD.TEACHER.CLASS_MAP is {error}") from None
 
 
-def _check_terms(kd: CN) -> None:
+def _check_terms(kd: CN, combination: str) -> None:
     """The combined feature and the taps by themselves, as terms of the losses."""
     weights, fusion = kd.LOSS.TAP_WEIGHTS, kd.FUSION
     for i, weight in enumerate(weights):
@@ -119,7 +119,7 @@ def _check_terms(kd: CN) -> None:
             f"MODEL.CROSSKD.LOSS.FUSED_WEIGHT is 0 and LOSS.TAP_WEIGHTS {tuple(weights)}: neither "
             "the combined feature nor a tap would be compared; set one of them above 0"
         )
-    if are_separate(fusion.NAME, fusion.IN_FEATURES) and weights and not any(weights):
+    if are_separate(combination, fusion.IN_FEATURES) and weights and not any(weights):
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(weights)}: no tap would be compared; set "
             "one above 0, or ()"

@@ -9,7 +9,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
 from torch import nn
 
-from ...config import ConfigError
+from ...config import ConfigError, fusion_name
 from ..fusion import FeatureFusion, are_separate
 from ..head_layers import BoxHeadLayers, box_stages, own_method
 from ..teacher import Teacher
@@ -173,25 +173,25 @@ def _predictor_problem(predictor: nn.Module) -> str:
     return ""
 
 
-def build_fusion(crosskd: CfgNode, ours: BoxHeadLayers, theirs: BoxHeadLayers) -> FeatureFusion:
+def build_fusion(cfg: CfgNode, ours: BoxHeadLayers, theirs: BoxHeadLayers) -> FeatureFusion:
     """The fusion of a box head.
 
     Args:
-        crosskd: the node MODEL.CROSSKD.
+        cfg: the student's config.
         ours, theirs: the layers of student and teacher.
 
     Raises:
         ConfigError: naming the key.
     """
-    kd = crosskd.FUSION
-    taps = tuple(kd.IN_FEATURES) or _default_taps(kd.NAME, ours)
-    route = kd.ROUTE or ("through" if are_separate(kd.NAME, taps) else "direct")
+    kd, name = cfg.MODEL.CROSSKD.FUSION, fusion_name(cfg)
+    taps = tuple(kd.IN_FEATURES) or _default_taps(name, ours, theirs)
+    route = kd.ROUTE or ("through" if are_separate(name, taps) else "direct")
     entry, align = kd.ENTRY or theirs.last, kd.ALIGN or "none"
-    return make_fusion(crosskd, taps, entry, route, align, ours, theirs, head="box head")
+    return make_fusion(cfg, taps, entry, route, align, ours, theirs, head="box head")
 
 
-def _default_taps(fusion: str, ours: BoxHeadLayers) -> Tuple[str, ...]:
+def _default_taps(fusion: str, ours: BoxHeadLayers, theirs: BoxHeadLayers) -> Tuple[str, ...]:
     if fusion != "none":
         return "fc1", "fc2"
-    connected = [name for name in ours.names if name.startswith("fc")]
-    return ("pool", *(connected or [ours.last]))
+    both = [name for name in ours.names[1:] if name in theirs.names]
+    return ("pool", *([name for name in both if name.startswith("fc")] or both[-1:]))

@@ -75,7 +75,7 @@ class DenseBoxDistiller:
         if own_predictions:
             mimic = DenseStudentHead(student, class_map)
         else:
-            fusions = build_fusions(kd, student, teacher)
+            fusions = build_fusions(cfg, student, teacher)
             mimic = DenseCrossHead(theirs, nn.ModuleDict(fusions))
         return {
             "teacher": theirs,

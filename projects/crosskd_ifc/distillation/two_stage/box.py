@@ -89,7 +89,7 @@ class BoxDistiller:
         if own_predictions:
             mimic = StudentHead(ours, theirs, class_map)
         else:
-            mimic = CrossHead(theirs, build_fusion(kd, ours.layers, theirs.layers))
+            mimic = CrossHead(theirs, build_fusion(cfg, ours.layers, theirs.layers))
         if sigmoids[1]:
             check_sigmoid_settings(cfg)
         return {
