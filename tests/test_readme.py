@@ -158,7 +158,7 @@ def test_other_losses_settings_are_told_as_recorded():
     found = [table.difference(arm, "crosskd_ifc") for arm in arms]
     assert all(len(each.values) == 3 for each in found)
     means = [each.mean for each in found]
-    told = f"end between {min(means):+.1f} and {max(means):+.1f} from the default"
+    told = f"end between {min(means):+.1f} and {max(means):+.1f} from the mean with its own"
     assert told in told_in_results()
 
 

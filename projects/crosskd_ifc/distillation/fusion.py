@@ -87,8 +87,8 @@ def standardize_like(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
 
 
 class FeatureFusion(nn.Module):
-    """Adapters, route, combination and alignment: the student's taps -> one feature at the
-    teacher's entry layer.
+    """Adapters, route, combination and alignment: the student's taps -> features at the teacher's
+    entry layer, one for each term of the losses.
 
     All learned parameters of the distillation live here, so that a checkpoint holds them under
     ``fusion.*``; with equal shapes and a fusion without weights there are none.
@@ -111,7 +111,7 @@ class FeatureFusion(nn.Module):
         """
         Args:
             name: a key of :data:`FEATURE_FUSION_REGISTRY`.
-            taps: names of the student's layers to combine, in any order.
+            taps: names of the student's layers; see ``tap_weights`` for what their order does.
             entry: the teacher's layer whose output the combined feature replaces.
             route: "direct" maps each tap to the teacher's shape at ``entry``; "through" maps it to
                 the teacher's shape at the tap itself and runs the teacher's layers up to ``entry``
