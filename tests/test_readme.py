@@ -47,6 +47,11 @@ def each(runs, key="AP"):
     return " / ".join(f"{r[key]:.1f}" for r in runs)
 
 
+def ap_of(table, arm):
+    """Mean and deviation of an arm's AP over its seeds, as the documents write it."""
+    return "{1:.1f} ± {2:.1f}".format(*describe_sample(list(table.scores(arm).values())))
+
+
 def tell(found):
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(found.mean, *found.interval)
 
@@ -353,11 +358,7 @@ def test_the_table_of_fcos_is_that_of_the_recorded_runs(arm):
 def test_the_two_divisors_of_fcos_are_told_as_recorded():
     table = results("fcos_divisor")
     told = "has {} AP, plain CrossKD {} with weights 0.4 and 0.75, and {} with 0.253 and 0.475"
-    summaries = [
-        describe_sample(list(table.scores(arm).values()))
-        for arm in ("student", "crosskd", "published")
-    ]
-    cells = [f"{found.mean:.1f} ± {found.deviation:.1f}" for found in summaries]
+    cells = [ap_of(table, arm) for arm in ("student", "crosskd", "published")]
     assert told.format(*cells) in told_in_results()
     assert (
         f"The difference is {tell(table.difference('published', 'crosskd'))}." in told_in_results()
@@ -500,9 +501,8 @@ def headline(row, name):
     arm = (DECISIVE if name == "decisive" else PHOTOS).get(row, row)
     if not table.runs.get(arm):
         return "-"
-    _, average, deviation = describe_sample(list(table.scores(arm).values()))
     more = "" if row in ("teacher", "student") else f"; {tell(table.difference(arm, 'student'))}"
-    return f"{average:.1f} ± {deviation:.1f}{more}"
+    return ap_of(table, arm) + more
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -623,9 +623,8 @@ DECIDED = {
 @pytest.mark.parametrize("arm", DECIDED)
 def test_the_table_of_the_decisive_comparison_is_that_of_the_recorded_runs(arm):
     table = results("decisive")
-    count, average, deviation = describe_sample(list(table.scores(arm).values()))
     more = tell(table.difference(arm, "crosskd")) if arm != "crosskd" else "-"
-    row = f"| {DECIDED[arm]} | {average:.1f} ± {deviation:.1f} | {more} | {count} |"
+    row = f"| {DECIDED[arm]} | {ap_of(table, arm)} | {more} | {len(table.scores(arm))} |"
     assert row in rows_of_results(after="## The decisive comparison")
 
 
@@ -666,10 +665,7 @@ def test_what_a_longer_training_of_the_plain_student_gives_is_told_as_recorded()
 
 def test_what_self_distillation_gives_is_told_as_recorded():
     table = results("self_distillation")
-    teacher, student = (
-        "{1:.1f} ± {2:.1f}".format(*describe_sample(list(table.scores(arm).values())))
-        for arm in ("teacher", "self")
-    )
+    teacher, student = (ap_of(table, arm) for arm in ("teacher", "self"))
     text = " ".join(read("docs", "teachers_and_students.md").split())
     assert f"has {teacher} AP on the test images, the R18 that learns from it" in text
     found = table.difference("self", "teacher")

@@ -5,7 +5,7 @@ A student is trained with the float32 teacher; in each step the losses are also 
 teacher in low precision, on the same images, RoIs and weights. For example, after `make demo`:
 
     python benchmarks/precision/measure.py \
-        --config-file configs/quick/crosskd_ifc_R_18_shapes.yaml \
+        --config-file configs/quick/options/mean_R_18_shapes.yaml \
         --output benchmarks/precision/bfloat16.json OUTPUT_DIR output/precision
 """
 
