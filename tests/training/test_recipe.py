@@ -12,7 +12,7 @@ from PIL import Image
 
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import merge_from_file
-from crosskd_ifc.config import class_count, distillation_requested
+from crosskd_ifc.config import class_count, distillation_requested, fusion_name
 from crosskd_ifc.data.cards import fill_in_class_count
 from crosskd_ifc.modeling.attach import load_teacher_config
 from crosskd_ifc.training.preflight import check_training_config
@@ -90,6 +90,12 @@ def test_the_configs_of_each_detector_load_and_fit_together(detector, pretrained
     assert path == str(weights) and class_count(teacher_cfg)[1] == 3
     assert teacher_cfg.MODEL.RESNETS.DEPTH == 50
     assert len({cfg.OUTPUT_DIR for cfg in cfgs.values()}) == 3
+    # A loss for each layer in box heads, plain CrossKD in dense ones, as docs/choosing.md advises.
+    tap = {"retinanet": ("conv3",), "fcos": ("conv2",)}.get(detector, ())
+    fusion = cfgs["distilled"].MODEL.CROSSKD.FUSION
+    assert (fusion_name(cfgs["distilled"]), tuple(fusion.IN_FEATURES)) == ("none", tap)
+    method = f"plain CrossKD from {tap[0]}" if tap else "CrossKD-IFC"
+    assert f"Distillation: {method}" in told
     stock = cfgs["student"]
     assert sum(p.numel() for p in build_model(stock).parameters()) > 10**6
 

@@ -26,6 +26,8 @@ DETECTORS: Dict[str, Tuple[str, str, float]] = {
     "retinanet": ("Base-RetinaNet.yaml", "CrossKDRetinaNet", 0.01),
     "fcos": ("Base-FCOS.yaml", "CrossKDFCOS", 0.01),
 }
+# Dense heads distil by plain CrossKD from this layer (docs/choosing.md).
+_DENSE_TAPS = {"retinanet": "conv3", "fcos": "conv2"}
 _NAMES = ("teacher", "student", "distilled")
 _IMAGES_PER_GPU = 4
 _SHORTEST, _LONGEST = 800, 1333  # detectron2's test size
@@ -100,7 +102,10 @@ def write_configs(
     headers = {
         "teacher": [f"Teacher, {detector} {teacher}-FPN.", converting[teacher]],
         "student": [f"Plain student, {detector} {student}-FPN.", converting[student]],
-        "distilled": [f"Distilled student, {detector} {student}-FPN. Train the teacher first."],
+        "distilled": [
+            f"Distilled student, {detector} {student}-FPN, by {_method(detector)}. "
+            "Train the teacher first."
+        ],
     }
     os.makedirs(folder, exist_ok=True)
     head = f"What the configs beside this one share: {detector} for {train}.\n" + "\n".join(notes)
@@ -108,6 +113,7 @@ def write_configs(
     for name in _NAMES:
         header = "\n  ".join(line for line in (*headers[name], commands[name]) if line)
         _write(files[name], header, {**deltas[name], "OUTPUT_DIR": outputs[name]})
+    notes.append(f"Distillation: {_method(detector)}.")
     alone = os.path.join(folder, "student_alone")
     steps = [
         *sorted({command for command in converting.values() if command}),
@@ -298,12 +304,20 @@ def _convert(backbone: str) -> str:
 
 
 def _distilling(detector: str, teacher: str, weights: str) -> Dict[str, Any]:
-    """What makes a student distil from the teacher of this config and these weights."""
+    """What makes a student distil, as docs/choosing.md advises, from this teacher."""
     architecture = DETECTORS[detector][1]
     model: Dict[str, Any] = {"META_ARCHITECTURE": architecture}
-    if architecture == "CrossKDRCNN":
+    settings: Dict[str, Any] = {"TEACHER": {"CONFIG_FILE": teacher, "WEIGHTS": weights}}
+    if detector in _DENSE_TAPS:
+        settings["FUSION"] = {"NAME": "none", "IN_FEATURES": [_DENSE_TAPS[detector]]}
+    else:
         model["ROI_HEADS"] = {"NAME": "CrossKDROIHeads"}
-    return {**model, "CROSSKD": {"TEACHER": {"CONFIG_FILE": teacher, "WEIGHTS": weights}}}
+    return {**model, "CROSSKD": settings}
+
+
+def _method(detector: str) -> str:
+    tap = _DENSE_TAPS.get(detector)
+    return f"plain CrossKD from {tap}" if tap else "CrossKD-IFC, a loss for each of several layers"
 
 
 def _write(path: str, header: str, content: Dict[str, Any]) -> None:
