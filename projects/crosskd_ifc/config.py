@@ -81,7 +81,7 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # head; of dense detectors the deepest tap.
     _C.FUSION.ENTRY = ""
     # "direct": each tap jumps to ENTRY; "through": it runs the teacher's layers from its own depth
-    # to ENTRY. Empty: "direct", but "through" for several taps of a box head with a loss each.
+    # to ENTRY. Empty: "direct"; for taps of a box head that aren't combined "through".
     _C.FUSION.ROUTE = ""
     # "none", or to the channel statistics of the teacher's feature at ENTRY: "standardize" the
     # combined feature, or "standardize_taps", each before they are combined. Empty: "none", dense
@@ -208,6 +208,12 @@ def fusion_name(cfg: CN) -> str:
     return cfg.MODEL.CROSSKD.FUSION.NAME or usual
 
 
+def fusion_route(cfg: CN) -> str:
+    """``MODEL.CROSSKD.FUSION.ROUTE``, also where it is left to detector and combination."""
+    through = head_section(cfg) == "ROI_HEADS" and fusion_name(cfg) == "none"
+    return cfg.MODEL.CROSSKD.FUSION.ROUTE or ("through" if through else "direct")
+
+
 def head_section(cfg: CN) -> str:
     """The section below MODEL with NUM_CLASSES and test thresholds of a config's detector."""
     stock = cfg.MODEL.META_ARCHITECTURE.replace("CrossKD", "")
@@ -234,6 +240,8 @@ def teacher_configs(cfg: CN) -> List[Tuple[str, CN]]:
         kd = one.MODEL.CROSSKD
         if not isinstance(entry, Mapping):
             raise ConfigError(f"{name}{entry!r} is not a section such as {{'WEIGHTS': 'a.pth'}}")
+        if "STAGE" in entry:
+            kd.TEACHER.STAGE = None  # a number may follow a word
         if "CONFIG_FILE" in entry:
             kd.TEACHER.WEIGHTS, kd.TEACHER.OPTS = "", ()
         try:

@@ -11,6 +11,7 @@ from crosskd_ifc.common.config_files import (
     load_config,
     load_config_text,
     merge_from_file,
+    merge_from_list,
 )
 from crosskd_ifc.common.paths import REPO_CONFIGS
 from crosskd_ifc.data.cards import register_cards
@@ -79,6 +80,13 @@ def test_a_file_that_is_no_config_is_one_error(tmp_path, text, told):
     for name in ("base.yaml", "config.yaml"):
         with pytest.raises(ConfigError, match=f"--config-file .*base.yaml: {told}"):
             merged(tmp_path / name)
+
+
+def test_a_stage_on_the_command_line_may_be_a_number_where_the_file_has_a_word():
+    cfg, stage = default_config(), "MODEL.CROSSKD.TEACHER.STAGE"
+    for value, wanted in [("mean", "mean"), ("2", 2), ("mean", "mean"), ("None", None)]:
+        merge_from_list(cfg, [stage, value], key="opts")
+        assert cfg.MODEL.CROSSKD.TEACHER.STAGE == wanted
 
 
 def test_a_config_names_files_beside_it(tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ CASES = {
         r"IN_FEATURES.*\['fc2'\] lie deeper than ENTRY 'fc1'.*ROUTE direct",
     ),
     "shapes that nothing bridges": (
-        (K + "FUSION.IN_FEATURES", ("fc1",), K + "FUSION.NAME", "none", K + "FUSION.ENTRY", "pool"),
+        (K + "FUSION.IN_FEATURES", ("fc1",), K + "FUSION.NAME", "mean", K + "FUSION.ENTRY", "pool"),
         r"student's 'fc1' \(16,\) can't enter the teacher's 'pool' \(8, 7, 7\)",
     ),
     "a stock ROI head": (

@@ -356,6 +356,8 @@ def test_results_from_before_the_route_could_be_left_open_stay_valid(tmp_path):
         "fc2",
     )
     assert digest(*taps) != digest(*taps, route, "direct")
+    alone = ("MODEL.CROSSKD.FUSION.IN_FEATURES", "('fc1',)", "MODEL.CROSSKD.FUSION.ENTRY", "")
+    assert digest(*alone) == digest(*alone, route, "through") != digest(*alone, route, "direct")
 
 
 def test_results_from_before_there_were_types_of_losses_stay_valid(tmp_path, monkeypatch):

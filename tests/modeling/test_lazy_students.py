@@ -83,6 +83,7 @@ def test_a_lazyconfig_student_distils(kind):
         ({"LOSS": {"CLS_WEIGHT": "much"}}, "settings of the distillation"),
         ({"LOSS": 3}, "LOSS"),
         ({"FUSION": {"IN_FEATURES": ["fc9"]}}, "^FUSION.IN_FEATURES.*no layer 'fc9'"),
+        ({"IMPORTS": ["own.py"]}, "IMPORTS is for YAML configs"),
         ({}, "^TEACHER.CONFIG_FILE is empty"),
     ],
 )

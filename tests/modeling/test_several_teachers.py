@@ -201,7 +201,22 @@ def test_what_is_wrong_with_a_teacher_is_said_as_ever_with_its_number(trained, e
     if isinstance(entry, dict) and set(entry) & {"OPTS", "STAGE", "PRECISION"}:
         entry = {**trained[1], **entry}
     with pytest.raises(ConfigError, match=rf"^MODEL\.CROSSKD\.TEACHERS\[1\]: {message}"):
-        student_of([trained[0], entry], K + "TEACHER.CONFIG_FILE", trained[0]["CONFIG_FILE"])
+        entries = [{"WEIGHTS": trained[0]["WEIGHTS"]}, entry]
+        student_of(entries, K + "TEACHER.CONFIG_FILE", trained[0]["CONFIG_FILE"])
+
+
+def test_a_teacher_that_none_of_several_falls_back_to_is_refused(trained):
+    with pytest.raises(ConfigError, match="TEACHER.CONFIG_FILE is .*each of TEACHERS has a CONFIG"):
+        student_of(trained[1:2], K + "TEACHER.CONFIG_FILE", trained[0]["CONFIG_FILE"])
+    with pytest.raises(ConfigError, match="TEACHER.WEIGHTS is 'a.pth', but each of TEACHERS"):
+        student_of(trained[:2], K + "TEACHER.WEIGHTS", "a.pth")
+
+
+def test_a_stage_may_be_a_number_for_one_and_a_word_for_another(trained):
+    entries = [{**trained[0], "STAGE": "mean"}, {**trained[1], "STAGE": 2}, trained[2]]
+    cfg = tiny_cfg(K + "TEACHERS", entries, K + "TEACHER.STAGE", 3)
+    stages = [one.MODEL.CROSSKD.TEACHER.STAGE for _, one in teacher_configs(cfg)]
+    assert stages == ["mean", 2, 3]
 
 
 def test_several_teachers_make_a_config_distil_and_are_checked_before_training(trained):

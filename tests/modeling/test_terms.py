@@ -8,6 +8,7 @@ from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_batch, train_losses
 from test_dense import DENSE, pair
 
+from crosskd_ifc import ConfigError
 from crosskd_ifc.fusion import FEATURE_FUSION_REGISTRY
 
 K = "MODEL.CROSSKD."
@@ -86,6 +87,28 @@ def test_taps_that_are_not_combined_have_a_loss_each_the_first_with_twice_the_we
     assert all(torch.equal(found[key], wanted[key]) for key in KEYS)
 
 
+@pytest.mark.parametrize("tap", TAPS["RCNN"])
+def test_a_tap_alone_is_the_term_that_it_is_among_several(tap):
+    found = losses_of(student_of("RCNN", name="none", taps=(tap,), route=""))
+    weights = [float(tap == other) for other in TAPS["RCNN"]]
+    wanted = losses_of(student_of("RCNN", name="none", route="", weights=weights))
+    assert all(torch.equal(found[key], wanted[key]) for key in KEYS)
+
+
+def test_pool_alone_is_plain_crosskd():
+    found, wanted = (
+        losses_of(student_of("RCNN", name="none", taps=("pool",), entry=entry, route=""))
+        for entry in ("", "pool")
+    )
+    assert all(torch.equal(found[key], wanted[key]) for key in KEYS)
+
+
+@kinds
+def test_weights_of_taps_with_one_tap_are_refused(kind):
+    with pytest.raises(ConfigError, match=r"TAP_WEIGHTS is \(1.0,\), .*one tap.*FUSED_WEIGHT"):
+        student_of(kind, name="none", taps=TAPS[kind][:1], weights=(1.0,))
+
+
 @kinds
 def test_the_tap_of_plain_crosskd_comes_first_where_none_is_named(kind):
     opts = (K + "FUSION.NAME", "none")
@@ -137,6 +160,14 @@ def test_the_cross_head_prediction_of_taps_that_are_not_combined_is_that_of_the_
     separate, plain = (student_of("RCNN", name="none", taps=taps) for taps in (None, ("pool",)))
     batch = tiny_batch()
     found, wanted = (student.eval().cross_head_inference(batch) for student in (separate, plain))
+    for x, y in zip(found, wanted):
+        assert torch.equal(x["instances"].scores, y["instances"].scores)
+
+
+def test_it_is_never_that_of_a_tap_without_a_loss():
+    separate = student_of("RCNN", name="none", weights=(0.0, 1.0, 0.0))
+    plain = student_of("RCNN", name="none", taps=("fc1",))
+    found, wanted = (s.eval().cross_head_inference(tiny_batch()) for s in (separate, plain))
     for x, y in zip(found, wanted):
         assert torch.equal(x["instances"].scores, y["instances"].scores)
 
@@ -249,9 +280,7 @@ def test_standardized_taps_of_one_tap_are_the_standardized_feature(kind):
     tap = TAPS[kind][-1:]
     a = losses_of(student_of(kind, name="mean", taps=tap, align="standardize"))
     b = losses_of(student_of(kind, name="mean", taps=tap, align="standardize_taps"))
-    c = losses_of(student_of(kind, taps=tap, align="standardize", weights=(1.0,), fused=0.0))
-    for key in KEYS:
-        assert torch.equal(a[key], b[key]) and torch.equal(a[key], c[key])
+    assert all(torch.equal(a[key], b[key]) for key in KEYS)
 
 
 def test_standardized_taps_each_have_the_teachers_statistics_before_they_are_combined():

@@ -215,6 +215,8 @@ def merge_from_list(cfg: CN, opts: Sequence, *, key: str) -> None:
         raise ConfigError(f"{key}: {len(opts)} items; expected KEY VALUE pairs")
     for name, value in zip(opts[::2], opts[1::2]):
         try:
+            if name == "MODEL.CROSSKD.TEACHER.STAGE":  # a number or a word, whatever it was
+                cfg.MODEL.CROSSKD.TEACHER.STAGE = None
             cfg.merge_from_list([name, value])
         except _MERGE_ERRORS as error:
             reason = _text(error)

@@ -99,6 +99,8 @@ def merge_settings(cfg: CfgNode, settings: Mapping[str, Any]) -> None:
         if OmegaConf.is_config(settings):
             settings = OmegaConf.to_container(settings, resolve=True)
         cfg.MODEL.CROSSKD.merge_from_other_cfg(CfgNode(dict(settings)))
+        if cfg.MODEL.CROSSKD.IMPORTS:
+            raise ValueError("IMPORTS is for YAML configs; import your code where these are set")
     except (AttributeError, KeyError, OmegaConfBaseException, TypeError, ValueError) as error:
         reason = error.args[0] if error.args else error
         raise ConfigError(f"the settings of the distillation: {reason}") from error

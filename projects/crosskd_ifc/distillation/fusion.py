@@ -177,8 +177,11 @@ class FeatureFusion(nn.Module):
                 ``after`` up to and including ``until``.
 
         Returns:
-            The combined feature, shaped as the teacher's at the entry layer.
+            The combined feature, or if it has no loss the first tap that has one, shaped as the
+            teacher's at the entry layer.
         """
+        if self._fused_weight == 0:  # what no loss reaches says nothing
+            return self.features(student, teacher, run_teacher)[0]
         taps = self._at_entry({tap: student[tap] for tap in self.taps}, run_teacher)
         return self._combined(taps, student, teacher, run_teacher)
 

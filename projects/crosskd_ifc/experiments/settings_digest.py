@@ -5,7 +5,7 @@ from typing import Any, Dict
 from detectron2.config import CfgNode
 
 from ..common.config_files import default_values, flat
-from ..config import distillation_requested, fusion_name
+from ..config import distillation_requested, fusion_name, fusion_route
 from ..distillation.fusion import are_separate
 
 # Keys of MODEL.CROSSKD that came after the first records, with the value that stands for what was
@@ -40,7 +40,7 @@ def digested_settings(cfg: CfgNode) -> Dict[str, Any]:
         if key == "MODEL.CROSSKD.FUSION.NAME":
             value = combination
         if key == "MODEL.CROSSKD.FUSION.ROUTE" and not is_separate:
-            value = value or "direct"  # which was the default, too
+            value = value or _open_route(cfg, combination)
         if key.startswith("MODEL.CROSSKD."):
             counts = value != since[key] if key in since else value not in (0, "", (), [], None)
             counts = counts and distils
@@ -49,3 +49,11 @@ def digested_settings(cfg: CfgNode) -> Dict[str, Any]:
         if counts:
             settings[key] = value
     return settings
+
+
+def _open_route(cfg: CfgNode, combination: str) -> str:
+    """The route of one tap or combined ones where it is left open. Records name it "direct"
+    wherever it was; to a tap's own layer both routes are the same."""
+    fusion = cfg.MODEL.CROSSKD.FUSION
+    is_there = tuple(fusion.IN_FEATURES) == (fusion.ENTRY,)
+    return "direct" if combination != "none" or is_there else fusion_route(cfg)

@@ -127,6 +127,7 @@ def _describe_fusion(
     taps = [f"{tap} ({shape}{detached[tap]})" for tap, shape in shapes.items()]
     is_combined = "combined" in fusion.terms and len(taps) > 1
     route = fusion.route if is_combined or len(taps) == 1 else f"each {fusion.route}"
+    route = "" if fusion.taps == (fusion.entry,) else route  # both are the same
     made = [type(fusion.combine).__name__] if is_combined else []
     made += [] if fusion.align == "none" else [fusion.align]
     entry = f"the teacher's {fusion.entry} ({_text(theirs.shapes[fusion.entry])}){of}"

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 
-from ...config import ConfigError, fusion_name
+from ...config import ConfigError, fusion_name, fusion_route
 from ..fusion import FeatureFusion
 from ..head_layers import TOWERS, towers_of
 from ..loss_types import BOX_LOSS_REGISTRY
@@ -76,15 +76,15 @@ def build_fusions(
     ours, theirs = (towers_of(model.head) for model in (student, teacher.model))
     usual = tuple(f"conv{i + 1}" for i in range(student.kd_depth))
     taps = tuple(kd.IN_FEATURES) or (usual[::-1] if fusion_name(cfg) == "none" else usual)
-    route, align = kd.ROUTE or "direct", kd.ALIGN or "standardize"
+    align = kd.ALIGN or "standardize"
     fusions = {
         tower: make_fusion(
-            *(cfg, taps, kd.ENTRY, route, align, ours[tower], theirs[tower]),
+            *(cfg, taps, kd.ENTRY, align, ours[tower], theirs[tower]),
             head=f"{tower} tower",
         )
         for tower in TOWERS
     }
-    if route == "through":
+    if fusion_route(cfg) == "through":
         _check_norms(teacher)
     return fusions
 

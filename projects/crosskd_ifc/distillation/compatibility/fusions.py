@@ -4,7 +4,7 @@ from typing import Sequence, Tuple
 
 from detectron2.config import CfgNode
 
-from ...config import ConfigError, fusion_name
+from ...config import ConfigError, fusion_name, fusion_route
 from ..fusion import FeatureFusion, are_separate
 from ..head_layers import NamedLayers
 from .settings import check_unused
@@ -14,7 +14,6 @@ def make_fusion(
     cfg: CfgNode,
     taps: Tuple[str, ...],
     entry: str,
-    route: str,
     align: str,
     ours: NamedLayers,
     theirs: NamedLayers,
@@ -25,7 +24,7 @@ def make_fusion(
 
     Args:
         cfg: the student's config.
-        taps, route, align: as of :class:`FeatureFusion`.
+        taps, align: as of :class:`FeatureFusion`.
         entry: also; "" for the deepest tap's layer.
         ours, theirs: the layers of student and teacher.
         head: what has them, for errors.
@@ -36,11 +35,16 @@ def make_fusion(
     """
     kd, loss, name = cfg.MODEL.CROSSKD.FUSION, cfg.MODEL.CROSSKD.LOSS, fusion_name(cfg)
     _check_layers("IN_FEATURES", taps, ours, f"student's {head}")
-    entry = entry or max(taps, key=ours.depth)
+    entry, route = entry or max(taps, key=ours.depth), fusion_route(cfg)
     _check_layers("ENTRY", (entry,), theirs, f"teacher's {head}")
     if route == "through":
         _check_layers("IN_FEATURES", taps, theirs, f"teacher's {head} (route 'through')")
         _check_depths(taps, entry, theirs)
+    if loss.TAP_WEIGHTS and len(taps) == 1:
+        raise ConfigError(
+            f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(loss.TAP_WEIGHTS)}, but there is one tap, "
+            f"{taps[0]!r}: the weight of its loss is LOSS.FUSED_WEIGHT; set TAP_WEIGHTS to ()"
+        )
     if loss.TAP_WEIGHTS and len(loss.TAP_WEIGHTS) != len(taps):
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(loss.TAP_WEIGHTS)}, but FUSION.IN_FEATURES "

@@ -61,6 +61,9 @@ def check_crosskd_config(cfg: CN) -> None:
     for name, one in teacher_configs(cfg):
         with error_prefix(name):
             _check_teacher(one.MODEL.CROSSKD.TEACHER)
+    if kd.TEACHERS and all("CONFIG_FILE" in one for one in kd.TEACHERS):
+        keys = ("TEACHER.CONFIG_FILE", "TEACHER.WEIGHTS", "TEACHER.OPTS")
+        check_unused(kd, keys, "each of TEACHERS has a CONFIG_FILE of its own")
     _check_names("FUSION.IN_FEATURES", kd.FUSION.IN_FEATURES, "layer names, such as ('fc1', 'fc2')")
     _check_names("INHERIT", kd.INHERIT, "module names, such as ('backbone', 'proposal_generator')")
     for key in kd.LOSS:

@@ -10,7 +10,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers, Res5ROIHeads, St
 from torch import nn
 
 from ...config import ConfigError, fusion_name
-from ..fusion import FeatureFusion, are_separate
+from ..fusion import FeatureFusion
 from ..head_layers import BoxHeadLayers, box_stages, own_method
 from ..teacher import Teacher
 from .fusions import make_fusion
@@ -185,9 +185,8 @@ def build_fusion(cfg: CfgNode, ours: BoxHeadLayers, theirs: BoxHeadLayers) -> Fe
     """
     kd, name = cfg.MODEL.CROSSKD.FUSION, fusion_name(cfg)
     taps = tuple(kd.IN_FEATURES) or _default_taps(name, ours, theirs)
-    route = kd.ROUTE or ("through" if are_separate(name, taps) else "direct")
     entry, align = kd.ENTRY or theirs.last, kd.ALIGN or "none"
-    return make_fusion(cfg, taps, entry, route, align, ours, theirs, head="box head")
+    return make_fusion(cfg, taps, entry, align, ours, theirs, head="box head")
 
 
 def _default_taps(fusion: str, ours: BoxHeadLayers, theirs: BoxHeadLayers) -> Tuple[str, ...]:
