@@ -46,6 +46,8 @@ def parse_args(argv=None):
     args = PARSER.parse_args(argv)
     if args.jobs < 1:
         PARSER.error("--jobs must be at least 1")
+    if args.report_only and (args.seeds or args.arms):
+        PARSER.error("--report-only reports all runs; leave out --seeds and --arms")
     return args
 
 

@@ -22,7 +22,7 @@ from tabulate import tabulate
 
 from crosskd_ifc.common.command_line import tool_command, tool_parser
 from crosskd_ifc.common.environment import hardware, versions
-from crosskd_ifc.common.files import write_json
+from crosskd_ifc.common.files import claim_output, write_json
 from crosskd_ifc.data.cards import register_cards
 from crosskd_ifc.weights.deployed import read_info
 from crosskd_ifc.weights.evaluating import (
@@ -55,6 +55,7 @@ def parse(argv: Optional[List[str]] = None):
     parser.add_argument("--images", type=int, default=16, help="of a round")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--json", default="", metavar="FILE", help="for what was found")
+    parser.add_argument("--force", action="store_true", help="replace an existing --json")
     args = parser.parse_args(argv)
     if args.teacher_config and not args.teacher:
         parser.error("--teacher-config is for --teacher")
@@ -73,6 +74,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         torch.set_num_threads(args.threads)
     problems: List[str] = []
     try:
+        if args.json:
+            claim_output(args.json, force=args.force, option="--json")
         register_cards(args.card)
         kinds = [read_info(folder).kind for folder in args.EXPORTED]
         if len(set(kinds)) < len(kinds):
@@ -82,7 +85,6 @@ def main(argv: Optional[List[str]] = None) -> int:
             command = shlex.join([*tool_command("evaluate_export").split(), *args.command])
             threads = torch.get_num_threads()
             about = dict(versions=versions(), hardware=hardware("cpu", threads))
-            os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
             write_json(args.json, {"command": command, **about, "dataset": args.dataset, **found})
     except (ImportError, OSError, ValueError) as error:
         print(f"evaluate_export: {error}", file=sys.stderr)

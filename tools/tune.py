@@ -81,7 +81,8 @@ def main(args):
 def search_in(folder, protocol, args):
     space, seeds = space_of(args), args.seeds or [*protocol.seeds[:1]]
     runs_folder = args.runs or os.path.join("output", "compare", protocol.name)
-    known = args.arm in protocol.arms  # else TrialRuns says so
+    arm = protocol.arms.get(args.arm)
+    known = arm is not None and set(seeds) <= set(arm.seeds)  # else TrialRuns says so
     study = open_study(
         os.path.join(folder, "study.journal"),
         space,

@@ -153,6 +153,17 @@ def test_results_take_the_ids_of_annotations(files, tmp_path):
         run(files / "run", *inputs, *options, "--force")
 
 
+def test_annotations_may_list_pictures_from_a_folder_above(files, tmp_path):
+    listed = [{"id": 7, "file_name": "photos/b.png"}, {"id": 8, "file_name": "other/b.png"}]
+    content = {"images": listed, "categories": [{"id": i, "name": n} for i, n in enumerate(NAMES)]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    options = ("--no-pictures", "--json", tmp_path / "r.json", "--annotations", tmp_path / "a.json")
+    run(files / "student", files / "photos" / "b.png", *options)
+    assert {x["image_id"] for x in json.loads((tmp_path / "r.json").read_text())} == {7}
+    with pytest.raises(SystemExit, match="no image is called a.JPG; the first one is photos/b.png"):
+        run(files / "student", files / "photos" / "a.JPG", *options, "--force")
+
+
 def test_two_pictures_are_never_results_of_one_image(files, tmp_path):
     content = {"images": [{"id": 1, "file_name": "b.png"}], "categories": []}
     content["categories"] = [{"id": i, "name": name} for i, name in enumerate(NAMES)]

@@ -66,7 +66,47 @@ def splits(root):
     return {os.path.relpath(p.path, root): p.split for p in read_folder(str(root)).photos}
 
 
+# Objects
+
+
+@pytest.mark.parametrize("outline", [[[]], [[1, 1, 9, 9]], [[1, 1, 9, 1, 9]]])
+def test_a_box_whose_outline_is_no_polygon_stays_without_it(outline, tmp_path):
+    photo(tmp_path / "1.jpg")
+    box = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [1, 1, 9, 9]}
+    coco(tmp_path / "a.json", [("1.jpg", "x")], annotations=[{**box, "segmentation": outline}])
+    found = read_folder(str(tmp_path))
+    assert [thing.outline for thing in found.photos[0].things] == [None]
+    (place,) = found.problems["outline that can't be used, left out"]
+    assert place.endswith("no polygon of three points")
+
+
+def test_why_no_box_can_be_used_is_told(tmp_path):
+    photo(tmp_path / "1.jpg")
+    write(tmp_path / "data.yaml", "names: [cat]")
+    yolo(tmp_path / "1.txt", "0 120 80 40 30")  # pixels
+    with pytest.raises(ValueError, match="(?s)no photo has a box.*box outside its image.*1.txt"):
+        read(tmp_path)
+
+
 # Which photo does an annotation mean?
+
+
+def test_a_name_with_a_dot_is_not_that_of_the_part_before_it(tmp_path):
+    write(tmp_path / "data.yaml", "names: [cat]")
+    photo(tmp_path / "images" / "shot_3.jpg")
+    yolo(tmp_path / "labels" / "shot_3.cropped.txt")
+    photo(tmp_path / "images" / "shot_4.jpg")
+    yolo(tmp_path / "labels" / "shot_4.txt")
+    photos, problems = read(tmp_path)
+    assert photos == {"images/shot_4.jpg": ["cat"]}
+    told = problems["annotation without an image (in its split), left out"]
+    assert told == ["labels/shot_3.cropped.txt"]
+
+
+def test_another_suffix_of_an_image_is_no_part_of_its_name(tmp_path):
+    photo(tmp_path / "1.jpg")
+    voc(tmp_path / "1.xml", "1.tif", "a")
+    assert read(tmp_path) == ({"1.jpg": ["a"]}, {})
 
 
 def test_a_photo_with_an_annotation_of_its_own_is_not_taken_for_a_missing_one(tmp_path):
@@ -296,6 +336,9 @@ def test_yolo_class_lists_that_differ_are_refused(tmp_path):
         ("names: []", "there is no class name in it"),
         ("names: [cat, dog, cat]", "the class 'cat' is there twice"),
         ("names: [cat]\ntrain: 5", "train is 5; expected a folder"),
+        ("names: [no, yes]", "the class name False has to be in quotes"),
+        ("names: {0: cat, 1: on}", "the class name True has to be in quotes"),
+        ("names: [cat, null]", "the class name None has to be in quotes"),
     ],
 )
 def test_a_yaml_that_cant_be_right_is_one_error(text, said, tmp_path):
@@ -381,7 +424,7 @@ def test_a_list_from_another_machine_keeps_its_split(tmp_path):
 
 @pytest.mark.parametrize("form", ["voc", "coco"])
 def test_folders_of_these_names_are_a_split(form, tmp_path):
-    for folder in ("train", "valid", "test"):
+    for folder in ("training", "valid", "Testing"):
         photo(tmp_path / folder / f"{folder}.jpg")
         if form == "voc":
             voc(tmp_path / folder / f"{folder}.xml", "", "x")
@@ -397,6 +440,25 @@ def test_folders_of_these_names_are_a_split(form, tmp_path):
 
 
 # CSV
+
+
+def test_a_column_tells_the_split_and_other_words_in_it_are_told(tmp_path):
+    rows = ""
+    for number, split in enumerate(("training", "Val", "testing", "holdout", "")):
+        photo(tmp_path / f"{number}.jpg")
+        rows += f"{number}.jpg,cat,1,1,20,20,{split}\n"
+    write(tmp_path / "a.csv", f"filename,class,xmin,ymin,xmax,ymax,split\n{rows}")
+    assert [*splits(tmp_path).values()] == ["train", "val", "test", "", ""]
+    told = "split other than train, val and test, not used"
+    assert read(tmp_path)[1] == {told: ["a.csv row 4: 'holdout'"]}
+
+
+def test_columns_that_are_not_known_are_told_with_those_that_are(tmp_path):
+    photo(tmp_path / "1.jpg")
+    write(tmp_path / "de.csv", "Dateiname;Klasse;xmin;ymin;xmax;ymax\n1.jpg;cat;1;1;20;20\n")
+    message = "no annotations: .*de.csv: its columns are 'Dateiname;.*expected one of filename, "
+    with pytest.raises(ValueError, match=f"(?s){message}.*one of class, .*xmin, ymin, xmax, ymax"):
+        read(tmp_path)
 
 
 def test_a_size_in_a_table_is_that_of_the_photo(tmp_path):

@@ -298,6 +298,18 @@ def test_errors_of_init_say_what_to_do(tmp_path, tool, capsys, monkeypatch):
     said(*options, "--ignore-near-duplicates", "--force", status=0)
 
 
+@pytest.mark.parametrize("text", ["names: [x]\ntrain: images\n", "", "a: [\n", None])
+def test_what_is_no_card_is_never_replaced(text, tmp_path, tool, capsys):
+    coco(tmp_path)
+    own = tmp_path / "data.yaml"
+    own.mkdir() if text is None else own.write_text(text)
+    before = listing(tmp_path)
+    options = ("--layout", "coco", "--force")
+    assert tool(["init", str(tmp_path), "--output", str(own), *options]) == 2
+    assert f"{own} is no dataset card; move it" in capsys.readouterr().err
+    assert listing(tmp_path) == before
+
+
 def test_a_json_that_init_has_not_made_is_never_replaced(tmp_path, tool, capsys):
     coco(tmp_path)
     own = tmp_path / "cells_annotations/train.json"

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -404,6 +405,17 @@ def test_runs_of_another_machine_can_be_included(case, tmp_path_factory, monkeyp
         case.results.include(wrong.path)
 
 
+def test_runs_that_no_report_could_read_are_not_included(case, tmp_path):
+    case.do([("student", 1)])
+    before = Path(case.path).read_text()
+    content = json.loads(before)
+    del content["runs"][0]["AP"]
+    (tmp_path / "damaged.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="damaged.json: not the results of a comparison.*'AP'"):
+        case.results.include(str(tmp_path / "damaged.json"))
+    assert Path(case.path).read_text() == before
+
+
 def test_a_file_that_has_grown_can_be_included_again(case, tmp_path_factory, monkeypatch):
     case.do([("teacher", 1), ("crosskd_ifc", 1)])
     monkeypatch.setenv("BONUS", "1")
@@ -760,7 +772,9 @@ def test_the_command_of_a_report_has_the_path_and_the_options_of_its_runs():
     own = os.path.join(ROOT, "benchmarks", "protocols", "shapes_fcos.yaml")
     file = "benchmarks/protocols/shapes_fcos.yaml"
     assert command(own) == f"python tools/compare.py {file}"
-    assert command(own, "--report-only", "--seeds", "1") == f"python tools/compare.py {file}"
+    assert command(own, "--report-only") == command(own, "--seeds", "1") == command(own)
+    with pytest.raises(SystemExit):  # a report is of all runs
+        command(own, "--report-only", "--seeds", "1")
     options = ["--jobs", "2", "--num-gpus", "4", "--runs", "my runs"]
     told = "python tools/compare.py /home/me/x.yaml --jobs 2 --num-gpus 4 --runs 'my runs'"
     assert command("/home/me/x.yaml", *options) == told

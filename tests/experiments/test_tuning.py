@@ -71,14 +71,17 @@ def test_settings_whose_run_fails_are_bad_ones_unless_the_first_does(tmp_path):
 
 def test_a_folder_with_a_search_of_something_else_is_refused(tmp_path):
     path = str(tmp_path / "study.journal")
-    open_study(path, SPACE)
+    other = {WEIGHT: FloatDistribution(0.01, 10, log=True)}
+    open_study(path, other)  # without a trial, as after a mistyped key, nothing is kept of it
+    open_study(path, SPACE).enqueue_trial(BAD)
     with pytest.raises(ConfigError, match="study.journal is of a search of .*--output"):
-        open_study(path, {WEIGHT: FloatDistribution(0.01, 10, log=True)})
+        open_study(path, other)
 
 
 def test_a_search_whose_seeds_or_settings_changed_is_refused(tmp_path):
     path = str(tmp_path / "study.journal")
-    open_study(path, SPACE, runs={"1": "settings"})
+    open_study(path, SPACE, runs={})
+    open_study(path, SPACE, runs={"1": "settings"}).enqueue_trial(BAD)
     open_study(path, SPACE, runs={"1": "settings"})
     with pytest.raises(ConfigError, match="is of a search with other settings; .*--output"):
         open_study(path, SPACE, runs={"1": "others"})

@@ -89,6 +89,8 @@ def test_another_ap_is_an_error_and_so_is_an_unknown_data_set(labelled, tmp_path
     assert f"bbox AP {content['results']['checkpoint']['bbox']['AP']:.2f}" in printed
     assert content["images"] == 2 and content["command"].endswith(f"--json {kept}")
     assert content["bytes"] == {"torchscript": (tmp_path / "out" / "model.ts").stat().st_size}
+    assert main([*arguments, run, "--json", str(kept)]) == 1
+    assert f"--json: {kept} exists; give another --json, or --force" in capsys.readouterr().err
     other, _ = make("Faster R-CNN", tmp_path / "other", "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.1)
     assert main([*arguments, other]) == 1
     assert "has bbox AP" in capsys.readouterr().err

@@ -262,6 +262,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(load, suffix, save, val
 
 
 def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a folder; name a file in it"):
+        load_weights(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="gone.pth: no such file"):
         load_weights(str(tmp_path / "gone.pth"))
 

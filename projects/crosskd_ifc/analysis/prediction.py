@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+from collections import defaultdict
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
@@ -129,6 +130,7 @@ class CocoIds:
         self._categories = {name: i + 1 for i, name in enumerate(self._names)}
         self._next = 1
         self._listed = bool(annotations)
+        self._last: Dict[str, List[str]] = defaultdict(list)
         if not annotations:
             return
         try:
@@ -136,6 +138,8 @@ class CocoIds:
                 content = json.load(f)
             self._categories = {c["name"]: c["id"] for c in content["categories"]}
             self._images = {image["file_name"]: image["id"] for image in content["images"]}
+            for name in self._images:
+                self._last[os.path.basename(name)].append(name)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__} {error}"
             raise ConfigError(f"--annotations {annotations}: not COCO's JSON ({reason})") from None
@@ -149,7 +153,11 @@ class CocoIds:
         for source in sources:
             number = self._listed_id(source)
             if number is None:
-                raise ConfigError(f"--annotations {annotations}: no image is called {source.name}")
+                listed = next(iter(self._images), "none")
+                raise ConfigError(
+                    f"--annotations {annotations}: no image is called {source.name}; the first one "
+                    f"is {listed}"
+                )
             other = names.setdefault(number, source.name)
             if other != source.name:
                 raise ConfigError(
@@ -174,7 +182,10 @@ class CocoIds:
         for name in (source.name, os.path.basename(source.name)):
             if name in self._images:
                 return self._images[name]
-        return None
+        # Listed from a folder above the one that was given.
+        path = os.path.realpath(source.path)
+        found = [n for n in self._last[os.path.basename(path)] if path.endswith(os.sep + n)]
+        return self._images[found[0]] if len(found) == 1 else None
 
 
 class _Drawing:

@@ -36,7 +36,7 @@ from .fields import (
 )
 from .files import read_coco_json, read_voc_annotation, read_voc_split
 from .findings import Findings, quoted
-from .outlines import outline_fault
+from .outlines import is_drawable, outline_fault
 
 _COCO_SLACK = 0.05  # COCO files round x and width on their own
 
@@ -230,9 +230,8 @@ def _check_outline(report: Findings, where: str, outline: Any, image: dict) -> N
     fault = outline_fault(outline, (image["height"], image["width"]))
     if fault:
         report.add("broken outline", f"{where}: {fault}")
-    elif outline and isinstance(outline, list):
-        if not any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in outline):
-            report.add("unusable outline", where)
+    elif outline and not is_drawable(outline):
+        report.add("unusable outline", where)
 
 
 def _check_box(

@@ -37,9 +37,9 @@ KINDS: Dict[str, Tuple[str, str]] = {
         "cut off at the border in training, or dropped; VOC pixels count from 1",
     ),
     "broken outline": ("error", "training stops"),
+    "unusable outline": ("error", "no polygon of three points; training drops the object"),
     "annotation id 0": ("warning", "the COCO evaluator never counts this box as found"),
     "box of no image": ("warning", "these boxes are never used"),
-    "unusable outline": ("warning", "no polygon with 3 points; detectron2 skips the object"),
     "not for the VOC evaluator": ("warning", "refused in DATASETS.TEST; training reads it"),
     "class without boxes": ("warning", "no AP for this class on this split"),
     "EXIF orientation": (

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..common.files import refuse_overwriting, replacing
 from .card import load_card
-from .files import IMAGE_FORMATS, read_json
+from .files import IMAGE_FORMATS, read_json, read_yaml
 from .layouts import MADE_HERE, Photo, PhotoFolder, made_here, read_folder
 from .near_duplicates import MISSING, groups_of_alike, is_available, perceptual_hash
 
@@ -64,6 +64,7 @@ def make_card(
         )
     parts = _parts(split) if split else []
     refuse_overwriting(output, sources=(), force=force, option="--output")
+    _refuse_to_replace_other_than_a_card(output)
     base = os.path.dirname(os.path.realpath(output))
     annotations = os.path.join(base, f"{name}_annotations")
     _refuse_foreign(annotations, os.path.basename(output))
@@ -118,6 +119,18 @@ def make_card(
         f.write(text.encode())
     load_card(output)
     return f"{_describe(found, splits)}\nSplit: {how}\nWrote {output} and {annotations}/"
+
+
+def _refuse_to_replace_other_than_a_card(path: str) -> None:
+    """--force is for cards, not for a data.yaml or a config that has the card's name."""
+    if not os.path.lexists(path):
+        return
+    try:
+        content = read_yaml(path)
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or "splits" not in content:
+        raise FileExistsError(f"{path} is no dataset card; move it, or give another --output")
 
 
 def _refuse_foreign(folder: str, card: str) -> None:

@@ -25,6 +25,14 @@ def is_outline(value: Any) -> bool:
     return not value or isinstance(value, dict)
 
 
+def is_drawable(outline: Any) -> bool:
+    """Whether detectron2 makes a mask of an outline that :func:`outline_fault` finds good: of a
+    list, one polygon of three points is enough. It leaves out an object whose outline has none."""
+    if not outline or isinstance(outline, dict):
+        return bool(outline)
+    return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in outline)
+
+
 def outline_fault(outline: Any, size: Optional[Tuple[int, int]] = None) -> str:
     """Returns what is wrong with the numbers of an outline, or "".
 

@@ -23,6 +23,9 @@ from .runs import Run, is_same_input
 from .tables import replicate_number
 
 Key = Tuple[str, int]  # arm, seed
+# What reports read of a run.
+_NEEDED = ("arm", "seed", "config_sha256", "AP", "AP50", "iterations", "seconds")
+_NEEDED += ("seconds_per_step", "versions", "hardware", "curve")
 
 
 class Results:
@@ -191,7 +194,7 @@ class Results:
         try:
             with open(path) as f:
                 content = json.load(f)
-            name, _ = content["name"], [_settings(entry) for entry in content["runs"]]
+            name, _ = content["name"], [[run[key] for key in _NEEDED] for run in content["runs"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__} {error}"
             raise ConfigError(f"{path}: not the results of a comparison: {reason}") from error

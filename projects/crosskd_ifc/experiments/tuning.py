@@ -74,12 +74,14 @@ def open_study(
         seed=seed + len(study.trials), n_startup_trials=_FIRST, constant_liar=jobs > 1
     )
     wanted = {key: str(distribution) for key, distribution in space.items()}
-    found = study.user_attrs.get("space", wanted)
+    # Without a trial nothing depends on them.
+    before = study.user_attrs if study.trials else {}
+    found = before.get("space", wanted)
     if found != wanted:
         raise ConfigError(f"{path} is of a search of {found}, not {wanted}; give another --output")
     study.set_user_attr("space", wanted)
     now = dict(runs or {})
-    then = study.user_attrs.get("runs", now)
+    then = before.get("runs", now)
     if then != now:
         what = "with other settings" if set(then) == set(now) else f"of the seeds {', '.join(then)}"
         raise ConfigError(f"{path} is of a search {what}; give another --output")

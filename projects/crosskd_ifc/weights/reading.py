@@ -116,6 +116,8 @@ def load_weights(path: str) -> Any:
             mapping, or if its weights hold a NaN or an infinite number.
     """
     local = PathManager.get_local_path(path)
+    if os.path.isdir(local):
+        raise FileNotFoundError(f"{path}: a folder; name a file in it, such as model_final.pth")
     if not os.path.isfile(local):
         raise FileNotFoundError(f"{path}: no such file")
     content = _read(local, path)

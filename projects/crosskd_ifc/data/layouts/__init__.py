@@ -47,6 +47,7 @@ def read_folder(folder: str, layout: str = "") -> PhotoFolder:
         what = f"annotations of several layouts, {', '.join(fitting)}; choose with --layout"
         none = "no annotations: no VOC XML, COCO json, YOLO yaml and text files, or CSV of boxes"
         none += "".join(f"\n  file that can't be read: {x}" for x in files.unreadable.values())
+        none += table.explain(files)
         raise ValueError(f"{folder}: it holds {what if fitting else none}")
     if not files.images:
         raise ValueError(f"{folder}: no image in it is one of {', '.join(IMAGE_SUFFIXES)}")
@@ -58,13 +59,13 @@ def read_folder(folder: str, layout: str = "") -> PhotoFolder:
     for image in files.images:
         if image not in result.annotated:
             result.tell("image without an annotation, left out", image)
+    first = "".join(f"\n  {what}: {places[0]}" for what, places in result.problems.items())
     if not result.photos:
-        first = "".join(f"\n  {what}: {places[0]}" for what, places in result.problems.items())
         raise ValueError(f"{folder}: no photo can be used{first}")
     counts = Counter(thing.name for photo in result.photos for thing in photo.things)
     result.classes += sorted(set(counts) - set(result.classes))
     if not counts:
-        raise ValueError(f"{folder}: no photo has a box that can be used")
+        raise ValueError(f"{folder}: no photo has a box that can be used{first}")
     for name in [name for name in result.classes if not counts[name]]:
         result.tell("class without a box, in no split", repr(name))
     _split_by_folders(result, files)

@@ -6,10 +6,15 @@ import re
 from collections import defaultdict
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 
+from PIL import Image
+
 from ..files import read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in any case
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "val", "valid": "val", "validation": "val"},
+}
 
 
 class Match(NamedTuple):
@@ -93,7 +98,10 @@ class Files:
             if path.startswith(self.root + os.sep) and os.path.isfile(path):
                 return [Match(path, self._closeness(path, written, near, places))]
         last = last.lower()
-        found = self._by_name.get(last) or self._by_name.get(os.path.splitext(last)[0], [])
+        stem, suffix = os.path.splitext(last)
+        # What follows a dot may be a part of the name.
+        stem = stem if suffix in Image.registered_extensions() else last
+        found = self._by_name.get(last) or self._by_name.get(stem, [])
         # If the folder that is written is there, the image is in it, or missing.
         inside = tuple(p + os.sep for p in places if written and os.path.isdir(p))
         found = [path for path in found if not inside or path.startswith(inside)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..mapper import SampleError, check_image
-from ..outlines import is_outline, outline_fault
+from ..outlines import is_drawable, is_outline, outline_fault
 from .image_files import Match
 
 MADE_HERE = {"description": "made by tools/prepare_data.py init"}  # not to be read again
@@ -164,6 +164,8 @@ class PhotoFolder:
         if relative and outline:
             outline = [[v * size[i % 2] for i, v in enumerate(p)] for p in outline]
         fault = outline_fault(outline, size[::-1]) if is_outline(outline) else "no outline"
+        if outline and not fault and not is_drawable(outline):
+            fault = "no polygon of three points"
         if fault:
             self.tell("outline that can't be used, left out", f"{place}: {fault}")
         box = [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)]

@@ -6,6 +6,7 @@ import io
 import os
 import re
 from collections import defaultdict
+from reprlib import repr as short
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..files import read_text
@@ -65,6 +66,17 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"\s*-?[0-9.]+\s*|", text) is not None
 
 
+def explain(files: Files) -> str:
+    """Lines on the tables that aren't read, for the error that nothing is."""
+    expected = f"one of {', '.join(_IMAGE_COLUMNS)}; one of {', '.join(_CLASS_COLUMNS)}; and four "
+    expected += f"such as {', '.join(_CORNERS[0])} or {', '.join(_WITH_SIZE[1])}"
+    lines = []
+    for path in files.by_suffix[".csv"]:
+        first = next(iter(files.lines(path)), "")
+        lines.append(f"\n  {path}: its columns are {short(first)}; expected {expected}")
+    return "".join(lines)
+
+
 def find(files: Files) -> List[str]:
     return [path for path in files.by_suffix[".csv"] if files.read(_read_table, path)]
 
@@ -80,7 +92,11 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
         sizes: Dict[str, Optional[Tuple[int, int]]] = {}
         for number, row in enumerate(rows, 1):
             name = row.get(columns["image"], "")
-            splits[name] = SPLITS.get(row.get("split", "").lower(), split_of(path))
+            said = row.get("split", "").lower()
+            splits[name] = SPLITS.get(said, split_of(path))
+            if said and said not in SPLITS:
+                where = f"{path} row {number}: {said!r}"
+                result.tell("split other than train, val and test, not used", where)
             sizes[name] = None if "width" in keys else _size(row)
             things = objects[name]  # a row without a box: an image without one
             cells = [row.get(key, "") for key in keys]

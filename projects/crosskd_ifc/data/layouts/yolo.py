@@ -86,6 +86,9 @@ def _class_names(path: str) -> Dict[int, str]:
     else:
         names = read_yaml(path)["names"]
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
+    for name in names.values() if isinstance(names, dict) else names:
+        if isinstance(name, bool) or name is None:  # what YAML makes of no, yes, on, off and null
+            raise ValueError(f"{path}: the class name {name} has to be in quotes, such as 'no'")
     try:
         # An empty line has a number, too.
         found = {int(index): str(name).strip() for index, name in pairs if str(name).strip()}
