@@ -663,6 +663,41 @@ def test_what_a_longer_training_of_the_plain_student_gives_is_told_as_recorded()
     )
 
 
+TEACHER_KINDS = {
+    "student": "none",
+    "faster_rcnn": "Faster R-CNN R34",
+    "cascade": "Cascade R-CNN R34, stage 1",
+    "cascade_2": "the same, stage 2",
+    "cascade_3": "the same, stage 3",
+    "cascade_mean": "the same, mean of the stages",
+    "vit": "a small ViT",
+}
+
+
+def ap_of_teacher(arm):
+    if arm == "vit":
+        used = json.loads(read("benchmarks", "teacher_kinds", "vit_teacher.json"))["runs"][-1]
+        return f"{used['AP']['crosskd_shapes_large_val']:.1f}"
+    if arm == "student":
+        return "-"
+    name = "cascade_teacher" if arm.startswith("cascade") else "teacher"
+    (found,) = results("teacher_kinds").scores(name).values()
+    return f"{found:.1f}"
+
+
+def row_of_a_kind_of_teacher(arm):
+    table = results("teacher_kinds")
+    more = "-" if arm == "faster_rcnn" else tell(table.difference(arm, "faster_rcnn"))
+    return f"| {TEACHER_KINDS[arm]} | {ap_of_teacher(arm)} | {ap_of(table, arm)} | {more} |"
+
+
+@pytest.mark.parametrize("arm", TEACHER_KINDS)
+def test_the_table_of_kinds_of_teachers_is_that_of_the_recorded_runs(arm):
+    text = read("docs", "teachers_and_students.md")
+    assert row_of_a_kind_of_teacher(arm) in text.splitlines()
+    assert len(results("teacher_kinds").scores(arm)) == 3
+
+
 def test_what_self_distillation_gives_is_told_as_recorded():
     table = results("self_distillation")
     teacher, student = (ap_of(table, arm) for arm in ("teacher", "self"))

@@ -56,8 +56,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     # both DATASETS.TRAIN. Pairs such as ("tv", "television") or ("tv", ""), no such class, add to
     # or replace the names.
     _C.TEACHER.CLASS_MAP = ()
-    # Which box head of a Cascade R-CNN teaches a student that has one: 1 (also None) to 3, or
-    # "mean", the mean of the losses against each. None for all others.
+    # Which box head of a Cascade R-CNN teaches a student that has one: 1 to 3, or "mean" (also
+    # None), the mean of the losses against each. None for all others.
     _C.TEACHER.STAGE = None
     # Evaluate the teacher on DATASETS.TEST before the first step.
     _C.TEACHER.EVAL_AT_START = False

@@ -48,6 +48,15 @@ def test_the_stage_that_teaches_is_the_stock_models_and_gets_no_gradient(stage):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_by_default_the_mean_of_all_stages_teaches():
+    found, wanted = (
+        train_losses(distilling(*opts, teacher=cascade())[0], tiny_batch())[0]
+        for opts in ((), (T + "STAGE", "mean"))
+    )
+    assert set(found) == set(wanted) and "loss_cls_kd" in found
+    assert all(torch.equal(found[key], wanted[key]) for key in found)
+
+
 @stages
 @pytest.mark.parametrize("taps, entry", [(("fc2",), "fc2"), (("pool",), "pool")])
 def test_a_student_with_the_stages_own_head_has_no_loss(stage, taps, entry):

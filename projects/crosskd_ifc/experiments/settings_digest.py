@@ -13,6 +13,7 @@ from ..distillation.fusion import are_separate
 _SINCE = {
     "MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0,
     "MODEL.CROSSKD.TEACHERS_LOSS": "mean",
+    "MODEL.CROSSKD.TEACHER.STAGE": 1,
     "MODEL.CROSSKD.LOSS.CLS_TYPE": "kl",
     "MODEL.CROSSKD.LOSS.FEATURE_TYPE": "pkd",
 }
@@ -42,7 +43,8 @@ def digested_settings(cfg: CfgNode) -> Dict[str, Any]:
         if key == "MODEL.CROSSKD.FUSION.ROUTE" and not is_separate:
             value = value or _open_route(cfg, combination)
         if key.startswith("MODEL.CROSSKD."):
-            counts = value != since[key] if key in since else value not in (0, "", (), [], None)
+            is_open = value in (0, "", (), [], None)
+            counts = value != since[key] and value is not None if key in since else not is_open
             counts = counts and distils
         else:
             counts = key not in _NO_RESULT and value != before.get(key)

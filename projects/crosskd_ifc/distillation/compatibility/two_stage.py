@@ -46,8 +46,8 @@ class StagePair(NamedTuple):
 
 def stage_pairs(crosskd: CfgNode, student: nn.Module, teacher: Teacher) -> List[StagePair]:
     """Which box heads learn from which: those of a Cascade R-CNN from the teacher's of the same
-    stage, or from its only one; the only one of another student from the one that ``TEACHER.STAGE``
-    names, or from all.
+    stage, or from its only one; the only one of another student from all, or from the one that
+    ``TEACHER.STAGE`` names.
 
     Args:
         crosskd: the node MODEL.CROSSKD.
@@ -73,7 +73,7 @@ def stage_pairs(crosskd: CfgNode, student: nn.Module, teacher: Teacher) -> List[
             StagePair(k, k if theirs > 1 else 0, name=name, suffix=f"_{name}")
             for k, name in enumerate(names)
         ]
-    if stage == "mean" and theirs > 1:
+    if stage in (None, "mean") and theirs > 1:
         return [StagePair(0, k, share=1 / theirs, name=f"stage{k}") for k in range(theirs)]
     stage = 1 if stage is None else stage
     if type(stage) is not int or not 1 <= stage <= theirs:
