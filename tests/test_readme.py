@@ -698,6 +698,22 @@ def test_the_table_of_kinds_of_teachers_is_that_of_the_recorded_runs(arm):
     assert len(results("teacher_kinds").scores(arm)) == 3
 
 
+def test_what_kinds_of_teachers_show_is_told_as_recorded():
+    table, text = results("teacher_kinds"), " ".join(
+        read("docs", "teachers_and_students.md").split()
+    )
+    stages = table.difference("cascade_mean", "cascade")
+    assert stages.interval[0] > 0  # the protocol's rule for the default of TEACHER.STAGE
+    corrected = {(c.arm, c.reference): c.corrected for c in table.contrasts()}
+    low, high = corrected["cascade_mean", "cascade"]
+    assert f"{tell(stages)} AP more than by the first (corrected" in text
+    assert f"six contrasts {low:+.1f} to {high:+.1f})" in text
+    assert f"than by the first: {tell(table.difference('cascade_3', 'cascade'))}." in text
+    ahead = {arm: float(ap_of_teacher(arm)) for arm in ("cascade", "faster_rcnn")}
+    assert round(ahead["cascade"] - ahead["faster_rcnn"]) == 9  # as docs/choosing.md says
+    assert f"anything: {tell(table.difference('vit', 'student'))} over the plain student" in text
+
+
 def test_what_self_distillation_gives_is_told_as_recorded():
     table = results("self_distillation")
     teacher, student = (ap_of(table, arm) for arm in ("teacher", "self"))
