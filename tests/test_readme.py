@@ -699,9 +699,8 @@ def test_the_table_of_kinds_of_teachers_is_that_of_the_recorded_runs(arm):
 
 
 def test_what_kinds_of_teachers_show_is_told_as_recorded():
-    table, text = results("teacher_kinds"), " ".join(
-        read("docs", "teachers_and_students.md").split()
-    )
+    table = results("teacher_kinds")
+    text = " ".join(read("docs", "teachers_and_students.md").split())
     stages = table.difference("cascade_mean", "cascade")
     assert stages.interval[0] > 0  # the protocol's rule for the default of TEACHER.STAGE
     corrected = {(c.arm, c.reference): c.corrected for c in table.contrasts()}
