@@ -45,7 +45,7 @@ def test_taps_with_a_loss_each_are_told_and_one_tap_is_not_combined():
     one = (K + "FUSION.IN_FEATURES", ("pool",), K + "FUSION.ENTRY", "pool")
     _, lines, _ = described(*one, K + "FUSION.ALIGN", "standardize")
     assert lines["cross-head"].endswith(
-        "pool (8x7x7) -> standardize -> the teacher's pool (8x7x7) -> its fc1, fc2, " "predictor"
+        "pool (8x7x7) -> standardize -> the teacher's pool (8x7x7) -> its fc1, fc2, predictor"
     )
     assert lines["terms"].endswith("1 x pool")
 

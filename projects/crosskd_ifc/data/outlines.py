@@ -26,10 +26,11 @@ def is_outline(value: Any) -> bool:
 
 
 def is_drawable(outline: Any) -> bool:
-    """Whether detectron2 makes a mask of an outline that :func:`outline_fault` finds good: of a
-    list, one polygon of three points is enough. It leaves out an object whose outline has none."""
-    if not outline or isinstance(outline, dict):
-        return bool(outline)
+    """Whether detectron2 makes a mask of an outline that is there and has no
+    :func:`outline_fault`: of a list, one polygon of three points is enough. It leaves out an object
+    whose outline has none."""
+    if isinstance(outline, dict):
+        return True
     return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in outline)
 
 

@@ -13,7 +13,6 @@ from ..distillation.fusion import are_separate
 _SINCE = {
     "MODEL.CROSSKD.LOSS.FUSED_WEIGHT": 1.0,
     "MODEL.CROSSKD.TEACHERS_LOSS": "mean",
-    "MODEL.CROSSKD.TEACHER.STAGE": 1,
     "MODEL.CROSSKD.LOSS.CLS_TYPE": "kl",
     "MODEL.CROSSKD.LOSS.FEATURE_TYPE": "pkd",
 }
@@ -42,9 +41,10 @@ def digested_settings(cfg: CfgNode) -> Dict[str, Any]:
             value = combination
         if key == "MODEL.CROSSKD.FUSION.ROUTE" and not is_separate:
             value = value or _open_route(cfg, combination)
+        if key == "MODEL.CROSSKD.TEACHER.STAGE" and value == 1:
+            value = None  # as records have the first stage
         if key.startswith("MODEL.CROSSKD."):
-            is_open = value in (0, "", (), [], None)
-            counts = value != since[key] and value is not None if key in since else not is_open
+            counts = value != since[key] if key in since else value not in (0, "", (), [], None)
             counts = counts and distils
         else:
             counts = key not in _NO_RESULT and value != before.get(key)
