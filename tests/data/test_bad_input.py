@@ -323,6 +323,7 @@ COCO_NOT_EVALUATED = {
     "iscrowd null": (_put(iscrowd=None), "'iscrowd'"),
     "a box of three": (_put(bbox=[1, 1, 5]), "'bbox'"),
     "an id of text": (_put(id="two"), "'id'"),
+    "an id of 0": (_put(id=0), "'id' is 0; .*never counts"),
     "a huge id": (_put(id=2**63 - 1), "'id'"),
     "a negative area": (_put(area=-4.0), "'area'"),
     "an area that is NaN": (_put(area=float("nan")), "'area'"),

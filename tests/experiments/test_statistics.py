@@ -107,6 +107,15 @@ def test_contrasts_come_to_one_of_four_verdicts():
     assert judge([("c", "x", flat)], None)[0].verdict == "unresolved"
 
 
+def test_a_contrast_that_lacks_seeds_makes_no_other_look_better():
+    complete = summarize({1: 0.0, 2: 0.4, 3: 0.5, 4: 0.6})
+    sure = summarize({1: 5.0, 2: 5.1, 3: 5.2})
+    none, some = (judge([("a", "x", complete), ("b", "x", b)], None, [4, 4]) for b in (None, sure))
+    assert some[0] == none[0] and some[1].verdict == "3 of 4 seeds"
+    both = judge([("a", "x", complete), ("b", "x", sure)], None, [4, 3])
+    assert both[0].corrected != none[0].corrected
+
+
 def test_the_equivalence_interval_is_that_of_two_one_sided_tests():
     values = (0.1, 0.3, -0.2, 0.4, 0.1)
     (found,) = judge([("a", "x", difference(*values))], 1.0)

@@ -52,7 +52,7 @@ def coco_evaluator_fault(content: Dict[str, Any], *, masks: bool, keypoints: int
 
 def _evaluated_fields(masks: bool, keypoints: int) -> Dict[str, Tuple[Callable, str]]:
     needed = {
-        "id": _ID,
+        "id": (_is_found, f"{_ID[1]}, and not 0: it never counts a box of id 0 as found"),
         "bbox": (_is_box, "a list of four numbers"),
         "area": (_is_area, "a number of pixels, 0 or more"),
         "iscrowd": (_is_flag, "0 or 1"),
@@ -97,6 +97,10 @@ def _first_fault(record: Dict[str, Any], needed: Dict[str, Tuple[Callable, str]]
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and abs(value) < 2**53  # pycocotools keeps them in floats
+
+
+def _is_found(value: Any) -> bool:
+    return _is_int(value) and value != 0  # pycocotools takes 0 for "not matched"
 
 
 def _is_length(value: Any) -> bool:

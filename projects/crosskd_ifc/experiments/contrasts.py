@@ -36,17 +36,21 @@ def judge(
 ) -> List[Contrast]:
     """Judge the contrasts of a protocol together.
 
-    A contrast without runs is left out of the result, but not of the number of tests: others must
-    not look better because it isn't run yet.
+    A contrast without runs is left out of the result, but not of the number of tests. One that
+    still lacks planned seeds takes part with p = 1: others must not look better because of what it
+    isn't yet.
 
     Args:
         named: (arm, reference, difference) of all of them.
         margin: of the equivalence tests, in AP; None for none.
         planned: how many seeds each of them is to have; () if that isn't known.
     """
-    p_values = [1.0 if d is None or d.p is None else d.p for _, _, d in named]
-    found = []
     wanted = planned or [0] * len(named)
+    p_values = [
+        1.0 if d is None or d.p is None or len(d.values) < seeds else d.p
+        for (_, _, d), seeds in zip(named, wanted)
+    ]
+    found = []
     for (arm, reference, difference), level, seeds in zip(named, holm(p_values), wanted):
         if difference is None:
             continue
