@@ -10,8 +10,10 @@ import sys
 import threading
 
 import pytest
+from test_cards import Coco, Voc
 
 from crosskd_ifc.common import config_files
+from crosskd_ifc.config import ConfigError
 from crosskd_ifc.experiments import runs
 from crosskd_ifc.experiments.child_process import StepCounter, supervise
 from crosskd_ifc.experiments.runs import Run, RunFailed, RunStopped
@@ -164,16 +166,57 @@ def test_what_does_not_change_results_does_not_change_the_digest(tmp_path):
     assert make_run(tmp_path, "SOLVER.BASE_LR", "0.5").digest() != plain.digest()
 
 
-def test_a_changed_card_makes_another_run(train, tmp_path, monkeypatch):
-    card = tmp_path / "card.yaml"
-    card.write_text("{name: few, root: here}")
-    run = make_run(tmp_path / "run", "DATASETS.CARDS", f"('{card}',)")
+def run_on_a_card(folder, data, name):
+    """A run that trains and tests on the first split of a card."""
+    opts = ["DATASETS.CARDS", f"('{data.card}',)", "DATASETS.TRAIN", f"('{name}',)"]
+    return make_run(folder, *opts, "DATASETS.TEST", f"('{name}',)")
+
+
+def write_coco(data):
+    (data.root / "train.json").write_text(json.dumps(data.json))
+
+
+def test_changed_annotations_make_another_run(train, tmp_path):
+    data = Coco(tmp_path)
+    write_coco(data)
+    run = run_on_a_card(tmp_path / "run", data, "tinyco_train")
     first = train(run)
     assert run.result() == first
-    card.write_text("{name: few, root: there}")
+    data.json["annotations"][0]["bbox"][2] -= 1
+    write_coco(data)
     assert run.result() is None
     train(run)
     assert len(calls(tmp_path / "run.old1")) == 1 and len(calls(tmp_path / "run")) == 1
+    (data.root / "train.json").unlink()  # as in a fresh clone: what is recorded counts
+    assert run.result() is not None
+
+
+def test_changed_voc_annotations_or_other_images_make_another_run(tmp_path):
+    data = Voc(tmp_path)
+    run = run_on_a_card(tmp_path / "run", data, "tiny_train")
+    found = [run.inputs()]
+    label = sorted((data.root / "Annotations").iterdir())[0]
+    label.write_text(label.read_text().replace("</annotation>", " </annotation>"))
+    found.append(run.inputs())
+    names = data.root / "ImageSets" / "Main" / "train.txt"
+    names.write_text("".join(names.read_text().splitlines(True)[:-1]))
+    found.append(run.inputs())
+    assert len(set(found)) == 3 and None not in found
+
+
+def test_how_a_card_is_written_and_where_it_lies_does_not_matter(tmp_path):
+    found = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        data = Coco(folder)
+        write_coco(data)
+        run = run_on_a_card(tmp_path / "run", data, "tinyco_train")
+        found.append((run.digest(), run.inputs()))
+    data.card.write_text("# These are rods.\n" + data.card.read_text())
+    found.append((run.digest(), run.inputs()))
+    assert len(set(found)) == 1 and all(found[0])
+    classes = Coco(tmp_path / "c", classes=["rod", "cell"])
+    write_coco(classes)
+    assert run_on_a_card(tmp_path / "run", classes, "tinyco_train").inputs() != found[0][1]
 
 
 def test_other_weights_of_a_given_teacher_make_another_run(train, tmp_path):
@@ -186,23 +229,27 @@ def test_other_weights_of_a_given_teacher_make_another_run(train, tmp_path):
     assert run.result() is None
 
 
-def test_a_folder_whose_config_names_files_beside_it_can_be_moved(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["", "../", "files/"])
+def test_a_folder_whose_config_names_files_in_it_can_be_moved(place, tmp_path, monkeypatch):
     found = []
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        folder.mkdir()
+    for folder in (tmp_path / "a", tmp_path / "b" / "b"):
+        configs = folder / "configs"
+        for name in (configs / "config.yaml", configs / place / "own.py"):
+            name.parent.mkdir(parents=True, exist_ok=True)
         for name in ("own.py", "teacher.pth"):
-            (folder / name).write_text("")
-        (folder / "teacher.yaml").write_text("MODEL: {CROSSKD: {IMPORTS: [own.py]}}")
-        (folder / "config.yaml").write_text(
-            "MODEL: {META_ARCHITECTURE: CrossKDRCNN, WEIGHTS: '', CROSSKD: {IMPORTS: [own.py], "
-            "TEACHER: {CONFIG_FILE: teacher.yaml, WEIGHTS: teacher.pth}}}"
+            (configs / place / name).write_text("")
+        (configs / place / "teacher.yaml").write_text("MODEL: {CROSSKD: {IMPORTS: [own.py]}}")
+        (configs / "config.yaml").write_text(
+            f"MODEL: {{META_ARCHITECTURE: CrossKDRCNN, WEIGHTS: '', CROSSKD: {{IMPORTS: "
+            f"[{place}own.py], TEACHER: {{CONFIG_FILE: {place}teacher.yaml, "
+            f"WEIGHTS: {place}teacher.pth}}}}}}"
         )
-        for place in (tmp_path, folder):  # from there the names are as they are written
-            monkeypatch.chdir(place)
-            run = Run("a run", str(folder / "config.yaml"), "run")
+        for current in (tmp_path, configs):  # from there the names are as they are written
+            monkeypatch.chdir(current)
+            run = Run("a run", str(configs / "config.yaml"), "run")
             found.append((run.digest(), run.inputs()))
     assert len(set(found)) == 1 and all(found[0])
-    (folder / "teacher.pth").write_text("others")
+    (configs / place / "teacher.pth").write_text("others")
     assert run.inputs() != found[0][1]
 
 
@@ -226,6 +273,11 @@ def test_a_new_version_of_the_built_in_data_makes_another_run(train, tmp_path, m
     assert train(run) == run.result()
     monkeypatch.setattr(runs.shapes, "VERSION", 2)
     assert run.result() is None and run.inputs() != before[0] and other.inputs() == before[1]
+
+
+def test_settings_that_depend_on_the_number_of_gpus_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="a run: SOLVER.REFERENCE_WORLD_SIZE is 8; .*set it to 0"):
+        make_run(tmp_path, "SOLVER.REFERENCE_WORLD_SIZE", "8").cfg()
 
 
 def test_a_config_is_read_once_until_it_is_trained(train, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ _MERGE_ERRORS = (
 )
 # Keys of files, lists of files, or teachers with files: looked up beside the config that names
 # them.
-_FILES = (
+FILES = (
     "MODEL.CROSSKD.TEACHER.CONFIG_FILE",
     "MODEL.CROSSKD.TEACHER.WEIGHTS",
     "MODEL.CROSSKD.TEACHERS",
@@ -67,7 +67,7 @@ class _CheckedCfg(CN):
             )
         if is_saved_lazy(content):
             raise ConfigError(f"{filename}: {_LAZY}")
-        for key in _FILES:
+        for key in FILES:
             *sections, leaf = key.split(".")
             node = _section(content, sections)
             if isinstance(node.get(leaf), str):  # may be a tuple in yacs' notation
@@ -185,7 +185,7 @@ def merge_from_file(cfg: CN, path: str, *, key: str, as_written: bool = False) -
     try:
         content = {} if of_the_zoo else _CheckedCfg.load_yaml_with_base(path)
         cfg.merge_from_file(path, allow_unsafe=of_the_zoo)
-        for name in () if as_written else _FILES:
+        for name in () if as_written else FILES:
             *sections, leaf = name.split(".")
             value = _section(content, sections).get(leaf)
             if value:

@@ -17,10 +17,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from ..common.files import file_sha256
 from ..common.paths import resolve_path
 from ..config import ConfigError, class_count
 from .card import Card, load_card
-from .files import read_coco_json
+from .files import read_coco_json, voc_files
 from .loading import load_split
 from .mapper import SampleError
 
@@ -97,6 +98,35 @@ def card_of(name: str) -> Optional[Tuple[Card, str]]:
     loader = DatasetCatalog[name] if name in DatasetCatalog else None
     is_ours = isinstance(loader, partial) and loader.func is load_split
     return loader.args[:2] if is_ours else None
+
+
+def describe_data(cards: Sequence[str], names: Sequence[str]) -> Dict[str, list]:
+    """What makes the data sets of cards what they are, but for the pictures themselves.
+
+    Args:
+        cards: as of :func:`register_cards`.
+        names: data sets; those that no card has are left out.
+
+    Returns:
+        Name -> format, classes, evaluator and year of its card, and the SHA-256 of each of its
+        annotation files. Where they lie doesn't matter, nor how the card is written.
+
+    Raises:
+        FileNotFoundError, ValueError: if a card or its data aren't there, or can't be read.
+    """
+    found = {}
+    for file in cards:
+        card = load_card(resolve_path(file, what="dataset card", key="DATASETS.CARDS"))
+        for split, source in card.splits.items():
+            name = f"{card.name}_{split}"
+            if name not in names:
+                continue
+            paths = [source["json"]] if card.format == "coco" else voc_files(card.root, source)
+            hashes = [file_sha256(path) for path in paths]
+            if not all(hashes):
+                raise FileNotFoundError(f"{paths[hashes.index('')]}: no such file")
+            found[name] = [card.format, card.classes, card.evaluator, card.year, *hashes]
+    return found
 
 
 def locate_cards(cfg: CfgNode) -> None:

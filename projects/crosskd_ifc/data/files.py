@@ -80,6 +80,13 @@ def read_voc_split(root: str, split: str) -> List[str]:
     return ids
 
 
+def voc_files(root: str, split: str) -> List[str]:
+    """Returns the path of a VOC split's list, and those of its annotations."""
+    names = [f"{image_id}.xml" for image_id in read_voc_split(root, split)]
+    path, _ = read_voc_lines(root, split)
+    return [path, *(os.path.join(root, "Annotations", name) for name in names)]
+
+
 def parse_xml(path: str) -> ElementTree.Element:
     """Returns the root of an XML file. Document types, and with them all entities, are refused."""
     text = read_text(path)

@@ -19,13 +19,13 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from ..analysis.curves import read_metrics
-from ..common.config_files import find_config, load_config
+from ..common.config_files import FILES, find_config, load_config, map_files
 from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json_if_any, write_json
 from ..common.paths import resolve_path
-from ..config import distillation_requested, teacher_configs
+from ..config import ConfigError, distillation_requested, teacher_configs
 from ..data import shapes
-from ..data.cards import fill_in_class_count
+from ..data.cards import describe_data, fill_in_class_count
 from ..modeling.attach import load_teacher_config
 from ..training.non_finite import DIVERGED
 from ..weights.state_dicts import is_missing
@@ -70,6 +70,11 @@ class Run:
     def _build_cfg(self) -> CfgNode:
         opts = [*self.opts, "OUTPUT_DIR", self.folder]
         cfg = load_config(self.config, opts, key=self.name, opts_key=self.name)
+        if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+            raise ConfigError(
+                f"{self.name}: SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}; "
+                "in a comparison the number of GPUs must not change the settings: set it to 0"
+            )
         fill_in_class_count(cfg)
         cfg.freeze()
         return cfg
@@ -80,16 +85,16 @@ class Run:
         Folder and device don't matter, nor do keys that are new since then, as long as they are at
         their defaults (those of ``MODEL.CROSSKD``: empty, 0 or False): results outlive new options.
         """
-        settings = digested_settings(self.cfg())
+        settings = self._settings(self.cfg())
         if self.needs:
             settings.pop("MODEL.CROSSKD.TEACHER.WEIGHTS", None)
-        return self._sha256([settings, *(run.digest() for run in self.needs)])
+        return _sha256([settings, *(run.digest() for run in self.needs)])
 
     def inputs(self) -> Optional[str]:
-        """A digest of what the settings only name: dataset cards, files of IMPORTS, the weights
-        that the student starts from, config and weights of a teacher that no run of ``needs``
-        trains, and the version of the built-in data, from the second on. None if one of the weights
-        isn't there.
+        """A digest of what the settings only name: annotations and classes of the data sets of
+        cards, files of IMPORTS, the weights that the student starts from, config and weights of a
+        teacher that no run of ``needs`` trains, and the version of the built-in data, from the
+        second on. None if the data or one of the weights aren't there.
         """
         cfg, found = self.cfg(), {}
         start = cfg.MODEL.WEIGHTS
@@ -98,30 +103,41 @@ class Run:
             teachers = [(one, *load_teacher_config(one)) for _, one in teacher_configs(cfg)]
         if any(file and is_missing(file) for file in (start, *(x[2] for x in teachers))):
             return None
-        for card in cfg.DATASETS.CARDS:
-            path = resolve_path(card, what="dataset card", key="DATASETS.CARDS")
-            found[card] = file_sha256(path)
+        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        if cfg.DATASETS.CARDS:
+            try:
+                found["data"] = describe_data(cfg.DATASETS.CARDS, names)
+            except (FileNotFoundError, ValueError):
+                return None
         for name in cfg.MODEL.CROSSKD.IMPORTS:
             if name.endswith(".py"):
                 path = resolve_path(name, what="file", key="MODEL.CROSSKD.IMPORTS")
-                found[name] = file_sha256(path)
+                found[self._portable(name)] = file_sha256(path)
         if start and "://" not in start:
             found["start"] = file_sha256(start.split("?")[0])
-        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
         if shapes.VERSION > 1 and any(name.startswith("crosskd_shapes") for name in names):
             found["shapes"] = shapes.VERSION
         for i, (one, teacher, weights) in enumerate(teachers):
             lazy = not isinstance(teacher, CfgNode)
-            settings = _teacher_file(one) if lazy else digested_settings(teacher)
+            settings = _teacher_file(one) if lazy else self._settings(teacher)
             key = f"teacher_{i + 1}" if i else "teacher"
-            found[key] = [settings, weights, file_sha256(weights)]
-        return self._sha256(found)
+            found[key] = [settings, self._portable(weights), file_sha256(weights)]
+        return _sha256(found)
 
-    def _sha256(self, content: Any) -> str:
-        """Of what JSON can hold; files beside the config count by their names alone."""
+    def _settings(self, cfg: CfgNode) -> Dict[str, Any]:
+        settings = digested_settings(cfg)
+        for key in settings.keys() & set(FILES):
+            settings[key] = map_files(self._portable, settings[key])
+        return settings
+
+    def _portable(self, file: str) -> str:
+        """A file's name wherever the project lies: below the config's folder by the path from
+        there, elsewhere by its last part. What it holds is digested by itself."""
+        if "://" in file or not (os.path.isabs(file) or file.startswith("..")):
+            return file
         folder = os.path.dirname(os.path.abspath(find_config(self.config, key=self.name)[0]))
-        text = json.dumps(content, sort_keys=True).replace(os.path.join(folder, ""), "")
-        return hashlib.sha256(text.encode()).hexdigest()
+        path = os.path.relpath(os.path.abspath(file), folder)
+        return os.path.basename(path) if path.startswith("..") else path
 
     @property
     def weights(self) -> str:
@@ -137,6 +153,11 @@ class Run:
         if not done or done["digest"] != self.digest():
             return None
         return done if is_same_input(done.get("inputs_sha256"), self.inputs()) else None
+
+
+def _sha256(content: Any) -> str:
+    """Of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _teacher_file(cfg: CfgNode) -> str:
