@@ -124,7 +124,7 @@ def test_the_pyramid_can_be_mimicked_alone(kind, combine):
     assert student.backbone.fpn_output3.weight.grad.any()
 
 
-INHERIT = (K + "INHERIT", ("backbone.fpn", "head"))
+INHERIT = (K + "INHERIT", ("backbone.fpn", "backbone.top_block", "head"))
 
 
 @dense
@@ -133,8 +133,8 @@ def test_a_student_starts_from_its_teachers_pyramid_and_head(kind):
     before = student.backbone.bottom_up.stem.conv1.weight.clone()
     student.inherit_weights()
     ours, theirs = student.state_dict(), teacher.state_dict()
-    covered = [n for n in ours if n.startswith(("backbone.fpn", "head."))]
-    assert covered and all(torch.equal(ours[n], theirs[n]) for n in covered)
+    covered = [n for n in ours if n.startswith(("backbone.fpn", "backbone.top_block", "head."))]
+    assert any("p7" in n for n in covered) and all(torch.equal(ours[n], theirs[n]) for n in covered)
     assert torch.equal(student.backbone.bottom_up.stem.conv1.weight, before)
 
 

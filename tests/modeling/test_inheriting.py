@@ -12,6 +12,7 @@ from crosskd_ifc import ConfigError, attach_teacher
 
 I = "MODEL.CROSSKD.INHERIT"  # noqa: E741
 HEAD = ("backbone.fpn", "proposal_generator", "roi_heads.box_head")
+FUSED = "MODEL.CROSSKD.FUSION.IN_FEATURES"
 MAP = "MODEL.CROSSKD.TEACHER.CLASS_MAP"
 
 
@@ -60,6 +61,37 @@ def test_shapes_that_differ_are_left_and_what_happened_is_logged(caplog):
         assert torch.equal(ours[f"roi_heads.box_head.{name}"], before[f"roi_heads.box_head.{name}"])
     assert "INHERIT roi_heads.box_head: 2 of 6 tensors start from the teacher's" in caplog.text
     assert "roi_heads.box_head.fc2.bias ((16,), the teacher's is (24,))" in caplog.text
+
+
+def test_layers_with_others_before_them_are_left(caplog):
+    heads = ("roi_heads.box_head", "roi_heads.box_predictor")
+    with caplog.at_level(logging.INFO, "crosskd_ifc"):
+        before, student, teacher = inherited(
+            *(I, heads[:1], "MODEL.ROI_BOX_HEAD.NUM_FC", 1, FUSED, ("pool",)),
+        )
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    assert torch.equal(
+        ours["roi_heads.box_head.fc1.weight"], theirs["roi_heads.box_head.fc1.weight"]
+    )
+    with pytest.raises(ConfigError, match="what lies before it in its head differs"):
+        distilling(I, heads[1:], "MODEL.ROI_BOX_HEAD.NUM_FC", 1, FUSED, ("pool",))
+    behind = ("MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16)
+    with pytest.raises(ConfigError, match="fc1.*what lies before it in its head differs"):
+        distilling(I, ("roi_heads.box_head.fc1",), FUSED, ("pool",), teacher_opts=behind)
+
+
+def test_layers_of_other_blocks_are_left():
+    depth, width = "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.RES2_OUT_CHANNELS"
+    narrow = ("MODEL.RESNETS.WIDTH_PER_GROUP", 8)
+    _, student, teacher = inherited(
+        *(I, ("backbone.bottom_up",), *narrow, depth, 18, width, 8),
+        teacher_opts=(*narrow, depth, 50, width, 32),
+    )
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    weights = [n for n in ours if n in theirs and n.startswith("backbone.bottom_up")]
+    weights = [n for n in weights if ours[n].dim() > 1]
+    same = [n for n in weights if torch.equal(ours[n], theirs[n])]
+    assert same == ["backbone.bottom_up.stem.conv1.weight"] and len(weights) > 1
 
 
 def test_a_prefix_that_matches_nothing_is_refused_when_the_teacher_is_attached():

@@ -44,6 +44,15 @@ _PER_CLASS = {
     "head.cls_score": _Rows(repeated=True),  # of dense detectors
 }
 
+# What reads the last layer of a head -> that head.
+_READERS = (
+    (r"roi_heads\.box_predictor((\.\d+)?)\..*", r"roi_heads.box_head\1"),
+    (r"head\.cls_score", "head.cls_subnet"),
+    (r"head\.(bbox_pred|ctrness)", "head.bbox_subnet"),
+)
+# A layer of a head, or its end; a tower's layers are compared otherwise.
+_HEAD = re.compile(r"(roi_heads\.(?:box|mask|keypoint)_head(?:\.\d+)?)\.(.*)|(head\.\w+_subnet)\.")
+
 _RPN_PREDICTORS = ("objectness_logits", "anchor_deltas")
 
 # By what equally shaped convolutions differ -> the config key.
@@ -141,6 +150,8 @@ class WeightInheritance:
         """The config key by which equally shaped tensors of the two networks differ in meaning."""
         ours, theirs = self._student, self._teacher.model
         module = name.rpartition(".")[0]
+        if _layers_before(ours, module) != _layers_before(theirs, module):
+            return "what lies before it in its head"
         if module in ("proposal_generator.rpn_head." + x for x in _RPN_PREDICTORS):
             generators = ours.proposal_generator, theirs.proposal_generator
             return differing_key(*generators) if all(isinstance(g, RPN) for g in generators) else ""
@@ -156,10 +167,8 @@ class WeightInheritance:
         return "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE" if len(kinds) > 1 else ""
 
     def _differing_layer(self, name: str) -> str:
-        """The config key by which two layers of equal shapes compute something else, or "".
-
-        Those around a layer don't count, but for what a pyramid adds and a tower's places.
-        """
+        """What makes two layers of equal shapes compute something else, or "": a config key, or a
+        module around them."""
         pyramids = {getattr(m.backbone, "_fuse_type", "") for m in self._both()}
         if name.startswith("backbone.fpn_") and len(pyramids) > 1:
             return "MODEL.FPN.FUSE_TYPE"
@@ -167,6 +176,10 @@ class WeightInheritance:
         if tower:
             kinds = ([_kind(x) for x in m.get_submodule(tower[0])] for m in self._both())
             return self._tower_norm if any(a != b for a, b in zip(*kinds)) else ""
+        for around in _modules_around(name):
+            kinds = [_kind(m.get_submodule(around)) for m in self._both()]
+            if kinds[0] != kinds[1]:
+                return f"{around} ({kinds[0]}, the teacher's {kinds[1]})"
         # A convolution's norm belongs to it.
         a, b = (m.get_submodule(name.removesuffix(".norm")) for m in self._both())
         for attribute, key in _CONVOLUTIONS.items():
@@ -219,6 +232,34 @@ def _kind(module: Optional[nn.Module]) -> str:
     """What a module is; all BatchNorms, frozen ones too, have tensors of the same meaning."""
     is_batch = isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d))
     return "BatchNorm" if is_batch else type(module).__name__
+
+
+def _modules_around(name: str) -> List[str]:
+    """The modules of a backbone that a layer is part of, without the backbone itself."""
+    parts = name.removesuffix(".norm").split(".")
+    return [".".join(parts[:n]) for n in range(2, len(parts))] if parts[0] == "backbone" else []
+
+
+def _layers_before(model: nn.Module, name: str) -> List[str]:
+    """Kinds of the layers in front of one of a head's; of all its layers for what reads the last.
+
+    Norms don't count: they belong to a layer.
+    """
+    for reader, head in _READERS:
+        if re.fullmatch(reader, name):
+            name = re.sub(reader, head, name) + "."  # its end
+            break
+    match = _HEAD.fullmatch(name)
+    if not match:
+        return []
+    kinds: List[str] = []
+    layer = (match[2] or "").removesuffix(".norm")
+    for other, module in model.get_submodule(match[1] or match[3]).named_modules():
+        if layer and other == layer:
+            break
+        if any(x.dim() > 1 for x in module.parameters(recurse=False)):
+            kinds.append(_kind(module))
+    return kinds
 
 
 def _is_below(name: str, prefix: str) -> bool:
