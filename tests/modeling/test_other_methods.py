@@ -169,6 +169,10 @@ def test_with_no_box_in_the_batch_dkd_and_dist_are_finite():
 @pytest.mark.parametrize(
     "opts, message",
     [
+        (
+            (L + "FEATURE_TYPE", "cwd", L + "FEATURE_COMBINE", True),
+            "FEATURE_COMBINE is True, but cwd compares each level .*; set it to False",
+        ),
         ((L + "FEATURE_TYPE", "cvd"), "LOSS.FEATURE_TYPE is 'cvd'; possible values: .*'cwd'"),
         ((L + "CLS_TYPE", "kld"), "LOSS.CLS_TYPE is 'kld'; possible values: .*'kl'"),
         ((L + "FEATURE_OPTS", ("tau", 1.0)), r"FEATURE_OPTS \(of .*'pkd'\).* no 'tau'.*: none"),

@@ -18,7 +18,16 @@ from crosskd_ifc.training.preflight import check_training_config
 K = "MODEL.CROSSKD."
 # All parts: box, feature and RPN losses, and learned parameters.
 ALL = (
-    *(K + "LOSS.FEATURE_WEIGHT", 0.1, K + "LOSS.FEATURE_TYPE", "fgd", K + "LOSS.RPN_WEIGHT", 1.0),
+    *(
+        K + "LOSS.FEATURE_WEIGHT",
+        0.1,
+        K + "LOSS.FEATURE_TYPE",
+        "fgd",
+        K + "LOSS.FEATURE_COMBINE",
+        False,
+        K + "LOSS.RPN_WEIGHT",
+        1.0,
+    ),
     *(K + "FUSION.NAME", "weighted", "MODEL.PROPOSAL_GENERATOR.NAME", "CrossKDRPN"),
 )
 ONE = (K + "TEACHERS_LOSS", "one")

@@ -56,10 +56,24 @@ def test_losses_schedule_and_classes_are_told():
         *(K + "SCHEDULE.START_ITER", 5, K + "SCHEDULE.WARMUP_ITERS", 7),
         *(K + "SCHEDULE.STOP_ITER", 50),
     )
-    assert lines["losses"].split("losses")[1].strip() == "box 1 (giou), feature 2"
+    assert (
+        lines["losses"].split("losses")[1].strip()
+        == "box 1 (giou), feature 2 (pkd, all levels added)"
+    )
     assert lines["schedule"].endswith("from iteration 5, rising over 7 iterations, to iteration 50")
     assert "the student's 3, the teacher's 3, in the same order" in lines["classes"]
     assert lines["adapters"].endswith("none: the shapes agree")
+
+
+def test_what_kinds_of_losses_there_are_is_told():
+    feature = (K + "LOSS.FEATURE_WEIGHT", 2.0, K + "LOSS.FEATURE_TYPE", "fgd")
+    feature += (K + "LOSS.FEATURE_COMBINE", False)
+    _, lines, _ = described(*feature, K + "LOSS.CLS_TYPE", "dkd")
+    losses = lines["losses"].split("losses")[1].strip()
+    assert losses == "cls 0.5 (dkd, temperature 3), box 1 (l1), feature 2 (fgd, level with level)"
+    _, lines, text = described(*feature, K + "LOSS.CLS_WEIGHT", 0.0, K + "LOSS.BOX_WEIGHT", 0.0)
+    assert lines["losses"].endswith("losses       feature 2 (fgd, level with level)")
+    assert "not compared" in lines["predictions"] and "terms" not in lines and "pool" not in text
 
 
 def test_the_students_own_head_has_no_cross_head():

@@ -36,7 +36,7 @@ def describe_distillation(student: Student, cfg: CfgNode) -> str:
     lines = [
         ("student", f"{type(student).__name__}, {_size_of(student)}"),
         *_describe_teachers(student, kd.TEACHERS_LOSS),
-        *_describe_heads(student, kd.MIMIC),
+        *_describe_heads(student, kd),
         ("losses", _describe_losses(student, cfg)),
         ("schedule", _describe_schedule(kd.SCHEDULE)),
         ("classes", _describe_classes(student, cfg)),
@@ -94,9 +94,11 @@ def _size_of(model: nn.Module) -> str:
     return f"{parameters}, {flops}"
 
 
-def _describe_heads(student: Student, mimic: str) -> List[tuple]:
+def _describe_heads(student: Student, kd: CfgNode) -> List[tuple]:
     lines = []
-    if not student.has_cross_head or mimic == "both":
+    if not (kd.LOSS.CLS_WEIGHT or kd.LOSS.BOX_WEIGHT):
+        return [("predictions", "not compared: LOSS.CLS_WEIGHT and LOSS.BOX_WEIGHT are 0")]
+    if not student.has_cross_head or kd.MIMIC == "both":
         lines.append(("own head", "the student's own predictions mimic the teacher's"))
     if not student.has_cross_head:
         return lines
@@ -161,9 +163,12 @@ def _describe_losses(student: Student, cfg: CfgNode) -> str:
     has_softmax = is_two_stage and not any(
         stage.predictor.use_sigmoid_ce for stage in box_stages(student.teacher.model.roi_heads)
     )
+    combined = ", all levels added" if loss.FEATURE_COMBINE else ", level with level"
+    softmax = f"{loss.CLS_TYPE}, temperature {loss.TEMPERATURE:g}"
     notes: Dict[str, str] = {
-        "CLS_WEIGHT": f"temperature {loss.TEMPERATURE:g}" if has_softmax else "quality focal",
+        "CLS_WEIGHT": softmax if has_softmax else "quality focal",
         "BOX_WEIGHT": box_type,
+        "FEATURE_WEIGHT": loss.FEATURE_TYPE + combined,
     }
     found = []
     for key, value in loss.items():

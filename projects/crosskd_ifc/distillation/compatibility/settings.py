@@ -14,6 +14,8 @@ from ..loss_types import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY, FEATURE_LOSS_REGI
 from . import class_map
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+# Feature losses whose authors don't combine levels (nor do PKD's, but the published code does).
+_LEVEL_WITH_LEVEL = ("cwd", "mgd", "fgd")
 # Earlier defaults, as configs of earlier runs spell them out; unused they mean the same as today's.
 _EARLIER_DEFAULTS = {"FUSION.NAME": "mean", "FUSION.ROUTE": "direct", "TEACHER.STAGE": 1}
 
@@ -92,6 +94,11 @@ def check_crosskd_config(cfg: CN) -> None:
     if kd.LOSS.FEATURE_WEIGHT == 0:
         reason = "LOSS.FEATURE_WEIGHT is 0: features aren't compared"
         check_unused(kd, ("LOSS.FEATURE_TYPE", "LOSS.FEATURE_OPTS"), reason)
+    elif kd.LOSS.FEATURE_COMBINE and kd.LOSS.FEATURE_TYPE in _LEVEL_WITH_LEVEL:
+        raise ConfigError(
+            f"MODEL.CROSSKD.LOSS.FEATURE_COMBINE is True, but {kd.LOSS.FEATURE_TYPE} compares each "
+            "level of the pyramid with the teacher's same level; set it to False"
+        )
     if not cfg.MODEL.MASK_ON:
         keys = ("LOSS.MASK_WEIGHT", "LOSS.MASK_REDUCTION", "LOSS.MASK_CHANNELS")
         check_unused(kd, keys, "the student has no mask head (MODEL.MASK_ON False)")
