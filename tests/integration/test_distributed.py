@@ -18,6 +18,7 @@ OPTIONS = (
     *(K + "FUSION.NAME", "attention", K + "FUSION.IN_FEATURES", ("pool", "fc1", "fc2")),
     *("MODEL.PROPOSAL_GENERATOR.NAME", "CrossKDRPN", K + "LOSS.RPN_WEIGHT", 1.0),
     *(K + "LOSS.FEATURE_WEIGHT", 0.01, K + "LOSS.FEATURE_TYPE", "mgd"),
+    *(K + "LOSS.FEATURE_COMBINE", False),
     *(K + "DIAGNOSTICS.GRAD_PERIOD", 1),
 )
 

@@ -313,6 +313,18 @@ def test_contradicting_channel_orders_are_refused():
         attached(cfg)
 
 
+def test_a_teacher_that_does_not_say_its_channel_order_is_refused_or_told(saved, caplog):
+    # detectron2's FCOS; here without the data loader of its whole config.
+    name = "common/models/fcos.py"
+    cfg = dense_cfg("FCOS", T + "CONFIG_FILE", name, T + "WEIGHTS", "w.pth")
+    with pytest.raises(ConfigError, match="fcos.py.*says the channel order of the images; set one"):
+        attached(cfg)
+    student, stock = build_model(dense_cfg("FCOS")), build_model(dense_cfg("FCOS", stock=True))
+    stock.input_format = None
+    attach_teacher(student, dense_cfg("FCOS", "INPUT.FORMAT", "RGB"), teacher=stock)
+    assert "channel order of its images: it gets the student's, RGB" in caplog.text
+
+
 def test_images_larger_than_a_square_padding_teachers_are_refused(saved):
     name, overrides = SHRUNK["ViTDet"]
     stock = stock_model(name, overrides)

@@ -30,7 +30,7 @@ def read_options(key: str, given: Sequence, taker: Callable) -> Dict[str, Any]:
         key: of the config, for messages.
         given: name, value, name, value, ...
         taker: whose keyword-only arguments with a default are the possible names. Where a default
-            is a number, so must the value be.
+            is a number, or True or False, so must the value be.
 
     Raises:
         ConfigError: naming ``key``, what is wrong and the possible names.
@@ -50,6 +50,10 @@ def read_options(key: str, given: Sequence, taker: Callable) -> Dict[str, Any]:
     for name, value in zip(names, values):
         if name not in possible:
             problem = problem or f"there is no {name!r}"
+        elif isinstance(possible[name], bool):
+            problem = problem or (
+                "" if isinstance(value, bool) else f"{name} must be True or False"
+            )
         elif isinstance(possible[name], (int, float)) and not _is_number(value):
             problem = problem or f"{name} must be a number"
     if problem:

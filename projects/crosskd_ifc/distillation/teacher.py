@@ -63,7 +63,13 @@ class Teacher:
         self.cfg = cfg
         self.description = description
         self.dtype: torch.dtype = getattr(torch, precision)
-        self.input_format = input_format or getattr(model, "input_format", None) or student_format
+        input_format = input_format or getattr(model, "input_format", None)
+        if input_format is None:
+            logger.warning(
+                f"The teacher ({description}) doesn't say the channel order of its images: it gets "
+                f"the student's, {student_format}. Set its input_format if that is wrong"
+            )
+        self.input_format = input_format or student_format
         formats = (student_format, self.input_format)
         if formats[0] != formats[1] and set(formats) != {"RGB", "BGR"}:
             raise ConfigError(

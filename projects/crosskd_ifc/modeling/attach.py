@@ -19,7 +19,13 @@ from ..common.config_files import (
     merge_from_list,
 )
 from ..common.lazy_config import instantiate_model, is_lazy, load_lazy_config
-from ..common.lazy_detectors import config_of, dataset_names, input_format_of, student_config
+from ..common.lazy_detectors import (
+    config_of,
+    dataset_names,
+    input_format_of,
+    student_config,
+    unknown_input_format,
+)
 from ..common.paths import tried
 from ..common.random_state import same_random_state
 from ..config import ConfigError, error_prefix, teacher_configs
@@ -138,7 +144,11 @@ def _build_teacher(
     else:
         model = instantiate_model(config, what=what).to(device)
         own_format = getattr(model, "input_format", None)
-        input_format = input_format_of(own_format, config, what=what) or cfg.INPUT.FORMAT
+        input_format = input_format_of(own_format, config, what=what)
+        if input_format is None and hasattr(
+            model, "pixel_mean"
+        ):  # what is no detector is told later
+            raise unknown_input_format(what)
         datasets = dataset_names(config, "train")
         teacher_cfg = config_of(model, input_format=input_format, datasets=datasets)
         teacher_cfg.INPUT = cfg.INPUT.clone()  # that of LazyConfigs is code
