@@ -183,14 +183,28 @@ def test_names_that_stand_in_the_cards_of_both_are_compared_by_default_too(tmp_p
         found_map(*ours, *files)
 
 
-def test_names_that_a_data_set_knows_only_when_it_is_loaded_are_compared(tmp_path):
-    for name, classes in (("late_student", "abc"), ("late_teacher", "cab")):
+@pytest.fixture
+def late(tmp_path):
+    """Registers data sets whose names are known only when they are loaded."""
+    names = []
+
+    def register(name, classes):
         categories = [{"id": i + 1, "name": c} for i, c in enumerate(classes)]
         coco = {"images": [], "annotations": [], "categories": categories}
         (tmp_path / f"{name}.json").write_text(json.dumps(coco))
         register_coco_instances(name, {}, str(tmp_path / f"{name}.json"), str(tmp_path))
-    ours = ("DATASETS.TRAIN", ("late_student",))
-    files = teacher_files(tmp_path, "DATASETS.TRAIN", ("late_teacher",))
+        names.append(name)
+        return ("DATASETS.TRAIN", (name,))
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_names_that_a_data_set_knows_only_when_it_is_loaded_are_compared(late, tmp_path):
+    ours = late("late_student", "abc")
+    files = teacher_files(tmp_path, *late("late_teacher", "cab"))
     with pytest.raises(ConfigError, match="class 0 is 'a' for the student and 'c' for the teacher"):
         found_map(*ours, *files)
     assert found_map(*ours, *files, *NAMES) == (1, 2, 0)
@@ -208,8 +222,10 @@ def test_names_that_are_nowhere_are_taken_as_equal_with_a_warning(named, tmp_pat
         found_map(*ours, *files, *NAMES)
 
 
-def test_classes_that_differ_give_cross_head_no_statistics_by_class(named, tmp_path):
-    ours, theirs = named("map_student", "abc"), named("map_teacher", "cab")
+@pytest.mark.parametrize("names", ["named", "late"])
+def test_classes_that_differ_give_cross_head_no_statistics_by_class(names, tmp_path, request):
+    register = request.getfixturevalue(names)
+    ours, theirs = register("map_student", "abc"), register("map_teacher", "cab")
     cfg = tiny_cfg(*ours, *teacher_files(tmp_path, *theirs))
     student = tiny_model(cfg)
     attach_teacher(student, cfg)

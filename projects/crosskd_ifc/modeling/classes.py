@@ -46,7 +46,8 @@ def build_class_map(
     is_index = class_map.parse(kd.CLASS_MAP)[0] == "index"
     if kd.EVAL_AT_START and is_index:
         needed_by = needed_by or "MODEL.CROSSKD.TEACHER.EVAL_AT_START"
-    wants_names = bool(needed_by) or class_map.reads_names(kd.CLASS_MAP)
+    # Of other classes nothing is compared; else statistics are, if no loss.
+    wants_names = is_index or bool(needed_by) or class_map.reads_names(kd.CLASS_MAP)
     names = tuple(class_names(c, load=wants_names) for c in (cfg, teacher.cfg))
     try:
         found = class_map.resolve(
