@@ -16,7 +16,7 @@ import sys
 from typing import List, Optional
 
 import crosskd_ifc  # noqa: F401  registers the built-in data sets
-from crosskd_ifc.common.command_line import tool_command, tool_parser
+from crosskd_ifc.common.command_line import HelpFormatter, tool_command, tool_parser
 from crosskd_ifc.data.check import check_dataset
 from crosskd_ifc.data.histograms import draw_histograms, refuse_other_files
 from crosskd_ifc.data.layouts import LAYOUTS
@@ -29,9 +29,7 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        return commands.add_parser(name, help=text, formatter_class=HelpFormatter)
 
     init = command("init", "write a dataset card for a folder of photos")
     init.add_argument("folder", help="photos with VOC XML, COCO json, YOLO files or CSV below it")
@@ -39,14 +37,14 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     init.add_argument(
         "--split",
         default="",
-        help="train/val/test, such as 0.8/0.1/0.1, instead of " "the folder's own lists",
+        help="train/val/test, such as 0.8/0.1/0.1, instead of the folder's own lists",
     )
     init.add_argument("--layout", default="", choices=("", *LAYOUTS), help="if it holds several")
     init.add_argument("--seed", type=int, default=0, help="of the split")
     init.add_argument(
         "--ignore-near-duplicates",
         action="store_true",
-        help="split photos that " "look alike as all others",
+        help="split photos that look alike as all others",
     )
     init.add_argument("--force", action="store_true", help="replace an existing card")
 
@@ -64,9 +62,9 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     configs.add_argument("--detector", default="faster_rcnn", choices=DETECTORS, help="both")
     start = configs.add_mutually_exclusive_group()
     start.add_argument(
-        "--pretrained", action="store_true", help="from ImageNet weights, as " "without this option"
+        "--pretrained", action="store_true", help="start from ImageNet weights (the default)"
     )
-    start.add_argument("--from-scratch", action="store_true", help="from random weights")
+    start.add_argument("--from-scratch", action="store_true", help="start from random weights")
     configs.add_argument("--gpus", type=int, default=1, help="0: for a CPU")
     configs.add_argument("--force", action="store_true", help="replace existing configs")
     return parser.parse_args(argv)

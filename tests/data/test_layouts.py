@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -497,3 +498,46 @@ def test_a_table_that_cant_be_read_is_told(tmp_path):
     photos, problems = read(tmp_path)
     assert photos == {"1.jpg": ["a"]}
     assert problems["file that can't be read, left out"][0].startswith("notes.csv: field larger")
+
+
+def test_photos_that_their_exif_tag_turns_are_told_where_no_size_is(tmp_path):
+    turned = Image.Exif()
+    turned[274] = 6
+    for name in ("yolo/1.jpg", "table/2.jpg"):
+        photo(tmp_path / name, exif=turned)
+    yolo(tmp_path / "yolo/1.txt", "0 0.5 0.5 0.2 0.2")
+    write(tmp_path / "yolo/classes.txt", "a")
+    table(tmp_path / "table/boxes.csv", [("2.jpg", "a")])
+    said = "image that its EXIF tag turns: are its boxes of the turned image?"
+    for folder, name in (("yolo", "1.jpg"), ("table", "2.jpg")):
+        photos, problems = read(tmp_path / folder)
+        assert list(photos) == [name] and problems == {said: [name]}
+
+
+def test_a_row_of_the_other_unit_is_left_out(tmp_path):
+    head = "filename,xmin,ymin,xmax,ymax,class\n"
+    for name in "1234":
+        photo(tmp_path / f"{name}.jpg")
+    fractions = "{}.jpg,0.1,0.1,0.5,0.5,a\n"
+    rows = "1.jpg,nan,nan,nan,nan,a\n2.jpg,1,1,20,20,a\n"
+    write(tmp_path / "a.csv", head + rows + fractions.format(3) + fractions.format(4))
+    found = read_folder(str(tmp_path))
+    boxes = {os.path.basename(p.path): [t.box for t in p.things] for p in found.photos}
+    width, height = found.photos[-1].size
+    wanted = [[0.1 * width, 0.1 * height, 0.4 * width, 0.4 * height]]
+    assert boxes.pop("1.jpg") == [] and list(boxes) == ["3.jpg", "4.jpg"]
+    for box in boxes.values():
+        assert box == [pytest.approx(wanted[0])]
+    assert found.problems["line that can't be read, left out"] == [
+        "a.csv row 2: pixels among fractions: 1, 1, 20, 20"
+    ]
+
+
+def test_accents_that_macos_takes_apart_are_the_same_name(tmp_path):
+    for form, cls in (("NFC", "a"), ("NFD", "b")):
+        folder = tmp_path / form
+        photo(folder / (unicodedata.normalize(form, "Zürich") + ".jpg"))
+        other = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], "Zürich")
+        table(folder / "boxes.csv", [(f"{other}.jpg", cls)])
+        photos, problems = read(folder)
+        assert list(photos.values()) == [[cls]] and not problems

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import logging
 import os
 import re
@@ -48,7 +49,12 @@ def tool_command(name: str) -> str:
 
 
 def tool_parser(file: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a tool, whose description names tools as they are started in a checkout."""
+    """The parser of a tool, whose description names tools as they are started in a checkout.
+
+    From here on standard output shows what it can't encode, such as a file's odd name, by escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     name = os.path.splitext(os.path.basename(file))[0]
     return argparse.ArgumentParser(
         prog=tool_command(name), description=as_started(description), formatter_class=HelpFormatter

@@ -60,11 +60,18 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> CheckedMapper:
 
 
 def check_image(path: str) -> Tuple[int, int]:
+    """(width, height) as detectron2 sees it, turned by its EXIF tag; errors as of
+    :func:`read_header`."""
+    return read_header(path)[0]
+
+
+def read_header(path: str) -> Tuple[Tuple[int, int], int]:
     """Refuses an image that is missing, unreadable, over Pillow's limit against decompression bombs
     or of more than 8 bits (which detectron2 would clip at 255). Reads its header only.
 
     Returns:
-        (width, height) as detectron2 sees it, turned by its EXIF tag.
+        (width, height) as detectron2 sees it, turned by its EXIF tag, and what this says: 1 for
+        upright, 2 to 8 for mirrored or turned.
 
     Raises:
         SampleError: naming the file and what to do.
@@ -76,7 +83,7 @@ def check_image(path: str) -> Tuple[int, int]:
         with PathManager.open(path, "rb") as f:
             with Image.open(f, formats=IMAGE_FORMATS) as image:
                 mode, size = image.mode, image.size
-                turned = image.getexif().get(274) in (5, 6, 7, 8)
+                orientation = image.getexif().get(274)
     except UnidentifiedImageError:
         raise SampleError(f"{path}: not an image, or an empty file; {advice}") from None
     except Image.DecompressionBombError as error:
@@ -89,4 +96,5 @@ def check_image(path: str) -> Tuple[int, int]:
             f"{path}: more than 8 bits per channel (Pillow's mode {mode}), which detectron2 would "
             "clip at 255; convert it to 8 bits"
         )
-    return size[::-1] if turned else size
+    orientation = orientation if orientation in range(2, 9) else 1
+    return size[::-1] if orientation >= 5 else size, orientation

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 
@@ -48,13 +49,13 @@ class Files:
         for folder, folders, names in os.walk(root, followlinks=True):
             folders[:] = sorted(name for name in folders if self._is_new(folder, name))
             for name in sorted(names):
-                stem, suffix = os.path.splitext(name.lower())
+                stem, suffix = os.path.splitext(folded(name))
                 path = os.path.join(folder, name)
                 if name.startswith("."):
                     continue
                 if suffix in IMAGE_SUFFIXES:
                     self.images.append(path)
-                    self._by_name[name.lower()].append(path)
+                    self._by_name[folded(name)].append(path)
                     self._by_name[stem].append(path)
                 else:
                     self.by_suffix[suffix].append(path)
@@ -97,7 +98,7 @@ class Files:
             path = os.path.join(place, last)
             if path.startswith(self.root + os.sep) and os.path.isfile(path):
                 return [Match(path, self._closeness(path, written, near, places))]
-        last = last.lower()
+        last = folded(last)
         stem, suffix = os.path.splitext(last)
         # What follows a dot may be a part of the name.
         stem = stem if suffix in Image.registered_extensions() else last
@@ -136,6 +137,11 @@ class Files:
         return path_parts(path[len(self.root) :])
 
 
+def folded(name: str) -> str:
+    """In lower case, and with accents as most systems write them: macOS takes them apart."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
 def common_tail(a: Sequence[str], b: Sequence[str]) -> int:
     """How many names two paths have in common, from the last one on."""
     count = 0
@@ -147,7 +153,7 @@ def common_tail(a: Sequence[str], b: Sequence[str]) -> int:
 @functools.lru_cache(maxsize=10_000)
 def path_parts(path: str) -> Tuple[str, ...]:
     """The names of a path in lower case, without dots."""
-    return tuple(x for x in path.lower().replace("\\", "/").split("/") if x not in ("", ".", ".."))
+    return tuple(x for x in folded(path).replace("\\", "/").split("/") if x not in ("", ".", ".."))
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -171,4 +177,4 @@ def _words(names: Tuple[str, ...]) -> Set[str]:
 
 @functools.lru_cache(maxsize=10_000)
 def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0].lower()
+    return folded(os.path.splitext(os.path.basename(path))[0])

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from ..mapper import SampleError, check_image
+from ..mapper import SampleError, read_header
 from ..outlines import is_drawable, is_outline, outline_fault
 from .image_files import Match
 
@@ -59,7 +59,7 @@ class PhotoFolder:
         photos: the annotated images, each once, by path.
         classes: in the order of the folder's own list, else of the alphabet.
         lists: the files that tell the folder's own split.
-        problems: what -> where; nothing of it is among the photos.
+        problems: what -> where; what is left out is not among the photos.
         annotated: the images that an annotation means, or may mean.
     """
 
@@ -134,9 +134,12 @@ class PhotoFolder:
         if claim.things and not any(claim.things):
             return self.tell("image none of whose objects can be read, left out", path)
         try:
-            size = check_image(path)
+            size, orientation = read_header(path)
         except SampleError as error:
             return self.tell("image that can't be used, left out", str(error).split("; ")[0])
+        # A size that is told, and fits, is that of the turned image.
+        if claim.things and (1 < orientation < 5 or orientation >= 5 and not said_size):
+            self.tell("image that its EXIF tag turns: are its boxes of the turned image?", path)
         if said_size and min(said_size) > 0 and tuple(said_size) != size:
             turned = " (its EXIF tag turns it)" if said_size == size[::-1] else ""
             said = "{}x{}".format(*said_size)

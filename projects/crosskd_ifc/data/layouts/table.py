@@ -1,13 +1,13 @@
 """CSV files with a row for each box."""
 
-import contextlib
 import csv
 import io
+import math
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from reprlib import repr as short
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..files import read_text
 from .image_files import SPLITS, Files, split_of
@@ -55,11 +55,16 @@ def _read_table(path: str) -> Optional[Tuple[List[Dict[str, str]], Dict[str, Any
     return [dict(zip(header, (cell.strip() for cell in row))) for row in body], columns
 
 
-def _numbers(rows: List[Dict[str, str]], keys: Sequence[str]) -> Iterator[float]:
-    for row in rows:
-        for key in keys:
-            with contextlib.suppress(ValueError):
-                yield float(row.get(key, ""))
+def _holds_fractions(cells: Sequence[str]) -> Optional[bool]:
+    """Whether a row's box is in fractions of the image; None for one that isn't four numbers.
+
+    Between pixels 0 and 2 nothing would be a box.
+    """
+    try:
+        values = [float(cell) for cell in cells]
+    except ValueError:
+        return None
+    return max(values) < 2 if all(map(math.isfinite, values)) else None
 
 
 def _is_number(text: str) -> bool:
@@ -85,8 +90,8 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
     for path in found:
         rows, columns = _read_table(path) or ([], {})
         keys = columns.get("corners") or columns.get("sized") or ()
-        # Beyond pixels 0 and 1 nothing would be a box.
-        is_relative = max(_numbers(rows, keys), default=2) < 2
+        kinds = Counter(_holds_fractions([row.get(key, "") for key in keys]) for row in rows)
+        is_relative = kinds[True] > kinds[False]
         objects: Dict[str, List[Optional[Thing]]] = defaultdict(list)
         splits: Dict[str, str] = {}
         sizes: Dict[str, Optional[Tuple[int, int]]] = {}
@@ -107,6 +112,9 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
                 w, h = (w - x, h - y) if columns["corners"] else (w, h)
                 if not row.get(columns["class"]):
                     raise ValueError("no class")
+                if _holds_fractions(cells) is (not is_relative):
+                    kind = "pixels among fractions" if is_relative else "fractions among pixels"
+                    raise ValueError(f"{kind}: {', '.join(cells)}")
                 things.append(Thing(row[columns["class"]], [x, y, w, h]))
             except ValueError as error:
                 things.append(None)
