@@ -8,6 +8,7 @@ from crosskd_ifc.experiments.contrasts import judge
 from crosskd_ifc.experiments.statistics import (
     describe_sample,
     detectable_difference,
+    deviation_ratio,
     holm,
     pooled_deviation,
     power,
@@ -177,3 +178,16 @@ def test_a_pooled_deviation_is_that_of_what_the_tests_take_as_units():
     found = summarize({0: 1.0, 1: 3.0, 2: 1.0, 3: 3.0, 4: 5.0, 5: 5.0}, teachers)
     assert found.units == (2.0, 2.0, 5.0)
     assert pooled_deviation([found]) == pytest.approx(3**0.5)
+
+
+def test_a_ratio_of_deviations_is_about_the_mean_of_each_teachers_students():
+    one = deviation_ratio([[1.0, 3.0, 5.0]], [[0.0, 1.0, 2.0]])
+    assert one[0] == pytest.approx(2) and one[1] < 1 < 2 < one[2]
+    # Two teachers, of which the second is better: their distance doesn't count, but takes a degree
+    # of freedom.
+    two = deviation_ratio([[1.0, 3.0, 5.0], [41.0, 43.0, 45.0]], [[0.0, 1.0, 2.0]])
+    assert two[0] == pytest.approx(2) and two[2] - two[1] < one[2] - one[1]
+    f = stats.f.ppf([0.025, 0.975], 4, 2)
+    assert two[1:] == pytest.approx((2 / f[1] ** 0.5, 2 / f[0] ** 0.5))
+    assert deviation_ratio([[1.0], [2.0]], [[0.0, 1.0]]) is None
+    assert deviation_ratio([[1.0, 1.0]], [[0.0, 1.0]]) is None

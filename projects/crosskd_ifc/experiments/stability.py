@@ -1,6 +1,7 @@
 """What a report says of runs that diverge, where the protocol asks for it."""
 
-from typing import List
+from collections import defaultdict
+from typing import Any, Dict, List
 
 import numpy as np
 from tabulate import tabulate
@@ -23,18 +24,18 @@ def stability(table: Table, section: Section) -> List[str]:
         return []
     least = float(np.median(ended)) / 3 if ended else 0.0
     sound = {
-        arm: [run["AP"] for run in found if "diverged" not in run and run["AP"] >= least]
+        arm: [run for run in found if "diverged" not in run and run["AP"] >= least]
         for arm, found in runs.items()
     }
     rows = []
-    for arm, scores in ((arm, sound[arm]) for arm in arms):
+    for arm in arms:
+        scores = [run["AP"] for run in sound[arm]]
         spread = describe_sample(scores).deviation if scores else None
         ratios = []
         for other in table.arms[arm]["versus"]:
-            samples = scores, sound.get(other, [])
-            if all(len(x) > 1 and np.ptp(x) > 0 for x in samples):
-                ratio = "{:.2f} ({:.2f} to {:.2f})".format(*deviation_ratio(*samples))
-                ratios.append(f"{ratio} of `{other}`")
+            ratio = deviation_ratio(*(_by_teacher(sound.get(x, [])) for x in (arm, other)))
+            if ratio:
+                ratios.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio) + f" of `{other}`")
         n = len(runs[arm])
         cells = [f"{n - len(scores)} of {n}", "" if spread is None else f"{spread:.2f}"]
         rows.append([f"`{arm}`", *cells, "; ".join(ratios)])
@@ -42,8 +43,18 @@ def stability(table: Table, section: Section) -> List[str]:
     return [
         "Stability: a run has diverged if a loss was not finite, or its AP is below "
         f"{least:.1f}, a third",
-        "of the median of the others here. The deviation is that of runs that haven't diverged.",
+        "of the median of the others here. The deviation is that of runs that haven't diverged, in",
+        "the ratio about the mean of each teacher's students where seeds share teachers.",
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
     ]
+
+
+def _by_teacher(runs: List[dict]) -> List[List[float]]:
+    """AP of runs that share teachers, teacher by teacher; of others, all together."""
+    found: Dict[Any, List[float]] = defaultdict(list)
+    for run in runs:
+        found[run.get("teacher_seed")].append(run["AP"])
+    shares = any(len(x) > 1 for x in found.values())
+    return list(found.values()) if shares else [[run["AP"] for run in runs]]

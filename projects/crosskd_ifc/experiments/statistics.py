@@ -108,20 +108,37 @@ def holm(p_values: Sequence[float]) -> List[float]:
 def pooled_deviation(differences: Iterable[Difference]) -> Optional[float]:
     """The standard deviation from unit to unit (:class:`Difference`) of several paired differences,
     each about its own mean; None if none has two units."""
-    samples = [d.units for d in differences if len(d.units) > 1]
-    if not samples:
-        return None
+    deviation, freedom = _about_own_means([d.units for d in differences])
+    return deviation if freedom else None
+
+
+def _about_own_means(samples: Iterable[Sequence[float]]) -> Tuple[float, int]:
+    """The standard deviation of several samples, each about its own mean, and its degrees of
+    freedom."""
+    samples = [x for x in samples if len(x) > 1]
     squares = sum(float(np.var(x, ddof=1)) * (len(x) - 1) for x in samples)
-    return math.sqrt(squares / sum(len(x) - 1 for x in samples))
+    freedom = sum(len(x) - 1 for x in samples)
+    return math.sqrt(squares / freedom) if freedom else 0.0, freedom
 
 
-def deviation_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Tuple[float, float, float]:
+def deviation_ratio(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
+) -> Optional[Tuple[float, float, float]]:
     """The ratio of two standard deviations, and its 95 % interval by the F distribution.
 
-    For independent, normal samples of two or more values with some spread; pairing isn't used.
+    For normal values that are independent but for what those of a sample have in common, such as
+    their teacher: deviations are about each sample's own mean. Pairing isn't used.
+
+    Args:
+        ours, theirs: samples.
+
+    Returns:
+        None if a sample of two or more values with some spread is lacking.
     """
-    ratio = float(np.std(ours, ddof=1) / np.std(theirs, ddof=1))
-    freedom = len(ours) - 1, len(theirs) - 1
+    found = _about_own_means(ours), _about_own_means(theirs)
+    if not all(deviation > 0 for deviation, _ in found):
+        return None
+    ratio, freedom = found[0][0] / found[1][0], [n for _, n in found]
     high, low = (stats.f.ppf(q, *freedom) for q in (LEVEL / 2, 1 - LEVEL / 2))
     return ratio, ratio / math.sqrt(low), ratio / math.sqrt(high)
 
