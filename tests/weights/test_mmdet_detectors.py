@@ -379,6 +379,7 @@ img_norm_cfg = dict(
     mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 lr = -1 * base
 """
+INLINE = "dict(transforms=[dict(type='Normalize', std=[255, 255, 255])])"
 CONFIG_3 = """
 model = dict(
     backbone=dict(depth=18, style='pytorch', type='ResNet'),
@@ -438,6 +439,21 @@ def test_a_training_config_in_the_file_is_compared(kind, key, text):
         (KINDS[0], "cfg", "scales=[8]", "scales=[4, 8]", "rpn_head.anchor_generator.scales is"),
         (KINDS[0], "cfg", "0.1, 0.1", "0.05, 0.05", "bbox_head.bbox_coder.target_stds is"),
         (KINDS[0], "cfg", "sampling_ratio=0", "sampling_ratio=2", "sampling_ratio is 2"),
+        (KINDS[0], "cfg", "scales=[8]", "scales=[8], center_offset=0.5", "center_offset is 0.5"),
+        (KINDS[1], "config", "means=[0.0", "means=[0.1", "target_means is [0.1"),
+        (
+            *(
+                KINDS[0],
+                "cfg",
+                "\nmodel = ",
+                "\ndata_preprocessor = dict(mean=[0, 0, 0])\nmodel = ",
+            ),
+            "data_preprocessor.mean is [0, 0, 0] instead of",
+        ),
+        (
+            *(KINDS[1], "config", "\nlr = ", f"\ntest_pipeline = [{INLINE}]\nlr = "),
+            "test_pipeline.0.transforms.0.std is [255, 255, 255] instead of",
+        ),
     ],
 )
 def test_settings_that_detectron2s_model_would_not_have_are_refused(kind, key, old, new, message):
@@ -447,6 +463,13 @@ def test_settings_that_detectron2s_model_would_not_have_are_refused(kind, key, o
     with pytest.raises(ValueError, match="IN: trained with settings that can't be conv") as error:
         in_memory(content)
     assert message in str(error.value)
+
+
+def test_a_config_that_does_not_tell_the_input_is_not_said_to_fit():
+    content = {"state_dict": without_memory(KINDS[0]), "meta": {"cfg": CONFIG_3}}
+    assert "fits" in in_memory(content).note
+    content["meta"]["cfg"] = CONFIG_3.replace("mean=[", "others=[")
+    assert "Assumed" in in_memory(content).note
 
 
 def test_a_config_is_read_and_never_run():

@@ -23,8 +23,9 @@ from .mmdet_files import (
     StateDict,
     anchor_settings,
     coder_settings,
+    differing_inputs,
     differing_settings,
-    input_settings,
+    normalizations,
 )
 from .state_dicts import describe_mismatch
 
@@ -35,7 +36,7 @@ _SUPPORTED = (
     "or heads and without other parts"
 )
 _ASSUMED = (
-    "The file doesn't tell how it was trained. Assumed is what mmdet's base configs have: "
+    "The file doesn't tell all of how it was trained. Assumed is what mmdet's base configs have: "
     "style='pytorch', not 'caffe' (RGB images, divided by a std), anchors, box coding, RoIAlign"
 )
 _CHECKED = "The training config in the file fits detectron2's model (input, anchors, box coding)"
@@ -105,19 +106,23 @@ def convert_detector(
         problem = str(error)
     if problem:
         raise ValueError(f"{source}: not laid out as mmdet's {name}; {problem}. {_SUPPORTED}")
-    settings = {**input_settings(resnet.MODEL), **layout.settings}
-    problem = "; ".join(differing_settings(checkpoint.training, settings))
-    if problem:
+    training = checkpoint.training
+    differing = [*differing_inputs(training, resnet.MODEL)]
+    differing += differing_settings(training, layout.settings)
+    if differing:
         raise ValueError(
             f"{source}: trained with settings that can't be converted, by the config in the file: "
-            f"{problem}"
+            f"{'; '.join(differing)}"
         )
     weights = {f"backbone.bottom_up.{k}": v for k, v in backbone.items()}
     for key, value in checkpoint.rest.items():
         value = value.detach().float().clone()
         is_outer = key.rpartition(".")[0] in layout.ratio_outer
         weights[names[key]] = sizes_first(value) if is_outer else value
-    note = _CHECKED if checkpoint.training.get("model") else _ASSUMED
+    is_told = training.get("model") and any(
+        "mean" in found for _, found in normalizations(training)
+    )
+    note = _CHECKED if is_told else _ASSUMED
     return ConvertedDetector(name, weights, config, note)
 
 

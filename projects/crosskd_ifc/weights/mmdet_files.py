@@ -142,35 +142,47 @@ def differing_settings(training: Mapping[str, Any], possible: Settings) -> Itera
             yield f"{key} is {found!r} instead of {values[0]!r}"
 
 
-def input_settings(model: CN) -> Settings:
-    """What a detectron2 model of RGB images and a ResNet without STRIDE_IN_1X1 stands for.
+def differing_inputs(training: Mapping[str, Any], model: CN) -> Iterator[str]:
+    """As :func:`differing_settings`, of what the images of a detectron2 model are.
 
     Args:
-        model: with PIXEL_MEAN and PIXEL_STD.
+        training: wherever it tells how images are normalized.
+        model: of RGB images and a ResNet without STRIDE_IN_1X1, with PIXEL_MEAN and PIXEL_STD.
     """
-    mean, std = (model.PIXEL_MEAN,), (model.PIXEL_STD,)
-    return {
-        "model.backbone.style": ("pytorch",),
-        "model.data_preprocessor.bgr_to_rgb": (True,),
-        "model.data_preprocessor.mean": mean,
-        "model.data_preprocessor.std": std,
-        # Of mmdet 2.x.
-        "img_norm_cfg.to_rgb": (True,),
-        "img_norm_cfg.mean": mean,
-        "img_norm_cfg.std": std,
-    }
+    yield from differing_settings(training, {"model.backbone.style": ("pytorch",)})
+    possible = {"mean": (model.PIXEL_MEAN,), "std": (model.PIXEL_STD,)}
+    possible.update({"to_rgb": (True,), "bgr_to_rgb": (True,)})
+    for place, found in normalizations(training):
+        yield from (f"{place}.{said}" for said in differing_settings(found, possible))
+
+
+def normalizations(config: Any, place: str = "") -> Iterator[Tuple[str, Mapping[str, Any]]]:
+    """Place and content of all that a config says on how images are normalized."""
+    if isinstance(config, Mapping):
+        kind = str(config.get("type")).rpartition(".")[2]
+        named = place.endswith(("img_norm_cfg", "data_preprocessor"))
+        if named or kind in ("Normalize", "DetDataPreprocessor"):
+            yield place, config
+    items = config.items() if isinstance(config, Mapping) else enumerate(config)
+    for key, value in items:
+        if isinstance(value, (Mapping, list)):
+            yield from normalizations(value, f"{place}.{key}".lstrip("."))
 
 
 def anchor_settings(head: str, **values: Any) -> Settings:
     """What detectron2's anchors of three ratios stand for, and more ``values``."""
-    values = {"type": "AnchorGenerator", "ratios": [0.5, 1.0, 2.0], **values}
+    values = {"type": "AnchorGenerator", "ratios": [0.5, 1.0, 2.0], "center_offset": 0, **values}
     return {f"model.{head}.anchor_generator.{k}": (v,) for k, v in values.items()}
 
 
 def coder_settings(head: str, stds: List[float]) -> Settings:
     """What a ``Box2BoxTransform`` of the weights 1 / ``stds`` stands for."""
     coder = f"model.{head}.bbox_coder"
-    return {f"{coder}.type": ("DeltaXYWHBBoxCoder",), f"{coder}.target_stds": (stds,)}
+    return {
+        f"{coder}.type": ("DeltaXYWHBBoxCoder",),
+        f"{coder}.target_means": ([0.0] * 4,),
+        f"{coder}.target_stds": (stds,),
+    }
 
 
 def _value(node: ast.expr) -> Any:
