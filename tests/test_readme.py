@@ -152,7 +152,7 @@ def test_what_learned_weights_give_is_told_as_recorded():
     validated = table.difference("weighted", "crosskd_ifc", "AP_val")
     assert f"by which settings are chosen, it is {tell(validated)}" in told_in_results()
     found = results("bccd_faster_rcnn").difference("weighted", "crosskd_ifc")
-    assert f"on the small photos it is {tell(found)} from `mean`" in told_in_results()
+    assert f"On the small photos it is {tell(found)} from `mean`" in told_in_results()
     doubled = f"with both loss weights doubled it stays at {mean_ap(table, 'both_doubled')}"
     assert doubled in told_in_results() and len(table.scores("both_doubled")) == 5
 
@@ -204,6 +204,15 @@ def test_every_distilled_student_is_better_than_the_plain_one():
     for arm in ("student_head", "feature", "crosskd", "crosskd_ifc"):
         for found in differences(arm, "student"):
             assert min(found.values.values()) > 0
+
+
+def test_of_the_kinds_of_teachers_one_seed_is_behind_the_plain_student():
+    table = results("teacher_kinds")
+    gains = {
+        arm: table.difference(arm, "student").values for arm in TEACHER_KINDS if arm != "student"
+    }
+    behind = [arm for arm, values in gains.items() for value in values.values() if value <= 0]
+    assert behind == ["vit"] and "on every seed but one" in " ".join(read("README.md").split())
 
 
 def test_what_distilling_closes_of_the_gap_is_told_as_recorded():
@@ -419,7 +428,9 @@ def test_the_costs_in_short_are_the_measured_ones():
     plain, _, both, *_ = costs("faster_rcnn_taps_R50_R18_cpu", speed=False)
     assert f"takes {both} times the time of the plain student's step" in costs_told()
     assert f"together, {plain} times the plain step" in costs_told()
-    assert f"takes {float(plain):.1f} times the plain student's step" in read("README.md")
+    assert f"takes {float(plain):.1f} to 1.5 times the plain student's on a CPU" in read(
+        "README.md"
+    )
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_cpu", speed=False)
     assert f"it is {both} times and {plain} times on another CPU" in costs_told()
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16", speed=True)
@@ -466,8 +477,7 @@ def test_the_differences_of_a_bfloat16_teacher_are_the_measured_ones():
 def test_the_cost_of_diagnostics_is_the_measured_one():
     cases = json.loads(read("benchmarks", "diagnostics", "cost.json"))["cases"]
     text = read("docs", "options.md")
-    assert f"it took {cases['fc1 + fc2']['ratio_median']:.2f} times" in text
-    assert f"{cases['pool']['ratio_median']:.2f} times with `pool`" in text
+    assert f"it took {cases['pool']['ratio_median']:.2f} times an ordinary one" in text
 
 
 def test_the_table_of_mask_losses_is_that_of_the_recorded_runs():
@@ -516,7 +526,7 @@ def test_the_seeds_of_the_headline_are_those_of_the_recorded_runs():
     counts = [len(results(name).scores("crosskd")) for name in HEADLINE]
     assert "n = {}, {} and {} seeds".format(*counts) in text
     eight = {len(results("decisive").scores(arm)) for arm in ("student", "student_head")}
-    assert eight == {8} and "8 of the plain student and of prediction mimicking" in text
+    assert eight == {8} and "the plain student and prediction mimicking have 8 seeds" in text
 
 
 def test_the_figure_of_the_sweep_is_the_recorded_one():
@@ -653,7 +663,10 @@ def test_what_a_longer_training_of_the_plain_student_gives_is_told_as_recorded()
     longer, crosskd, mimicking = (
         table.difference(arm, "student") for arm in ("student_longer", "crosskd", "student_head")
     )
-    assert f"makes up for {longer.mean:.1f} of the {crosskd.mean:.1f} AP" in text
+    assert (
+        f"They add {longer.mean:.1f} AP to the plain student, plain CrossKD adds {crosskd.mean:.1f}"
+        in text
+    )
     assert [len(x.values) for x in (longer, crosskd, mimicking)] == [8, 8, 8]
     assert f"told from the plain student: {tell(mimicking)}, and it is below it on three" in text
     assert sum(value < 0 for value in mimicking.values.values()) == 3
@@ -705,9 +718,9 @@ def test_what_kinds_of_teachers_show_is_told_as_recorded():
     assert stages.interval[0] > 0  # the protocol's rule for the default of TEACHER.STAGE
     corrected = {(c.arm, c.reference): c.corrected for c in table.contrasts()}
     low, high = corrected["cascade_mean", "cascade"]
-    assert f"{tell(stages)} AP more than by the first (corrected" in text
+    assert f"{tell(stages)} AP (corrected for the protocol's" in text
     assert f"six contrasts {low:+.1f} to {high:+.1f})" in text
-    assert f"than by the first: {tell(table.difference('cascade_3', 'cascade'))}." in text
+    assert f"than the first: {tell(table.difference('cascade_3', 'cascade'))}." in text
     ahead = {arm: float(ap_of_teacher(arm)) for arm in ("cascade", "faster_rcnn")}
     assert round(ahead["cascade"] - ahead["faster_rcnn"]) == 9  # as docs/choosing.md says
     assert f"anything: {tell(table.difference('vit', 'student'))} over the plain student" in text

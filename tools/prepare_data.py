@@ -94,6 +94,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         report = check_dataset(args.target)
         if args.picture:
             draw_histograms(report, args.picture)
+            print(f"Wrote {args.picture}", file=sys.stderr)
     except (OSError, ValueError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2

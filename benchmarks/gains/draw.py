@@ -19,9 +19,9 @@ IMAGES = os.path.join(os.path.dirname(BENCHMARKS), "docs", "images")
 COLORS = {"crosskd": "C0", "crosskd_ifc": "C3", "winner": "C3", "taps": "C3"}  # grey: all others
 GAINS = {
     "shapes_faster_rcnn": "Faster R-CNN\nbuilt-in",
-    "shapes_retinanet": "RetinaNet\nbuilt-in",
     "bccd_faster_rcnn": "Faster R-CNN\nphotos, 160x120",
     "bccd_faster_rcnn_640": "Faster R-CNN\nphotos, 640x480",
+    "shapes_retinanet": "RetinaNet\nbuilt-in",
     "shapes_inherit": "Faster R-CNN, built-in\ninheriting start",
 }
 GAINS_ARMS = {  # of the results, from top to bottom
@@ -39,9 +39,9 @@ COMBINING = {
 COMBINING_ARMS = {
     "winner": "one loss per tap",
     "taps": "one loss per tap",  # RetinaNet's
-    "second": "one loss per tap, and their mean's",
-    "ifc": "one loss, their mean's",
-    "single": "best single tap",
+    "second": "one loss per tap, and one for their mean",
+    "ifc": "one loss for the mean of taps",
+    "single": "fc1 alone",
     "crosskd_double": "plain CrossKD, weights doubled",
 }
 

@@ -24,7 +24,7 @@ class Source(NamedTuple):
 
     Attributes:
         path: the file, or ``camera:N``.
-        name: what is written for it, relative to the output folder, without suffix.
+        name: what is written for it, relative to the output folder.
         is_image: whether it is a single picture.
     """
 
