@@ -1,4 +1,4 @@
-"""Combine several tapped features of the student into one that the teacher's head can read.
+"""Make what the teacher's head can read of tapped features of the student: each, or one of all.
 
 Shape shorthand: R RoIs (or N images), C channels, D width of a fully connected layer. A tap is
 either 4-D, (R, C, H, W), or 2-D, (R, D); its *shape* below is that without the first dimension: (C,

@@ -145,7 +145,7 @@ class Student(nn.Module):
 
     @property
     def has_cross_head(self) -> bool:
-        """Whether a teacher is attached whose head reads this student (``MIMIC`` "cross_head")."""
+        """Whether a teacher is attached whose head reads this student (``MIMIC`` not "student_head")."""
         return self.distiller is not None and self.distiller.has_cross_head
 
     def inherit_weights(self) -> None:
@@ -176,7 +176,7 @@ class Student(nn.Module):
             As ``forward`` in evaluation; classes are the teacher's.
         """
         if not self.has_cross_head:
-            raise RuntimeError("without an attached teacher (MIMIC cross_head) there is none")
+            raise RuntimeError("it needs an attached teacher, and MIMIC other than student_head")
         results = self.distiller.detect(self, batched_inputs)
         sizes = [r.image_size for r in results]
         return GeneralizedRCNN._postprocess(results, batched_inputs, sizes)
