@@ -239,11 +239,11 @@ def test_a_folder_whose_config_names_files_in_it_can_be_moved(place, tmp_path, m
         for name in ("own.py", "teacher.pth"):
             (configs / place / name).write_text("")
         (configs / place / "teacher.yaml").write_text("MODEL: {CROSSKD: {IMPORTS: [own.py]}}")
-        (configs / "config.yaml").write_text(
-            f"MODEL: {{META_ARCHITECTURE: CrossKDRCNN, WEIGHTS: '', CROSSKD: {{IMPORTS: "
-            f"[{place}own.py], TEACHER: {{CONFIG_FILE: {place}teacher.yaml, "
-            f"WEIGHTS: {place}teacher.pth}}}}}}"
-        )
+        files = {"CONFIG_FILE": f"{place}teacher.yaml", "WEIGHTS": f"{place}teacher.pth"}
+        kd = {"IMPORTS": [f"{place}own.py"], "TEACHER": files}
+        start = str(configs / place / "teacher.pth")
+        model = {"META_ARCHITECTURE": "CrossKDRCNN", "WEIGHTS": start, "CROSSKD": kd}
+        (configs / "config.yaml").write_text(json.dumps({"MODEL": model}))
         for current in (tmp_path, configs):  # from there the names are as they are written
             monkeypatch.chdir(current)
             run = Run("a run", str(configs / "config.yaml"), "run")

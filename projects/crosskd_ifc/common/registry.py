@@ -51,9 +51,8 @@ def read_options(key: str, given: Sequence, taker: Callable) -> Dict[str, Any]:
         if name not in possible:
             problem = problem or f"there is no {name!r}"
         elif isinstance(possible[name], bool):
-            problem = problem or (
-                "" if isinstance(value, bool) else f"{name} must be True or False"
-            )
+            if not isinstance(value, bool):
+                problem = problem or f"{name} must be True or False"
         elif isinstance(possible[name], (int, float)) and not _is_number(value):
             problem = problem or f"{name} must be a number"
     if problem:

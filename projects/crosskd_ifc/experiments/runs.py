@@ -126,7 +126,7 @@ class Run:
 
     def _settings(self, cfg: CfgNode) -> Dict[str, Any]:
         settings = digested_settings(cfg)
-        for key in settings.keys() & set(FILES):
+        for key in settings.keys() & {*FILES, "MODEL.WEIGHTS"}:
             settings[key] = map_files(self._portable, settings[key])
         return settings
 

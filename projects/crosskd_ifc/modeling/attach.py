@@ -145,9 +145,8 @@ def _build_teacher(
         model = instantiate_model(config, what=what).to(device)
         own_format = getattr(model, "input_format", None)
         input_format = input_format_of(own_format, config, what=what)
-        if input_format is None and hasattr(
-            model, "pixel_mean"
-        ):  # what is no detector is told later
+        is_detector = hasattr(model, "pixel_mean")  # of what is none another error tells
+        if input_format is None and is_detector:
             raise unknown_input_format(what)
         datasets = dataset_names(config, "train")
         teacher_cfg = config_of(model, input_format=input_format, datasets=datasets)

@@ -145,7 +145,7 @@ class Student(nn.Module):
 
     @property
     def has_cross_head(self) -> bool:
-        """Whether a teacher is attached whose head reads this student (``MIMIC`` not "student_head")."""
+        """Whether a teacher is attached whose head reads this student, as ``MIMIC`` decides."""
         return self.distiller is not None and self.distiller.has_cross_head
 
     def inherit_weights(self) -> None:
