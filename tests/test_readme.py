@@ -676,6 +676,44 @@ def test_what_a_longer_training_of_the_plain_student_gives_is_told_as_recorded()
     )
 
 
+LONG = {
+    "winner": "CrossKD-IFC (one loss per tap)",
+    "crosskd_double": "plain CrossKD, loss weights doubled",
+    "crosskd": "plain CrossKD",
+    "ifc": "mean of fc1 and fc2",
+    "student": "plain student",
+}
+
+
+@pytest.mark.parametrize("arm", LONG)
+def test_the_table_of_the_longer_training_is_that_of_the_recorded_runs(arm):
+    table = results("decisive_long")
+    more = "-" if arm == "crosskd" else tell(table.difference(arm, "crosskd"))
+    rows = rows_of_results(after="### With twice the steps")
+    assert f"| {LONG[arm]} | {ap_of(table, arm)} | {more} |" in rows
+
+
+def test_what_the_longer_training_shows_is_told_as_recorded():
+    table, text = results("decisive_long"), told_in_results()
+    gain = table.difference("winner", "crosskd")
+    weight, control = (
+        table.difference(*x) for x in (("crosskd_double", "crosskd"), ("winner", "crosskd_double"))
+    )
+    assert gain.mean < results("decisive").difference("winner", "crosskd").mean
+    told = f"is ahead of plain CrossKD by {tell(gain)}, and of plain CrossKD with its total weight"
+    assert f"{told} by {tell(control)}. Both intervals include 0." in text
+    assert max(gain.interval[0], control.interval[0]) < 0
+    count = len(gain.values)
+    assert f"the gain is smaller: {tell(gain)} on {count} seeds;" in text
+    assert f"which alone gives {tell(weight)}" in text
+    assert f"({ap_of(table, 'teacher')} AP)" in text
+    left = [-results(x).difference("winner", "teacher").mean for x in ("decisive_long", "decisive")]
+    assert "end {:.1f} AP below their teachers, after 440 steps {:.1f} AP".format(*left) in text
+    front = " ".join(read("README.md").split())
+    assert f"With twice the steps: {tell(gain)[:-1]}; {count} seeds)" in front
+    assert f"at equal total loss weight {tell(control)}" in front
+
+
 TEACHER_KINDS = {
     "student": "none",
     "faster_rcnn": "Faster R-CNN R34",
