@@ -74,5 +74,5 @@ def test_boxes_of_unequal_encodings_are_compared_in_the_students(box_type):
 
 def test_there_are_no_cross_head_detections():
     student, _ = distilling(*STUDENT_HEAD)
-    with pytest.raises(RuntimeError, match="MIMIC cross_head"):
+    with pytest.raises(RuntimeError, match="MIMIC other than student_head"):
         student.eval().cross_head_inference(tiny_batch())
