@@ -2,8 +2,8 @@
 """Compare arms over seeds as a protocol says: teacher, students, one recipe, one report.
 
 Every run is an ordinary tools/train_net.py run. Finished runs are skipped, interrupted ones
-resumed: just run it again. After each run results.json is up to date; the report (report.md,
-curves.png, differences.png) lies beside it.
+resumed: just run it again. After each run results.json is up to date; the report (report.md, and
+figures) lies beside it.
 
     python tools/compare.py benchmarks/protocols/shapes_faster_rcnn.yaml --jobs 2
     python tools/compare.py benchmarks/protocols/shapes_faster_rcnn.yaml --report-only

@@ -741,8 +741,21 @@ def test_a_report_needs_only_the_json(case):
     assert "| `fc2` | +2.0, n = 1 | +0.0, n = 1 |" in rows
     assert "| `crosskd_ifc` | 2 | 1.50 |" in rows and "| arm | n | norm ratio |" in rows
     assert "python x" in text and "7 runs" in text
-    for name in ("curves.png", "differences.png"):
-        assert (case.folder / "out" / name).stat().st_size > 5000
+    assert (case.folder / "out" / "differences.png").stat().st_size > 5000
+
+
+def test_a_report_has_curves_where_students_were_evaluated_more_than_once(case):
+    case.do()
+    content, out = case.results.content(), case.folder / "out"
+    last = {id(run): run["curve"] for run in content["runs"]}
+    for run in content["runs"]:
+        run["curve"] = [[1, 5.0], *run["curve"]]
+    assert "(curves.png)" in open(write_report(content, str(out))).read()
+    assert (out / "curves.png").stat().st_size > 5000
+    for run in content["runs"]:
+        run["curve"] = last[id(run)]
+    assert "curves.png" not in open(write_report(content, str(out))).read()
+    assert not (out / "curves.png").exists()
 
 
 def load_tool():

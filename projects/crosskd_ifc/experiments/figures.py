@@ -12,6 +12,13 @@ from .tables import Section, Table
 _COLUMNS = 3  # of panels
 
 
+def has_curves(table: Table) -> bool:
+    """Whether a student was evaluated more than once in its training."""
+    students = (name for name in table.arms if name != TEACHER)
+    runs = (run for name in students for found in table.current(name).values() for run in found)
+    return any(len(run["curve"]) > 1 for run in runs)
+
+
 def draw_curves(table: Table, path: str) -> None:
     """Plot AP over iterations, as PNG: a panel for the main arms and one for each group of
     ablations, lines the mean over seeds, bands from the lowest to the highest seed."""

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from ..common.files import replacing
 from ..config import ConfigError
-from .figures import draw_curves, draw_differences
+from .figures import draw_curves, draw_differences, has_curves
 from .protocol import TEACHER
 from .stability import stability
 from .statistics import (
@@ -36,7 +36,8 @@ _LOGGED = "Logged in the last quarter of the training, means over the seeds (doc
 
 
 def write_report(content: dict, folder: str) -> str:
-    """Write ``report.md``, ``curves.png`` and ``differences.png``; returns the report's path.
+    """Write ``report.md`` and, where there is something to draw, ``curves.png`` and
+    ``differences.png``; returns the report's path.
 
     Args:
         content: of ``results.json``, with at least one run.
@@ -49,7 +50,11 @@ def write_report(content: dict, folder: str) -> str:
     os.makedirs(folder, exist_ok=True)
     if not table.sections():
         raise ConfigError(f"{content['name']}: no run in results.json is of an arm of the protocol")
-    draw_curves(table, os.path.join(folder, "curves.png"))
+    curves = os.path.join(folder, "curves.png")
+    if has_curves(table):
+        draw_curves(table, curves)
+    elif os.path.exists(curves):  # of an earlier state
+        os.remove(curves)
     has_differences = draw_differences(table, os.path.join(folder, "differences.png"))
     path = os.path.join(folder, "report.md")
     with replacing(path) as f:
@@ -83,9 +88,11 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
             f"{outdated} runs are of earlier settings (\\*): in no mean, difference or figure.",
             "",
         ]
-    lines += ["## Figures", "", "![Learning curves](curves.png)", ""]
-    if differences_figure:
-        lines += ["![Paired differences](differences.png)", ""]
+    figures = {"Learning curves": "curves.png"} if has_curves(table) else {}
+    figures.update({"Paired differences": "differences.png"} if differences_figure else {})
+    lines += ["## Figures", ""] if figures else []
+    for title, file in figures.items():
+        lines += [f"![{title}]({file})", ""]
     return "\n".join([*lines, "## How", "", *_provenance(content), ""])
 
 
