@@ -201,6 +201,8 @@ def test_what_longer_training_gives_is_told_as_recorded():
 def test_every_distilled_student_is_better_than_the_plain_one():
     for arm in ("crosskd", "winner", "second", "single", "ifc"):
         assert min(results("decisive").difference(arm, "student").values.values()) > 0
+    for arm in ("crosskd", "winner", "crosskd_double", "ifc"):
+        assert min(results("decisive_long").difference(arm, "student").values.values()) > 0
     for arm in ("student_head", "feature", "crosskd", "crosskd_ifc"):
         for found in differences(arm, "student"):
             assert min(found.values.values()) > 0
