@@ -695,6 +695,17 @@ def test_the_table_of_the_longer_training_is_that_of_the_recorded_runs(arm):
     assert f"| {LONG[arm]} | {ap_of(table, arm)} | {more} |" in rows
 
 
+def test_the_verdicts_of_the_longer_training_are_told_as_recorded():
+    contrasts = results("decisive_long").contrasts()
+    assert len(contrasts) == 3
+    for found in contrasts:
+        names = [LONG[arm] for arm in (found.arm, found.reference)]
+        interval = "{:+.1f} to {:+.1f}".format(*found.corrected)
+        cells = (f"{found.difference.mean:+.1f}", interval, found.verdict)
+        row = f"| {' minus '.join(names)} | {' | '.join(cells)} |"
+        assert row in rows_of_results(after="### With twice the steps")
+
+
 def test_what_the_longer_training_shows_is_told_as_recorded():
     table, text = results("decisive_long"), told_in_results()
     gain = table.difference("winner", "crosskd")
@@ -702,8 +713,8 @@ def test_what_the_longer_training_shows_is_told_as_recorded():
         table.difference(*x) for x in (("crosskd_double", "crosskd"), ("winner", "crosskd_double"))
     )
     assert gain.mean < results("decisive").difference("winner", "crosskd").mean
-    told = f"is ahead of plain CrossKD by {tell(gain)}, and of plain CrossKD with its total weight"
-    assert f"{told} by {tell(control)}. Both intervals include 0." in text
+    told = f"minus plain CrossKD is {tell(gain)}, minus plain CrossKD with its total weight"
+    assert f"{told} {tell(control)}. Both intervals include 0." in text
     assert max(gain.interval[0], control.interval[0]) < 0
     count = len(gain.values)
     assert f"the gain is smaller: {tell(gain)} on {count} seeds;" in text
