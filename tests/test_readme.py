@@ -717,7 +717,7 @@ def test_what_the_longer_training_shows_is_told_as_recorded():
     assert f"{told} {tell(control)}. Both intervals include 0." in text
     assert max(gain.interval[0], control.interval[0]) < 0
     count = len(gain.values)
-    assert f"the gain is smaller: {tell(gain)} on {count} seeds;" in text
+    assert f"nothing of it is certain: {tell(gain)} on {count} seeds;" in text
     assert f"which alone gives {tell(weight)}" in text
     assert f"({ap_of(table, 'teacher')} AP)" in text
     left = [-results(x).difference("winner", "teacher").mean for x in ("decisive_long", "decisive")]
