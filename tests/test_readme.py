@@ -598,6 +598,14 @@ def row_against_crosskd(name, title, arm):
     return f"| {title} | {tell(found)} | {len(found.values)} |"
 
 
+def row_of_a_contrast(found, titles):
+    """A row of docs/results.md: a contrast with its corrected interval and verdict."""
+    names = [titles[arm] for arm in (found.arm, found.reference)]
+    interval = "{:+.1f} to {:+.1f}".format(*found.corrected)
+    cells = (f"{found.difference.mean:+.1f}", interval, found.verdict)
+    return f"| {' minus '.join(names)} | {' | '.join(cells)} |"
+
+
 def rows_of_results(after="# Results"):
     return read("docs", "results.md").split(after, 1)[1].splitlines()
 
@@ -644,10 +652,7 @@ def test_the_verdicts_of_the_decisive_comparison_are_told_as_recorded():
     contrasts = results("decisive").contrasts()
     assert len(contrasts) == 7
     for found in contrasts:
-        names = [DECIDED[arm] for arm in (found.arm, found.reference)]
-        interval = "{:+.1f} to {:+.1f}".format(*found.corrected)
-        cells = (f"{found.difference.mean:+.1f}", interval, found.verdict)
-        row = f"| {' minus '.join(names)} | {' | '.join(cells)} |"
+        row = row_of_a_contrast(found, DECIDED)
         assert row in rows_of_results(after="## The decisive comparison")
     best = next(c for c in contrasts if (c.arm, c.reference) == ("winner", "crosskd"))
     told = "{:+.1f} AP (corrected interval {:+.1f} to {:+.1f})"
@@ -699,10 +704,7 @@ def test_the_verdicts_of_the_longer_training_are_told_as_recorded():
     contrasts = results("decisive_long").contrasts()
     assert len(contrasts) == 3
     for found in contrasts:
-        names = [LONG[arm] for arm in (found.arm, found.reference)]
-        interval = "{:+.1f} to {:+.1f}".format(*found.corrected)
-        cells = (f"{found.difference.mean:+.1f}", interval, found.verdict)
-        row = f"| {' minus '.join(names)} | {' | '.join(cells)} |"
+        row = row_of_a_contrast(found, LONG)
         assert row in rows_of_results(after="### With twice the steps")
 
 

@@ -55,9 +55,13 @@ def read_yaml(path: str) -> Any:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
 
 
+def voc_list_path(root: str, split: str) -> str:
+    return f"{root}/ImageSets/Main/{split}.txt"
+
+
 def read_voc_lines(root: str, split: str) -> Tuple[str, List[str]]:
     """Returns the path of ``root``/ImageSets/Main/``split``.txt, and its lines."""
-    path = f"{root}/ImageSets/Main/{split}.txt"
+    path = voc_list_path(root, split)
     # Only these end a line of a file: str.splitlines knows more, which are blanks to numpy.
     lines = re.split("\r\n|\r|\n", read_text(path))
     return path, lines if lines[-1] else lines[:-1]
@@ -83,8 +87,8 @@ def read_voc_split(root: str, split: str) -> List[str]:
 def voc_files(root: str, split: str) -> List[str]:
     """Returns the path of a VOC split's list, and those of its annotations."""
     names = [f"{image_id}.xml" for image_id in read_voc_split(root, split)]
-    path, _ = read_voc_lines(root, split)
-    return [path, *(os.path.join(root, "Annotations", name) for name in names)]
+    paths = (os.path.join(root, "Annotations", name) for name in names)
+    return [voc_list_path(root, split), *paths]
 
 
 def parse_xml(path: str) -> ElementTree.Element:

@@ -19,7 +19,7 @@ from ..common.command_line import tool_command
 from ..config import ConfigError
 from .card import Card
 from .fields import text_id_fault
-from .files import read_coco_json, read_voc_annotation, read_voc_split
+from .files import read_coco_json, read_voc_annotation, read_voc_split, voc_list_path
 from .mapper import SampleError
 from .outlines import is_outline, outline_fault
 
@@ -129,8 +129,9 @@ def _repeated(items: Sequence[str]) -> List[Tuple[str, int]]:
 def _load_voc(root: str, split: str, classes: Sequence[str]) -> List[dict]:
     ids = read_voc_split(root, split)
     for image_id, count in _repeated(ids):  # VOC's AP would miss the boxes of each copy
-        path = f"{root}/ImageSets/Main/{split}.txt"
-        raise ValueError(f"{path}: the image {image_id!r} is there {count} times")
+        raise ValueError(
+            f"{voc_list_path(root, split)}: the image {image_id!r} is there {count} times"
+        )
     # detectron2 parses XML as it comes and names no file in its errors: look at all files first.
     for image_id in ids:
         path = os.path.join(root, "Annotations", image_id + ".xml")

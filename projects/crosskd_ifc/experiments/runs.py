@@ -112,7 +112,8 @@ class Run:
         for name in cfg.MODEL.CROSSKD.IMPORTS:
             if name.endswith(".py"):
                 path = resolve_path(name, what="file", key="MODEL.CROSSKD.IMPORTS")
-                found[self._portable(name)] = file_sha256(path)
+                key = self._portable(name)  # of two folders perhaps
+                found[key] = found.get(key, "") + file_sha256(path)
         if start and "://" not in start:
             found["start"] = file_sha256(start.split("?")[0])
         if shapes.VERSION > 1 and any(name.startswith("crosskd_shapes") for name in names):
