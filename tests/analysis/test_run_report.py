@@ -187,9 +187,13 @@ def test_the_teacher_is_evaluated_on_demand(run, tmp_path):
     log(tmp_path, [line for line in metrics() if "teacher/bbox/AP" not in line])
     for name in ("config.yaml", "model_final.pth"):
         shutil.copy(run / name, tmp_path)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["OUTPUT_DIR"] = str(tmp_path / "where_it_ran")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     report([str(tmp_path), "--device", "cpu", "--evaluate-teacher", "--images", "1"])
     _, words = parse(tmp_path / "report.html")
     assert "AP (bbox), teacher" in words and "teacher wasn't evaluated" not in words
+    assert not (tmp_path / "where_it_ran").exists()
 
 
 def _with_teacher(run, folder, *opts):
@@ -256,6 +260,10 @@ def test_a_run_that_went_back_counts_from_there(tmp_path):
     record = RunRecord(str(tmp_path))
     assert record.series("loss_cls") == [(19, 1.0), (39, 2.0), (59, 2.0)]
     assert record.iterations == 60
+    # Two writings are 20 iterations apart.
+    lines = [{"iteration": i, "loss_cls": float(n)} for n, i in enumerate((19, 39, 19))]
+    log(tmp_path, lines)
+    assert RunRecord(str(tmp_path)).series("loss_cls") == [(19, 2.0)]
 
 
 def instances(boxes, classes, scores=None):

@@ -21,6 +21,7 @@ from helpers import tiny_cfg, tiny_model
 from test_cards import Voc
 
 from crosskd_ifc import ConfigError
+from crosskd_ifc.analysis.run_record import RunRecord
 from crosskd_ifc.config import remove_crosskd_ifc_config
 from crosskd_ifc.data.shapes import CLASSES, generate
 from crosskd_ifc.training.checkpointer import CheckpointError
@@ -466,6 +467,29 @@ def test_neither_an_evaluation_nor_a_refused_run_changes_the_trainings_config(fi
     assert yaml.safe_load((out / "config.yaml").read_text())["SOLVER"]["BASE_LR"] == 0.002
     log = (out / "log.txt").read_text()
     assert re.search("(?s)goes on with other settings:.*SOLVER.BASE_LR +0.001 +0.002", log)
+
+
+def test_a_run_begun_again_without_a_checkpoint_keeps_its_first_log_apart(files, tmp_path):
+    config, out = write_config(files, tmp_path, "SOLVER.MAX_ITER", 1)
+    out.mkdir()
+    (out / "metrics.json").write_text(json.dumps({"iteration": 0, "teacher/bbox/AP": 40.0}) + "\n")
+    run(config)
+    assert not any("teacher/bbox/AP" in line for line in metrics(out))
+    assert "40.0" in (out / "metrics.json.old1").read_text()
+    run(config, "--resume", "SOLVER.MAX_ITER", 2)
+    assert not (out / "metrics.json.old2").exists()
+
+
+def test_the_run_writes_the_schedule_that_is_scaled_to_its_processes(files, tmp_path):
+    config, out = write_config(files, tmp_path, "SOLVER.MAX_ITER", 1)
+    run(config, "SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH", 2)
+    solver = yaml.safe_load((out / "config.yaml").read_text())["SOLVER"]
+    assert (solver["MAX_ITER"], solver["IMS_PER_BATCH"]) == (2, 1)
+    assert metrics(out)[-1]["iteration"] == 2 and RunRecord(str(out)).iterations == 2
+    # Run once more, it stays as it is.
+    run(str(out / "config.yaml"), "OUTPUT_DIR", tmp_path / "again")
+    again = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["SOLVER"]
+    assert again == solver
 
 
 def test_an_evaluation_without_weights_that_fit_is_refused(files, tmp_path):

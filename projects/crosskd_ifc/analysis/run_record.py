@@ -133,7 +133,7 @@ def _in_order(lines: List[dict]) -> List[Dict[str, Any]]:
             continue
         here = line["iteration"]
         # Within one writing, detectron2 doesn't order them.
-        if found and here < max(found) - _WRITING_PERIOD:
+        if found and here <= max(found) - _WRITING_PERIOD:
             found = {i: kept for i, kept in found.items() if i < here}
         found.setdefault(here, {}).update(line)
     return [found[i] for i in sorted(found)]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import tempfile
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
@@ -118,7 +119,8 @@ def _teacher_results(record: RunRecord, networks: Optional[Networks]) -> Dict[st
     _, one = teacher_configs(cfg)[0]
     one.MODEL.CROSSKD.TEACHER.EVAL_AT_START = True
     build_class_map(one, networks.student, networks.teacher)  # are its classes ours?
-    results = evaluate_teacher(cfg, networks.student, CrossKDTrainer.test)
+    with tempfile.TemporaryDirectory() as cfg.OUTPUT_DIR:  # the run's own stays as it is
+        results = evaluate_teacher(cfg, networks.student, CrossKDTrainer.test)
     return {k: float(v) for k, v in flatten_results_dict(results).items() if math.isfinite(v)}
 
 

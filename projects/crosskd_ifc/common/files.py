@@ -1,4 +1,4 @@
-"""Files that are there complete or not at all; digests of files; folders that are moved aside."""
+"""Files that are there complete or not at all; digests of files; what is moved aside."""
 
 import contextlib
 import errno
@@ -52,14 +52,14 @@ def _remove_abandoned(folder: str, beginning: str) -> None:
                 os.remove(partial)
 
 
-def move_aside(folder: str) -> None:
-    """Rename a folder, if it exists, to one that is free: ``folder.old1``, ``folder.old2``, ..."""
-    if not os.path.exists(folder):
+def move_aside(path: str) -> None:
+    """Rename a folder or file, if it exists, to a name that is free: ``path.old1``, ..."""
+    if not os.path.exists(path):
         return
     n = 1
-    while os.path.exists(f"{folder}.old{n}"):
+    while os.path.exists(f"{path}.old{n}"):
         n += 1
-    os.rename(folder, f"{folder}.old{n}")
+    os.rename(path, f"{path}.old{n}")
 
 
 def read_json_if_any(path: str) -> Optional[dict]:

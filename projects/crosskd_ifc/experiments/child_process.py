@@ -129,6 +129,8 @@ class StepCounter:
         """Steps done, steps in all, and seconds per step, 0 as long as that isn't known."""
         try:
             with open(self.path, "rb") as f:
+                if f.seek(0, os.SEEK_END) < self._offset:  # another file: it began anew
+                    self._offset = 0
                 f.seek(self._offset)
                 new = f.read()
         except FileNotFoundError:

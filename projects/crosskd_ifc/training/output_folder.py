@@ -11,6 +11,7 @@ from typing import Any, Iterator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..common.files import move_aside
 from ..config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,16 @@ def check_output_folder(folder: str) -> None:
     except OSError as error:
         why = error.strerror or error
         raise ConfigError(f"OUTPUT_DIR {folder!r}: it can't be written: {why}") from error
+
+
+def set_metrics_aside(folder: str) -> None:
+    """Rename the ``metrics.json`` of an earlier training that has left no checkpoint: detectron2
+    would add the new training's lines to it."""
+    path = os.path.join(folder, "metrics.json")
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    move_aside(path)
+    logger.info(f"{path} was of an earlier training; it is kept as metrics.json.old1, or 2, ...")
 
 
 @contextlib.contextmanager

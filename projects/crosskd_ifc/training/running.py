@@ -19,7 +19,7 @@ from ..config import ConfigError
 from ..weights.strict import load_strictly
 from .checkpointer import SafeCheckpointer
 from .errors import one_line_errors
-from .output_folder import check_output_folder, training_alone_in
+from .output_folder import check_output_folder, set_metrics_aside, training_alone_in
 from .preflight import check_evaluation_config, check_training_config, check_weights
 from .preflight_data import check_classes, check_test_data
 from .run_folder import check_tag, has_checkpoint
@@ -85,10 +85,14 @@ def train(
 
     with one_line_errors(cfg, is_over), training_alone_in(cfg.OUTPUT_DIR):
         start_logging(cfg, args, config)
+        if comm.is_main_process() and not has_checkpoint(cfg.OUTPUT_DIR):
+            set_metrics_aside(cfg.OUTPUT_DIR)
         trainer = build()
         trainer.resume_or_load(resume=args.resume)
         if comm.is_main_process() and trainer.start_iter < trainer.max_iter:
-            _save(config, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
+            # The trainer's is scaled with SOLVER.REFERENCE_WORLD_SIZE.
+            ran = trainer.cfg if isinstance(config, CfgNode) else config
+            _save(ran, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
         return trainer.train()
 
 
