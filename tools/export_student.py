@@ -28,6 +28,7 @@ Use it wherever detectron2 is installed{own}:
 
     cfg = get_cfg()
     cfg.merge_from_file({config!r})
+    cfg.MODEL.DEVICE = "cpu"  # or "cuda"; else the training's
     detections = DefaultPredictor(cfg)(image)["instances"]  # image as from cv2.imread
 
 Or look at what it finds: {predict}

@@ -160,6 +160,14 @@ def test_a_teacher_of_a_lazyconfig_is_refused(tmp_path):
         StepBenchmark(cfg, SMALL)
 
 
+def test_several_teachers_are_refused():
+    cfg = tiny_cfg("MODEL.CROSSKD.TEACHERS", [{"WEIGHTS": "a.pth"}, {"WEIGHTS": "b.pth"}])
+    with pytest.raises(
+        ConfigError, match="TEACHERS has 2 teachers, but the benchmark times .* one"
+    ):
+        StepBenchmark(cfg, SMALL)
+
+
 def test_a_batch_is_what_detectron2s_loader_gives():
     batch = make_batch(Case(40, 60, images=3, boxes=5), num_classes=2, has_masks=True)
     assert len(batch) == 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from helpers import distilling, tiny_cfg, tiny_model
 from PIL import Image
 
@@ -153,6 +153,21 @@ def test_a_data_set_that_cannot_be_used_is_named(files):
         with pytest.raises(SystemExit, match=f"^error: {message}"):
             run(files, "--dataset", "broken")
         DatasetCatalog.remove("broken")
+
+
+def test_a_data_set_of_other_classes_than_the_trainings_is_refused(files):
+    """Its ground truth would be named as the model's classes are."""
+    load = lambda: [{"file_name": str(files / "wide.jpg"), "annotations": []}]  # noqa: E731
+    for name, classes in (("trained_on", CLASSES), ("turned", CLASSES[::-1])):
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).thing_classes = list(classes)
+    try:
+        with pytest.raises(SystemExit, match="^error: DATASETS.TEST: 'turned' has other classes"):
+            run(files, "--dataset", "turned", "DATASETS.TRAIN", "('trained_on',)")
+    finally:
+        for name in ("trained_on", "turned"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
 
 
 def test_a_config_without_a_teacher_is_refused(files):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import runpy
+import shutil
 from pathlib import Path
 
 import cv2
@@ -52,6 +53,9 @@ def files(tmp_path_factory):
     (photos / "more").mkdir(parents=True)
     for name, size in (("a.JPG", (60, 80)), ("b.png", (64, 64)), ("more/a.webp", (50, 40))):
         Image.fromarray(g.integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / name)
+    torch.save({"model": {}}, folder / "alone.pth")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.json").write_text("{}")
     (folder / "lazy.py").write_text("model = dict()")
     cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE = str(folder / "lazy.py")
     (folder / "of_lazy.yaml").write_text(cfg.dump())
@@ -78,6 +82,29 @@ def test_an_exported_student_detects_what_stock_detectron2_does(files):
         assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert load_detector(str(files / "student")).class_names == NAMES
     assert load_detector(str(files / "run")).class_names == ["0", "1", "2"]
+
+
+def test_a_checkpoints_own_config_counts_as_for_its_export(files, tmp_path, caplog):
+    content = torch.load(files / "run" / "model_final.pth", weights_only=True)
+    held = tiny_cfg("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.2)
+    torch.save({**content, "config": {"yaml": held.dump()}}, tmp_path / "model_0000009.pth")
+    (tmp_path / "config.yaml").write_text(tiny_cfg("INPUT.FORMAT", "RGB").dump())
+    weights = str(tmp_path / "model_0000009.pth")
+    found = load_detector(weights, opts=("MODEL.DEVICE", "cpu")).cfg
+    assert (found.INPUT.FORMAT, found.MODEL.ROI_HEADS.SCORE_THRESH_TEST) == ("BGR", 0.2)
+    assert not caplog.messages
+    named = load_detector(weights, config_file=str(tmp_path / "config.yaml"))
+    assert named.cfg.INPUT.FORMAT == "RGB"
+    assert "INPUT.FORMAT, MODEL.ROI_HEADS.SCORE_THRESH_TEST differ from the config" in caplog.text
+
+
+def test_other_weights_in_an_exports_folder_dont_get_its_names(files, tmp_path):
+    shutil.copytree(files / "student", tmp_path / "student")
+    for suffix in ("yaml", "pth"):
+        there = {"yaml": "config.yaml", "pth": "model_final.pth"}[suffix]
+        shutil.copy(files / "teacher" / there, tmp_path / "student" / f"teacher.{suffix}")
+    assert load_detector(str(tmp_path / "student" / "teacher.pth")).class_names == ["0", "1", "2"]
+    assert load_detector(str(tmp_path / "student" / "model.pth")).class_names == NAMES
 
 
 @pytest.mark.parametrize("order, channels", [("RGB", 3), ("L", 1), ("YUV-BT.601", 3)])
@@ -240,16 +267,14 @@ def test_an_input_that_cannot_be_read_does_not_stop_the_others(files, tmp_path, 
     [
         (("{files}/gone", "{files}/photos"), "gone: no such file or folder of weights"),
         (("{files}/photos", "{files}/photos"), "there is no model.pth and no checkpoint"),
-        (("{files}/photos/b.png", "{files}/photos"), "there is no .*config.yaml; give --config-"),
+        (("{files}/photos/b.png", "{files}/photos"), "b.png: .*weights"),
+        (("{files}/alone.pth", "{files}/photos"), "there is no config in it, .* by --config-file"),
+        (("{files}/onnx", "{files}/photos"), "an export for TorchScript or ONNX, .*checkpoint"),
         (("{files}/student", "gone.jpg"), "gone.jpg: no such file or folder"),
         (("{files}/student", "{files}/student"), "there is no image or video in this folder"),
         (("{files}/run", "{files}/photos", "--device", "tpu"), "the device is 'tpu', expected cpu"),
         (("{files}/student", "camera:x"), "a camera is named camera:0"),
         (("{files}/student", "{files}/student/model.pth"), "model.pth: not one of .jpg"),
-        (
-            ("{files}/student", "{files}/photos/b.png", "{files}/photos/../photos/b.png"),
-            "would be written to the same file",
-        ),
         (
             ("{files}/student", "{files}/photos", "--teacher", "config"),
             "--teacher config: the student's config names no teacher",
@@ -297,3 +322,38 @@ def test_nothing_is_overwritten_without_force(files, tmp_path):
         run(files / "student", photo, *results)
     with pytest.raises(SystemExit, match="this would overwrite the input"):
         run(files / "student", photo, "--output", photo.parent, "--force")
+    content = {"images": [{"file_name": "b.png", "id": 1}], "categories": []}
+    content["categories"] = [{"name": name, "id": i} for i, name in enumerate(NAMES)]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    same = ("--annotations", tmp_path / "truth.json", "--json", tmp_path / "truth.json")
+    with pytest.raises(SystemExit, match="--json: .*truth.json: this would overwrite the input"):
+        run(files / "student", photo, "--no-pictures", *same, "--force")
+
+
+def test_an_input_named_twice_is_done_once(files, tmp_path):
+    photo = files / "photos" / "b.png"
+    assert len(find_sources([str(photo), str(files / "photos" / ".." / "photos" / "b.png")])) == 1
+
+
+def test_only_what_was_written_is_told(files, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    shutil.copy(files / "photos" / "b.png", tmp_path / "in" / "b.png")
+    run(files / "student", tmp_path / "in", "--output", tmp_path / "out")
+    assert "Wrote" in capsys.readouterr().out
+    (tmp_path / "in" / "b.png").write_text("no image any more")
+    with pytest.raises(SystemExit):
+        run(files / "student", tmp_path / "in", "--output", tmp_path / "out", "--force")
+    assert "Wrote" not in capsys.readouterr().out
+
+
+def test_a_video_that_ends_early_is_told(files, tmp_path, caplog):
+    whole = (files / "v.avi").read_bytes()
+    (tmp_path / "half.avi").write_bytes(whole[: len(whole) * 6 // 10])
+    run(files / "student", tmp_path / "half.avi", "--output", tmp_path / "out")
+    assert "half.avi: only 2 of its 4 pictures could be read" in caplog.text
+
+
+def test_a_thin_picture_is_drawn_within_bounds(files, tmp_path):
+    Image.fromarray(np.zeros((4, 1000, 3), np.uint8)).save(tmp_path / "thin.png")
+    run(files / "student", tmp_path / "thin.png", "--output", tmp_path / "out")
+    assert cv2.imread(str(tmp_path / "out" / "thin.png")).shape[:2] == (8, 2000)

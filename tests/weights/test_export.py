@@ -189,6 +189,20 @@ def test_a_folder_that_is_no_export_is_refused_even_if_forced(run, name, left, t
     assert (out / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["metadata.json", "model.json"])
+def test_nor_is_a_file_of_a_name_that_exports_have(run, name, tmp_path):
+    (tmp_path / name).write_text('{"camera": "mine"}')
+    with pytest.raises(FileExistsError, match=f"{name}: .* it is not of an export: give another"):
+        export.export_student(run, str(tmp_path), force=True)
+    assert "camera" in (tmp_path / name).read_text()
+
+
+def test_an_out_that_is_a_file_is_refused_even_if_forced(run, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="out is a file; give the name of a folder"):
+        export.export_student(run, str(tmp_path / "out"), force=True)
+
+
 @pytest.mark.parametrize("format", ["detectron2", "torchscript"])
 def test_the_folder_of_a_training_is_refused_even_if_forced(run, format, tmp_path):
     folder = Path(run).parent

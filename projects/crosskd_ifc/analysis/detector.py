@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -15,23 +15,20 @@ from PIL import Image
 from torch import nn
 
 from ..common.building import build_detector
-from ..common.config_files import (
-    find_config,
-    load_config,
-    load_config_text,
-    merge_from_list,
-)
+from ..common.config_files import load_config_text, merge_from_list
 from ..common.environment import device_fault
 from ..common.lazy_config import is_lazy
 from ..config import ConfigError, teacher_configs
-from ..data.cards import fill_in_class_count
 from ..data.class_names import class_names_or_numbers
 from ..modeling.attach import load_teacher_config
 from ..training.run_folder import last_checkpoint
-from ..weights.lazy_student import build_lazy_student, check_is_of_run, written_config
+from ..weights.deployed import INFO_NAME
+from ..weights.export import is_exported
+from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
+from ..weights.reading import WeightsError, load_weights
 from ..weights.strict import load_strictly
-from ..weights.student import config_beside
+from ..weights.student import load_config_of
 
 
 class Detector:
@@ -82,16 +79,17 @@ def load_detector(
     Args:
         weights: a folder that ``tools/export_student.py`` wrote or that a training ran in, or a
             file of weights.
-        config_file: that the weights belong to; empty for the one beside them: ``config.yaml``, or
-            for ``x.pth`` an ``x.yaml``. A LazyConfig (.py) is code, and is run.
+        config_file: that the weights belong to; empty for the one that they hold or, if they hold
+            none, the one beside them: ``config.yaml``, or for ``x.pth`` an ``x.yaml``. A LazyConfig
+            (.py) is code, and is run.
         opts: KEY, VALUE, ... on top of it; of a LazyConfig KEY=VALUE, ...
         device: to run on; empty for the config's.
 
     Raises:
         ConfigError: if weights or config can't be found, read or combined.
     """
-    file, config = _find(weights, config_file)
-    about = read_metadata(os.path.dirname(file))
+    file = _find(weights)
+    about = read_metadata(os.path.dirname(file)) if is_exported(file) else {}
     names = about.get("classes")
     if is_lazy(config_file):
         student = build_lazy_student(config_file, opts)
@@ -101,20 +99,14 @@ def load_detector(
         model = student.model.to(student.cfg.MODEL.DEVICE)
         return _loaded(model, student.cfg, file, names)
     opts = [*(["MODEL.DEVICE", device] if device else []), *opts]
-    if config_file:
-        cfg = load_config(config_file, opts)
-        fill_in_class_count(cfg)  # a training has written it into its own
-    elif "config" in about:
-        cfg = load_config_text(about["config"], source=f"{config}: the config in metadata.json")
+    if "config" in about and not config_file:
+        cfg = load_config_text(about["config"], source=f"{file}: the config in metadata.json")
         merge_from_list(cfg, opts, key="--opts")
-    elif written_config(config) is not None:
-        raise ConfigError(
-            f"{config} is a LazyConfig, which is code; give the .py file that it is from by "
-            "--config-file"
-        )
-    else:
-        key = "the config beside the weights,"
-        cfg = load_config(config, opts, key=key, opts_key="--opts", found=True)
+        return _build(cfg, file, names)
+    try:
+        cfg, _ = load_config_of(load_weights(file), file, config_file, opts)
+    except (FileNotFoundError, WeightsError) as error:
+        raise ConfigError(str(error)) from error
     return _build(cfg, file, names)
 
 
@@ -143,27 +135,24 @@ def load_configured_teacher(detector: Detector, opts: Sequence = ()) -> Detector
     return _build(cfg, weights, None)
 
 
-def _find(weights: str, config_file: str) -> Tuple[str, str]:
-    """The file of the weights, and the config beside it ("" if one is given)."""
-    file = weights
-    if os.path.isdir(weights):
-        file = os.path.join(weights, "model.pth")  # of an export
-        if not os.path.isfile(file):
-            file = last_checkpoint(weights)
-        if not file:
-            raise ConfigError(
-                f"{weights}: there is no model.pth and no checkpoint of a training in this folder"
-            )
-    elif not PathManager.isfile(weights):
-        raise ConfigError(f"{weights}: no such file or folder of weights")
-    if config_file:
-        find_config(config_file, key="--config-file")
-        return file, ""
-    config = config_beside(file)
-    if not config:
-        own = f"{os.path.splitext(os.path.basename(file))[0]}.yaml"
-        raise ConfigError(f"{file}: beside it there is no {own} or config.yaml; give --config-file")
-    return file, config
+def _find(weights: str) -> str:
+    """The file of the weights."""
+    if not os.path.isdir(weights):
+        if not PathManager.isfile(weights):
+            raise ConfigError(f"{weights}: no such file or folder of weights")
+        return weights
+    exported = os.path.join(weights, "model.pth")
+    file = exported if os.path.isfile(exported) else last_checkpoint(weights)
+    if not file and os.path.isfile(os.path.join(weights, INFO_NAME)):
+        raise ConfigError(
+            f"{weights}: an export for TorchScript or ONNX, which runs without this tool "
+            "(docs/deploy.md); give the checkpoint, or an export of --format detectron2"
+        )
+    if not file:
+        raise ConfigError(
+            f"{weights}: there is no model.pth and no checkpoint of a training in this folder"
+        )
+    return file
 
 
 def _build(cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:

@@ -12,6 +12,7 @@ import numpy as np
 from ..common.plotting import literal
 
 _LABEL_SIZE = 7  # points
+_LONGEST = 2000  # pixels of an enlarged picture
 
 
 def draw_boxes(
@@ -32,15 +33,16 @@ def draw_boxes(
         labels: B texts.
         colors: B RGB colours in [0, 1].
         masks: (B, H, W) binary.
-        height: height of the result in pixels, so that labels stay readable on small images.
+        height: height of the result in pixels, so that labels stay readable on small images. A thin
+            image is enlarged to a length of 2000 pixels at most.
 
     Returns:
         (height, width, 3) RGB uint8.
     """
     from detectron2.utils.visualizer import Visualizer
 
-    scale = height / image.shape[0]
-    size = (round(image.shape[1] * scale), height)
+    scale = min(height / image.shape[0], max(1.0, _LONGEST / max(image.shape[:2])))
+    size = (round(image.shape[1] * scale), max(1, round(image.shape[0] * scale)))
     smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
     canvas = Visualizer(cv2.resize(image, size, interpolation=smooth))
     if masks is not None:

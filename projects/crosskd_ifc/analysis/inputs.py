@@ -56,7 +56,7 @@ def find_sources(words: Sequence[str], *, excluded: str = "") -> List[Source]:
 
     Raises:
         ConfigError: for what doesn't exist, a file of another kind, a folder without any, and for
-            two inputs that would be written to the same file.
+            two inputs of one name.
     """
     found: List[Source] = []
     for word in words:
@@ -75,15 +75,15 @@ def find_sources(words: Sequence[str], *, excluded: str = "") -> List[Source]:
             raise ConfigError(f"{word}: not one of {', '.join(IMAGES + VIDEOS)}")
         else:
             found.append(_source(word, os.path.dirname(word)))
-    names: Dict[str, str] = {}
+    names: Dict[str, Source] = {}
     for source in found:
-        other = names.setdefault(source.name, source.path)
-        if other != source.path:
+        other = names.setdefault(source.name, source)
+        if os.path.realpath(other.path) != os.path.realpath(source.path):
             raise ConfigError(
-                f"{other} and {source.path} would be written to the same file; take one at a time, "
-                "or the folder that holds both"
+                f"{other.path} and {source.path} have the same name, {source.name}, in what is "
+                "written; take one at a time, or the folder that holds both"
             )
-    return list(dict.fromkeys(found))
+    return list(names.values())
 
 
 def _walk(folder: str, excluded: str) -> Iterator[Source]:
@@ -128,6 +128,12 @@ def read_frames(source: Source, limit: int = 0) -> Iterator[Frame]:
             yield Frame(image, source, fps)
         if not count:
             raise OSError(f"{source.path} gives no picture")
+        told = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))  # nearly right, or 0 or less if unknown
+        if count < 0.9 * told and count != limit and not is_camera:
+            logger.warning(
+                f"{source.path}: only {count} of its {told} pictures could be read; it may be "
+                "damaged"
+            )
     finally:
         capture.release()
 

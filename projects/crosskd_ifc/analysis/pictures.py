@@ -17,6 +17,7 @@ from ..distillation.teacher import Teacher
 from ..modeling.attach import attach_teacher
 from ..modeling.classes import num_classes
 from ..training.preflight import check_evaluation_config, check_weights
+from ..training.preflight_data import check_classes
 from ..weights.strict import load_strictly
 from .detections import COLUMNS, compare_detections, spread_evenly
 from .feature_maps import compare_features
@@ -144,7 +145,8 @@ def load_records(cfg: CfgNode) -> List[dict]:
     """The dataset dicts of the first data set in DATASETS.TEST.
 
     Raises:
-        ConfigError: if there is none, or it can't be loaded or is empty.
+        ConfigError: if there is none, it can't be loaded or is empty, or its classes aren't those
+            of the training.
     """
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty; give --images or --dataset")
@@ -155,6 +157,7 @@ def load_records(cfg: CfgNode) -> List[dict]:
         raise ConfigError(f"data set {name!r} can't be loaded: {one_line(error)}") from error
     if not records:
         raise ConfigError(f"data set {name!r} has no images")
+    check_classes(cfg, evaluation=True)  # the ground truth is named as the model's classes are
     return records
 
 

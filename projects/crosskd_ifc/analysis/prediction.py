@@ -79,7 +79,8 @@ def predict(
     last = list(detectors.values())[-1]
     outputs = {source: _output(source, folder) for source in sources} if folder else {}
     _refuse_same({source.path: path for source, path in outputs.items()})
-    inputs = [source.path for source in sources]
+    inputs = [*(source.path for source in sources), annotations]
+    inputs += [d.cfg.MODEL.WEIGHTS for d in detectors.values()]
     for out, option in [*((x, "--output") for x in outputs.values()), (results, "--json")]:
         if out:
             claim_output(out, sources=inputs, force=force, option=option)
@@ -87,10 +88,11 @@ def predict(
     draw = _Drawing(detectors, threshold)
     entries: List[dict] = []
     start, images, drawn, unreadable = time.perf_counter(), 0, 0, []
+    files: List[str] = []
     with contextlib.suppress(KeyboardInterrupt):
         for source in tqdm(sources, unit="input", disable=None):
             try:
-                with _writer(outputs.get(source)) as write:
+                with _writer(outputs.get(source), files) as write:
                     for frame in read_frames(source, frames):
                         found = {name: d.detect(frame.image) for name, d in detectors.items()}
                         ours = list(found.values())[-1]
@@ -108,7 +110,7 @@ def predict(
     if results:
         with replacing(results) as f:
             f.write(json.dumps(entries).encode())
-    files = [path for path in (*outputs.values(), results) if path and os.path.exists(path)]
+        files.append(results)
     seconds = time.perf_counter() - start
     return Done(images, len(entries) if results else drawn, seconds, files, unreadable)
 
@@ -250,8 +252,9 @@ def _refuse_same(outputs: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _writer(path: Optional[str]) -> Iterator[Any]:
-    """Gives ``write(picture, fps)`` for one file, an image or a video; None without a path."""
+def _writer(path: Optional[str], written: List[str]) -> Iterator[Any]:
+    """Gives ``write(picture, fps)`` for one file, an image or a video, and notes it in ``written``;
+    None without a path."""
     if path is None:
         yield None
         return
@@ -263,6 +266,7 @@ def _writer(path: Optional[str]) -> Iterator[Any]:
                 raise OSError(f"{path} can't be written")
             with replacing(path) as f:
                 f.write(encoded.tobytes())
+            written.append(path)
 
         yield write_image
         return
@@ -275,6 +279,7 @@ def _writer(path: Optional[str]) -> Iterator[Any]:
             if not video.isOpened():
                 raise OSError(f"{path} can't be written as a video")
             videos.append((video, size))
+            written.append(path)
         videos[0][0].write(np.ascontiguousarray(picture))
 
     try:

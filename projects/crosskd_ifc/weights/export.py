@@ -12,7 +12,7 @@ from torch import nn
 from ..common.files import refuse_overwriting, staging_folder, write_json
 from .deployed import INFO_NAME, DeployedModel, Info, difference, read_info
 from .graphs import GRAPH_NAMES, describe, write_graph
-from .metadata import METADATA_NAME, describe_detector, yacs_settings
+from .metadata import METADATA_NAME, describe_detector, read_metadata, yacs_settings
 from .own_code import own_code
 from .quantizing import quantize
 from .reading import save_safetensors
@@ -24,6 +24,7 @@ FORMATS = ("detectron2", *GRAPH_NAMES)
 _WEIGHTS, _CONFIG, _SAFETENSORS = "model.pth", "config.yaml", "model.safetensors"
 # All names that an export can have: a forced one leaves none of an earlier one.
 _NAMES = (_WEIGHTS, _CONFIG, _SAFETENSORS, METADATA_NAME, INFO_NAME, *GRAPH_NAMES.values())
+_ABOUT = {METADATA_NAME: read_metadata, INFO_NAME: read_info}  # one of them is in each
 
 
 class Export(NamedTuple):
@@ -130,6 +131,12 @@ def export_student(
     return export
 
 
+def is_exported(weights: str) -> bool:
+    """Whether a file of weights has the name of an export's, and no config of its own beside it."""
+    has_own = os.path.isfile(os.path.splitext(weights)[0] + ".yaml")
+    return os.path.basename(weights) in (_WEIGHTS, _SAFETENSORS) and not has_own
+
+
 def _write_stock(found: LoadedStudent, folder: str, out: str, *, safetensors: bool) -> Export:
     """Write weights and config for stock detectron2 into ``folder``, as they will be in ``out``."""
     state, stock = found.model.state_dict(), found.stock_config(os.path.join(out, _WEIGHTS))
@@ -176,7 +183,13 @@ def _check_out(out: str, sources: Sequence[str], force: bool) -> None:
     names = [name for name in _NAMES if os.path.lexists(os.path.join(out, name))]
     if os.path.lexists(os.path.join(out, "last_checkpoint")):
         raise FileExistsError(f"{out}: a training's folder; give another OUT")
-    if names and not {METADATA_NAME, INFO_NAME} & set(names):
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise FileExistsError(f"{out} is a file; give the name of a folder")
+    try:
+        about = [f(out) for name, f in _ABOUT.items() if name in names]
+    except ValueError as error:
+        raise FileExistsError(f"{error}; it is not of an export: give another OUT") from None
+    if names and not about:
         raise FileExistsError(f"{out}: its {names[0]} is not of an export; give another OUT")
     for path in (out, *(os.path.join(out, name) for name in names)):
         refuse_overwriting(path, sources=sources, force=force)

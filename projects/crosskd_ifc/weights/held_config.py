@@ -12,7 +12,7 @@ from ..common.safe_yaml import load_yaml
 # Keys that weights fit with any value of, and that change what a model finds.
 _OF_PREDICTIONS = re.compile(
     r"INPUT\.FORMAT|MODEL\.(PIXEL_(MEAN|STD)|ANCHOR_GENERATOR\..*)"
-    r"|.*(BBOX_REG_WEIGHTS|HEAD(S|NET)?\.IN_FEATURES|POOLER_(TYPE|RESOLUTION|SAMPLING_RATIO))"
+    r"|.*(BBOX_REG_WEIGHTS|\.IN_FEATURES|POOLER_(TYPE|RESOLUTION|SAMPLING_RATIO))"
     r"|.*(STRIDE_IN_1X1|RES5_DILATION|FUSE_TYPE|USE_SIGMOID_CE|NMS_THRESH)"
 )
 _OF_EVALUATION = re.compile(r".*(_TEST|DETECTIONS_PER_IMAGE)")

@@ -12,9 +12,8 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
-from ..common.config_files import load_config, load_config_text
+from ..common.config_files import find_config, load_config, load_config_text, merge_from_list
 from ..common.lazy_config import is_lazy
-from ..common.paths import resolve_path
 from ..common.user_code import refuse_user_code
 from ..config import ConfigError
 from ..data.cards import fill_in_class_count
@@ -69,24 +68,37 @@ def load_student(
     elif overrides:
         raise ConfigError("--overrides are for a LazyConfig; give its .py file by --config-file")
     else:
-        cfg, config_path = _load_config(content, checkpoint, config_file)
+        cfg, config_path = load_config_of(content, checkpoint, config_file)
         model = build_student(cfg)
     state, dropped = _student_state(content, model, checkpoint)
     model.load_state_dict(state)
     return LoadedStudent(cfg, config_path, model, dropped, node)
 
 
-def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNode, str]:
-    """The config of a checkpoint's student, and the file that it is from."""
-    key, path = "the config", config_beside(checkpoint)
+def load_config_of(
+    content: Any, checkpoint: str, config_file: str = "", opts: Sequence = ()
+) -> Tuple[CfgNode, str]:
+    """The config of a checkpoint's model, and the file that it is from.
+
+    Args:
+        content: of the checkpoint.
+        config_file: of its training; empty for the one in the checkpoint or, if it holds none,
+            beside it. A named one that finds something else is told in the log.
+        opts: KEY, VALUE, ... on top of it.
+
+    Raises:
+        ConfigError: if the config can't be read or combined, or is a LazyConfig.
+        FileNotFoundError: if there is none.
+    """
+    key, path = "the config beside the weights,", config_beside(checkpoint)
     held = content.get("config") if isinstance(content, Mapping) else None
     if config_file:
-        key, path = "--config-file", config_file
-        path = resolve_path(path, what="config", key=key)
+        key, path = "--config-file", find_config(config_file, key="--config-file")[0]
     elif isinstance(held, Mapping):
         # What lies beside it may be of another run by now.
         text = held.get("yaml")
         cfg = load_config_text(text, source=f"{checkpoint}: the config in it")
+        merge_from_list(cfg, opts, key="--opts")
         refuse_user_code(cfg, checkpoint)
         return cfg, checkpoint
     elif not path:
@@ -108,6 +120,7 @@ def _load_config(content: Any, checkpoint: str, config_file: str) -> Tuple[CfgNo
                 f"--config-file {path}: {', '.join(keys)} differ from the config in {checkpoint}, "
                 "that of its training; without --config-file that one is taken"
             )
+    merge_from_list(cfg, opts, key="--opts")
     return cfg, path
 
 

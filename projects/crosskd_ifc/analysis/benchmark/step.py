@@ -80,8 +80,14 @@ class StepBenchmark:
             case: the size of the work.
 
         Raises:
-            ConfigError: if there is no such teacher, or it is of a LazyConfig.
+            ConfigError: if there is no such teacher, there are several, or it is of a LazyConfig.
         """
+        teachers = len(cfg.MODEL.CROSSKD.TEACHERS)
+        if teachers > 1:
+            raise ConfigError(
+                f"MODEL.CROSSKD.TEACHERS has {teachers} teachers, but the benchmark times a step "
+                "with one; set it to () and name one in MODEL.CROSSKD.TEACHER"
+            )
         torch.manual_seed(0)
         device = torch.device(cfg.MODEL.DEVICE)
         teacher_cfg, _ = load_teacher_config(cfg)
