@@ -410,6 +410,25 @@ def test_an_object_that_the_voc_evaluator_cant_read_is_refused_in_a_test_set(cas
     check_test_data(_cfg(other, "DATASETS.TEST", (other,)))
 
 
+def test_a_class_without_an_object_is_refused_in_a_test_set_of_the_voc_evaluator(tmp_path):
+    """It would count as AP 0, or NaN."""
+    voc = Voc(tmp_path, evaluator="pascal_voc", year=2012, classes=["cell", "rod", "rare"])
+    name = register_card(str(voc.card))[1]
+    with pytest.raises(
+        ConfigError, match="splits.val: there is no object of 'rare' .*evaluator: c"
+    ):
+        check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
+    voc.annotate("d", [GOOD, ("rare", 5, 5, 20, 20)])
+    check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
+    path = voc.root / "Annotations/d.xml"
+    text = path.read_text()
+    start = text.index("<name>rare")
+    hard = text[start:].replace("<difficult>0", "<difficult>1")
+    path.write_text(text[:start] + hard)
+    with pytest.raises(ConfigError, match="no object of 'rare' but difficult ones"):
+        check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
+
+
 def test_an_empty_line_of_a_voc_list_is_refused_in_a_test_set_of_the_voc_evaluator(tmp_path):
     voc = Voc(tmp_path, evaluator="pascal_voc", year=2012)
     _write(voc.root / "ImageSets/Main/val.txt", "d\n \ne\n")

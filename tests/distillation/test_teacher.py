@@ -316,6 +316,35 @@ def test_a_stock_student_cannot_be_attached_to():
         attach_teacher(build_model(cfg), cfg, teacher=tiny_model())
 
 
+def test_a_teacher_that_shares_parameters_with_the_student_is_refused():
+    """It would freeze the student."""
+    cfg = tiny_cfg()
+    student, teacher = build_model(cfg), tiny_model()
+    teacher.backbone = student.backbone
+    for given in (student, teacher):
+        with pytest.raises(ConfigError, match="shares parameters with the student.*give a copy"):
+            attach_teacher(student, cfg, teacher=given)
+    assert all(p.requires_grad for p in student.backbone.fpn_output2.parameters())
+
+
+def test_a_students_own_module_called_fusion_is_not_replaced():
+    cfg = tiny_cfg()
+    student = build_model(cfg)
+    student.fusion = own = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="CrossKDRCNN.fusion: this name is for what the distill"):
+        attach_teacher(student, cfg, teacher=tiny_model())
+    assert student.fusion is own
+
+
+def test_a_second_teacher_replaces_what_was_learned_for_the_first():
+    cfg = tiny_cfg("MODEL.CROSSKD.FUSION.IN_FEATURES", ("pool", "fc1"))
+    student = build_model(cfg)
+    attach_teacher(student, cfg, teacher=tiny_model(seed=1))
+    first = student.fusion
+    attach_teacher(student, cfg, teacher=tiny_model(seed=2))
+    assert student.fusion is not first
+
+
 def test_a_teacher_that_only_proposes_is_refused_with_the_reason():
     cfg = tiny_cfg()
     teacher = build_model(tiny_cfg("MODEL.META_ARCHITECTURE", "ProposalNetwork"))

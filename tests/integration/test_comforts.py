@@ -158,6 +158,18 @@ def test_the_best_of_another_metric_is_not_compared(tmp_path):
         assert hook.best_metric == expected
 
 
+def test_nor_is_the_best_on_other_test_data(tmp_path, caplog):
+    best = {"metric": "bbox/AP", "value": 3.0, "iteration": 7, "tested_on": ["a", 800]}
+    torch.save({"model": {"x": torch.ones(1)}, "best": best}, tmp_path / "model_best.pth")
+    for data, expected in ((("a", 800), 3.0), (("b", 800), None), (("a", 600), None)):
+        writer = SafeCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+        hook = BestWeights(1, writer, "bbox/AP", dict, data)
+        hook.trainer = types.SimpleNamespace(start_iter=8)
+        hook.before_train()
+        assert hook.best_metric == expected
+        assert ("was best on ['a', 800]" in caplog.text) == (expected is None)
+
+
 def test_a_run_without_an_average_is_the_same_and_cannot_go_on_with_one(whole, tmp_path):
     config, out, _ = whole
     plain = ("SOLVER.EMA_DECAY", 0.0, "TEST.BEST_METRIC", "bbox/AP", "OUTPUT_DIR", tmp_path)

@@ -453,6 +453,12 @@ def test_neither_an_evaluation_nor_a_refused_run_changes_the_trainings_config(fi
     trained = (out / "config.yaml").read_text()
     weights = ("MODEL.WEIGHTS", out / "model_final.pth")
     run(config, "--eval-only", *weights, "INPUT.MIN_SIZE_TEST", 90)
+    told = "trained with other values of "
+    assert told not in (out / "log.txt").read_text()
+    run(config, "--eval-only", *weights, "INPUT.FORMAT", "RGB")
+    run(config, "--eval-only", "--resume", "MODEL.PIXEL_STD", [60.0, 60.0, 60.0])
+    log = (out / "log.txt").read_text()
+    assert f"{told}INPUT.FORMAT than this" in log and f"{told}MODEL.PIXEL_STD than this" in log
     depth = ("MODEL.RESNETS.DEPTH", 101, "SOLVER.MAX_ITER", 2)
     with pytest.raises(CheckpointError, match="(?s)its weights don't fit.*RESNETS.DEPTH +50 +101"):
         run(config, "--resume", *depth)
@@ -494,9 +500,13 @@ def test_the_run_writes_the_schedule_that_is_scaled_to_its_processes(files, tmp_
 
 def test_an_evaluation_without_weights_that_fit_is_refused(files, tmp_path):
     config, out = write_config(files, tmp_path)
-    for resume in ((), ("--resume",)):
-        with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty: .*random weights"):
-            run(config, "--eval-only", *resume)
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty: .*random weights"):
+        run(config, "--eval-only")
+    for weights in ((), ("MODEL.WEIGHTS", files / "teacher.pth")):
+        with pytest.raises(
+            ConfigError, match="--resume: OUTPUT_DIR .*run holds no checkpoint to e"
+        ):
+            run(config, "--eval-only", "--resume", *weights)
     teacher = torch.load(files / "teacher.pth", weights_only=False)
     backbone = {k: v for k, v in teacher["model"].items() if k.startswith("backbone")}
     torch.save({"model": backbone}, tmp_path / "backbone.pth")

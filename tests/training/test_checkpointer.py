@@ -173,12 +173,13 @@ LOSS, TEACHER = "MODEL.CROSSKD.LOSS.CLS_WEIGHT", "MODEL.CROSSKD.TEACHER."
 
 
 def test_changed_settings_are_told_then_and_now(tmp_path, caplog):
-    go_on(tmp_path, LOSS, 2.5, "DATASETS.TRAIN", ("other",), TEACHER + "CONFIG_FILE", "t.yaml")
+    named = (TEACHER + "CONFIG_FILE", "t.yaml", "MODEL.CROSSKD.ENABLED", False)
+    go_on(tmp_path, LOSS, 2.5, "DATASETS.TRAIN", ("other",), *named)
     rows = [re.split(r"  +", line.strip()) for line in caplog.text.splitlines()]
     assert ["setting", "then", "now"] in rows
     assert [LOSS, "0.5", "2.5"] in rows and ["DATASETS.TRAIN", "[]", "['other']"] in rows
     assert [TEACHER + "CONFIG_FILE", "'no teacher'", "'a teacher'"] in rows
-    assert sum(row[0].startswith(("MODEL", "DATASETS")) for row in rows) == 3
+    assert sum(row[0].startswith(("MODEL", "DATASETS")) for row in rows) == 4
 
 
 def test_files_that_were_moved_with_their_folder_are_not_told(tmp_path, caplog):
@@ -210,6 +211,48 @@ def test_a_checkpoint_that_doesnt_fit_shows_what_has_changed(tmp_path):
     go_on(tmp_path)
     with pytest.raises(CheckpointError, match="(?s)another shape: weight.*RESNETS.DEPTH +50 +18"):
         go_on(tmp_path, "MODEL.RESNETS.DEPTH", 18, model=torch.nn.Linear(1, 3))
+
+
+def test_a_distilled_run_is_not_gone_on_with_as_a_plain_one_nor_the_other_way(tmp_path):
+    """One forgotten OUTPUT_DIR would make both students the same."""
+    go_on(tmp_path)  # without a teacher
+    with pytest.raises(
+        CheckpointError, match="another run, one that isn't distilled; give .*OUTPU"
+    ):
+        go_on(tmp_path, TEACHER + "CONFIG_FILE", "teacher.yaml")
+    go_on(tmp_path, TEACHER + "CONFIG_FILE", "teacher.yaml", "MODEL.CROSSKD.ENABLED", False)
+    SafeCheckpointer(
+        torch.nn.Linear(1, 1), str(tmp_path), cfg=tiny_cfg(TEACHER + "CONFIG_FILE", "teacher.yaml")
+    ).save("model_0000001", iteration=1)
+    go_on(tmp_path, TEACHER + "CONFIG_FILE", "another.yaml")
+    with pytest.raises(CheckpointError, match="another run, one that is distilled; give this one"):
+        go_on(tmp_path)
+
+
+def start(folder, weights, model):
+    torch.save({"model": weights}, folder / "start.pth")
+    checkpointer = SafeCheckpointer(model, str(folder / "run"))
+    checkpointer.resume_or_load(str(folder / "start.pth"), resume=False)
+
+
+def test_weights_that_fit_nothing_are_no_start(tmp_path):
+    """torchvision's, for one, have other names."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS '.*start.pth': none .* convert_weights"):
+        start(tmp_path, {"layer1.weight": torch.ones(2, 2), "0.weight": torch.ones(3, 3)}, model)
+    start(tmp_path, {"0.weight": torch.ones(2, 2)}, model)
+    assert torch.equal(model[0].weight, torch.ones(2, 2))
+
+
+def test_a_frozen_layer_that_the_start_lacks_is_told(tmp_path, caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    start(tmp_path, {"1.weight": torch.ones(1, 2)}, model)
+    assert "frozen" not in caplog.text
+    model[0].requires_grad_(False)
+    start(tmp_path, {"1.weight": torch.ones(1, 2)}, model)
+    assert (
+        "lacks 2 frozen parameters, which stay random: 0.weight, 0.bias; give others" in caplog.text
+    )
 
 
 def test_a_checkpoint_without_its_config_is_resumed_with_a_warning(tmp_path, caplog):

@@ -159,6 +159,16 @@ def test_an_evaluation_on_the_training_images_is_told(tmp_path):
     content.update(name="alone", splits={"train": content["splits"]["train"]})
     card.write_text(yaml.safe_dump(content))
     assert "on alone_train, too" in write_configs(str(card), str(tmp_path / "b"), **options)
+    train, test = content["splits"]["train"], {**content["splits"]["train"]}
+    content.update(name="both", splits={"trainval": train, "val": test})
+    card.write_text(yaml.safe_dump(content))
+    told = write_configs(str(card), str(tmp_path / "c"), **options)
+    assert "on both_val, whose images both_trainval has too" in told
+    content.update(name="three", splits={"trainval": train, "val": test, "test": test})
+    card.write_text(yaml.safe_dump(content))
+    assert "too. They say little" not in write_configs(str(card), str(tmp_path / "d"), **options)
+    base = yaml.safe_load((tmp_path / "d" / "base.yaml").read_text())
+    assert base["DATASETS"]["TEST"] == ["three_test"]
 
 
 def test_masks_in_run_length_codes_are_read_as_bitmaps(tmp_path):

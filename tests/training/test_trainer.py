@@ -48,6 +48,9 @@ def test_the_schedule_scales_with_the_reference_world_size_like_the_solver():
     assert stock.SOLVER.MAX_ITER == 4000
     assert (ours.START_ITER, ours.WARMUP_ITERS, ours.STOP_ITER) == (400, 200, -1)
     assert scale_schedule(cfg, 8) is cfg
+    # Four times the steps, and each counts a quarter: after 4 of them the same is left.
+    cfg.SOLVER.EMA_DECAY = 0.9
+    assert scale_schedule(cfg, 2).SOLVER.EMA_DECAY**4 == pytest.approx(0.9)
     short = tiny_cfg(S + "START_ITER", 999, S + "STOP_ITER", 1000, "SOLVER.REFERENCE_WORLD_SIZE", 1)
     ours = scale_schedule(short, 8).MODEL.CROSSKD.SCHEDULE
     assert (ours.START_ITER, ours.STOP_ITER) == (125, 126)

@@ -100,6 +100,12 @@ def _candidate(
         is_code = is_lazy(cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE)
         load = functools.partial(_load, built.model, weights, None if is_code else built.cfg)
     else:
+        ours = set(map(id, model.parameters()))
+        if any(id(parameter) in ours for parameter in teacher.parameters()):
+            raise ConfigError(
+                "the given teacher shares parameters with the student, and a teacher is frozen; "
+                "give a copy (copy.deepcopy)"
+            )
         built = Teacher(teacher.to(model.device), **options)
     _check_square(cfg, built)
     return TeacherCandidate(built, cfg, load, name)

@@ -20,7 +20,7 @@ from detectron2.modeling import GeneralizedRCNN
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import error_prefix
+from ..config import ConfigError, error_prefix
 from ..distillation.distiller import Distiller
 from ..distillation.several import SeveralTeachers
 from ..distillation.teacher import Teacher
@@ -65,6 +65,7 @@ class Student(nn.Module):
     distiller: Optional[Union[Distiller, SeveralTeachers]] = None
     _diagnostics: Optional[GradientDiagnostics] = None
     _inheritance: Optional[WeightInheritance] = None
+    _has_fusion = False
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> Distiller:
         """The distiller that ``cfg`` asks for.
@@ -102,6 +103,11 @@ class Student(nn.Module):
         Raises:
             ConfigError: if student and a teacher don't fit each other.
         """
+        if hasattr(self, "fusion") and not self._has_fusion:
+            raise ConfigError(
+                f"{type(self).__name__}.fusion: this name is for what the distillation learns; "
+                "call the student's own module something else"
+            )
         cfg, distillers, inheritance = candidates[0].cfg, [], None
         for candidate in candidates if cfg.MODEL.CROSSKD.ENABLED else ():
             with error_prefix(candidate.name):
@@ -119,8 +125,10 @@ class Student(nn.Module):
         if len(distillers) > 1:
             self.distiller = SeveralTeachers(distillers, loss=loss)
         self._diagnostics = self._build_diagnostics(cfg)
-        self._modules.pop("fusion", None)  # of an earlier teacher
-        if self.distiller is not None and self.distiller.learned is not None:
+        if self._has_fusion:  # of an earlier teacher
+            del self.fusion
+        self._has_fusion = self.distiller is not None and self.distiller.learned is not None
+        if self._has_fusion:
             self.fusion = self.distiller.learned.to(self.device)
 
     @contextlib.contextmanager

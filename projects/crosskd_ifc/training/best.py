@@ -1,7 +1,8 @@
 """The weights that were best by a metric of the evaluations in between."""
 
+import logging
 import os
-from typing import Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from detectron2.engine.hooks import BestCheckpointer
@@ -9,6 +10,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..weights.reading import load_weights
 from .checkpointer import SafeCheckpointer
+
+logger = logging.getLogger(__name__)
 
 _NAME = "model_best"
 
@@ -28,6 +31,7 @@ class BestWeights(BestCheckpointer):
         checkpointer: SafeCheckpointer,
         metric: str,
         weights: Callable[[], Mapping[str, torch.Tensor]],
+        tested_on: Sequence[Any] = (),
     ):
         """
         Args:
@@ -35,21 +39,30 @@ class BestWeights(BestCheckpointer):
             checkpointer: writes the file.
             metric: name of the metric in the EventStorage.
             weights: gives those that the metric is of.
+            tested_on: plain values, the test sets and image sizes; a resumed run that has others
+                begins to compare anew.
         """
         super().__init__(period, self, metric, file_prefix=_NAME)
         self._writer, self._metric, self._weights = checkpointer, metric, weights
+        self._tested_on = list(tested_on)
 
     def before_train(self) -> None:
         path = os.path.join(self._writer.save_dir, f"{_NAME}.pth")
         if self.trainer.start_iter == 0 or not PathManager.isfile(path):
             return
         kept = load_weights(path).get("best", {})
-        if kept.get("metric") == self._metric:
+        if kept.get("tested_on", self._tested_on) != self._tested_on:
+            logger.warning(
+                f"{path} was best on {kept['tested_on']}, and this run tests on {self._tested_on}: "
+                "the next evaluation replaces it"
+            )
+        elif kept.get("metric") == self._metric:
             self._update_best(kept["value"], kept["iteration"])
 
     def save(self, name: str, iteration: int) -> None:
         """What the parent takes for its checkpointer's."""
         value = self.trainer.storage.latest()[self._metric][0]
         best = {"metric": self._metric, "value": float(value), "iteration": iteration}
+        best["tested_on"] = self._tested_on
         last = min(iteration, self.trainer.max_iter - 1)  # the final evaluation counts one more
         self._writer.save_weights(name, self._weights(), iteration=last, best=best)

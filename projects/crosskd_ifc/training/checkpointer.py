@@ -3,7 +3,7 @@ the last one that can be read."""
 
 import os
 import shutil
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Collection, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -11,13 +11,14 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..common.command_line import tool_command
 from ..common.errors import one_line
 from ..common.files import replacing
 from ..config import ConfigError
 from ..weights.reading import SafeReader, load_weights, unreadable
 from ..weights.state_dicts import ADAPTER_PREFIX, is_state_dict
 from ..weights.strict import describe_misfit
-from .run_config import as_table, changed_settings, describe_run
+from .run_config import as_table, changed_settings, describe_run, is_distilled
 from .run_folder import find_checkpoints, has_checkpoint, number_of, tagged_checkpoint
 
 
@@ -38,6 +39,7 @@ class SafeCheckpointer(SafeReader):
     saved_iteration: Optional[int] = None
     resumed_from = ""
     is_complete = False
+    _missing: Collection[str] = ()
 
     def __init__(
         self,
@@ -162,9 +164,13 @@ class SafeCheckpointer(SafeReader):
         Raises:
             CheckpointError: in every process, if there are checkpoints, and none can be read, or if
                 the processes see different ones, or if the run's config doesn't fit.
+            ConfigError: if nothing of ``path`` is in the model.
         """
         if not resume or not self.all_have_checkpoint():
-            return super().resume_or_load(path, resume=False)
+            content = super().resume_or_load(path, resume=False)
+            if path:
+                self._check_start(path)
+            return content
         file, content, problems = self._choose() if comm.is_main_process() else ("", {}, [])
         choice = os.path.basename(file), content.get("iteration"), problems
         name, iteration, problems = comm.all_gather(choice)[0]
@@ -196,14 +202,39 @@ class SafeCheckpointer(SafeReader):
 
     def _load_model(self, checkpoint: Any) -> Any:
         misfit = super()._load_model(checkpoint)
+        self._missing = set(misfit.missing_keys)  # those of another shape, too
         self.is_complete = all(k.startswith(ADAPTER_PREFIX) for k in misfit.missing_keys)
         return misfit
+
+    def _check_start(self, path: str) -> None:
+        """Look at what a run starts from: without its weights, a layer stays random."""
+        missing = [x for x in self.model.named_parameters() if x[0] in self._missing]
+        if len(missing) == len(list(self.model.parameters())):
+            raise ConfigError(
+                f"MODEL.WEIGHTS {path!r}: none of its weights is one of this model's. "
+                f"`{tool_command('convert_weights')}` turns torchvision's and mmdetection's files "
+                "into detectron2's"
+            )
+        frozen = [name for name, parameter in missing if not parameter.requires_grad]
+        if frozen:
+            self.logger.warning(
+                f"MODEL.WEIGHTS {path!r} lacks {len(frozen)} frozen parameters, which stay "
+                f"random: {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}; give others "
+                "or lower MODEL.BACKBONE.FREEZE_AT"
+            )
 
     def _go_on_from(self, file: str, content: Dict[str, Any]) -> None:
         """Load all of a checkpoint that :meth:`_read` has found good."""
         changed = []
         if self._cfg is not None and "config" in content:
             changed = changed_settings(content["config"], self._cfg)
+            now = describe_run(self._cfg)
+            if is_distilled(content["config"]) != is_distilled(now):
+                then = "is distilled" if is_distilled(content["config"]) else "isn't distilled"
+                raise CheckpointError(
+                    f"{file} is of another run, one that {then}; give this one an OUTPUT_DIR of "
+                    "its own (to start from those weights, name the file in MODEL.WEIGHTS)"
+                )
         elif self._cfg is not None:
             self.logger.warning(f"{file} doesn't say its config: no setting can be compared")
         table = f" What has changed:\n{as_table(changed)}" if changed else ""

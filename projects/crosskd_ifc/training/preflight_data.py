@@ -27,7 +27,7 @@ def check_test_data(cfg: CfgNode) -> None:
     evaluator of its card reads and training doesn't.
 
     Args:
-        cfg: with MODEL.MASK_ON outlines are needed too.
+        cfg: with MODEL.MASK_ON outlines are needed too, with KEYPOINT_ON keypoints.
 
     Raises:
         ConfigError: for the first fault; names the data set, the card, the file and the field.
@@ -43,7 +43,7 @@ def check_test_data(cfg: CfgNode) -> None:
         if card.evaluator == "pascal_voc":
             fault = _voc_fault(card, split)
         else:
-            fault = _coco_fault(card, split, cfg.MODEL.MASK_ON) if card.format == "coco" else ""
+            fault = _coco_fault(card, split, cfg) if card.format == "coco" else ""
         if fault:
             raise ConfigError(
                 f"DATASETS.TEST: {name!r} can't be evaluated: dataset card {card.path}: "
@@ -139,10 +139,11 @@ def _class_names(name: str) -> Optional[Tuple[str, ...]]:
     return None
 
 
-def _coco_fault(card: Card, split: str, masks: bool) -> str:
+def _coco_fault(card: Card, split: str, cfg: CfgNode) -> str:
     path = card.splits[split]["json"]
     content = read_coco_json(path)
-    fault = coco_evaluator_fault(content, masks=masks)
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
+    fault = coco_evaluator_fault(content, masks=cfg.MODEL.MASK_ON, keypoints=keypoints)
     if not fault and "annotations" in content:
         if all(x["iscrowd"] for x in content["annotations"]):  # AP would be NaN
             fault = "'annotations' has no object but crowds, so that there is nothing to find"
@@ -157,10 +158,21 @@ def _voc_fault(card: Card, split: str) -> str:
     fault = voc_list_fault(card.root, card.splits[split])
     if fault:
         return fault
+    counted = set()
     for image_id in read_voc_split(card.root, card.splits[split]):
         path = os.path.join(card.root, "Annotations", image_id + ".xml")
         for number, (name, _, element) in enumerate(read_voc_annotation(path)[1], 1):
             fault = voc_evaluator_fault(element)
             if fault:
                 return f"{path}: object {number}, {name[:80]}: no usable {fault}; {needs}"
+            if not int(element.find("difficult").text):
+                counted.add(name)
+    lacking = [name for name in card.classes if name not in counted]
+    if lacking:
+        return (
+            f"there is no object of {short(lacking[0])} but difficult ones ({len(lacking)} of "
+            f"{len(card.classes)} classes), which detectron2's VOC evaluator counts as AP 0 or "
+            "NaN; take such classes out of the card, or give it `evaluator: coco`, which leaves "
+            "them out of the mean"
+        )
     return ""

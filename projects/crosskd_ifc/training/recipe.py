@@ -85,6 +85,8 @@ def write_configs(
     base["DATASETS"] = {"CARDS": [path], "TRAIN": [train], "TEST": [test]}
     if train == test:
         notes.append(f"Evaluations: on {test}, too: there is no other split. They say little.")
+    elif train.endswith("_trainval") and test.endswith("_val"):
+        notes.append(f"Evaluations: on {test}, whose images {train} has too. They say little.")
     for section, settings in masks.items():
         base[section].update(settings)
     outputs = {name: os.path.join(folder, "output", name) for name in _NAMES}
@@ -130,7 +132,9 @@ def _splits(card: str) -> Tuple[str, str]:
     names = dict(zip(load_card(card).splits, register_card(card)))
     first, last = [*names.values()][0], [*names.values()][-1]
     train = next((names[s] for s in ("train", "trainval") if s in names), first)
-    return train, next((names[s] for s in ("val", "test") if s in names), last)
+    # trainval holds val.
+    tests = ("test", "val") if train == names.get("trainval") else ("val", "test")
+    return train, next((names[s] for s in tests if s in names), last)
 
 
 def _mask_settings(records: Sequence[dict]) -> Dict[str, Dict[str, Any]]:

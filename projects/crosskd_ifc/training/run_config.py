@@ -49,6 +49,17 @@ def changed_settings(kept: Mapping[str, Any], cfg: CfgNode) -> List[Tuple[str, A
     return [(k, then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)]
 
 
+def is_distilled(kept: Mapping[str, Any]) -> bool:
+    """Whether the run that :func:`describe_run` described has a teacher's losses.
+
+    Raises:
+        ConfigError: if it can't be read.
+    """
+    settings = _settings(kept)
+    teachers = settings.get("MODEL.CROSSKD.TEACHERS") or settings[_TEACHER] == "a teacher"
+    return bool(teachers and settings.get("MODEL.CROSSKD.ENABLED", True))
+
+
 def as_table(changed: List[Tuple[str, Any, Any]]) -> str:
     """What :func:`changed_settings` gave, for people."""
     rows = [(key, *map(_shown, values)) for key, *values in changed]

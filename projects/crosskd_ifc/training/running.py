@@ -16,6 +16,7 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
+from ..weights.held_config import differing_keys
 from ..weights.strict import load_strictly
 from .checkpointer import SafeCheckpointer
 from .errors import one_line_errors
@@ -123,11 +124,23 @@ def evaluate(
         model = build_model()
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
         if args.resume and checkpointer.all_have_checkpoint():
-            checkpointer.resume_or_load("")
+            held = checkpointer.resume_or_load("")
+        elif args.resume:
+            raise ConfigError(
+                f"--resume: OUTPUT_DIR {os.path.abspath(cfg.OUTPUT_DIR)} holds no checkpoint to "
+                "evaluate; name the folder of the training, or a file in MODEL.WEIGHTS without "
+                "--resume"
+            )
         elif not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: --eval-only would score random weights")
         else:
-            load_strictly(model, cfg.MODEL.WEIGHTS)
+            held = load_strictly(model, cfg.MODEL.WEIGHTS)
+        keys = differing_keys(held, cfg, evaluation=False)
+        if keys:
+            logger.warning(
+                f"These weights were trained with other values of {', '.join(keys)} than this "
+                "config has, so the AP may be wrong"
+            )
     return test(model)
 
 

@@ -42,7 +42,8 @@ class DistillationSchedule(HookBase):
 
 
 def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
-    """Scale the distillation schedule as ``DefaultTrainer.auto_scale_workers`` scales the solver's.
+    """Scale the distillation schedule, and how long the average of the weights remembers, as
+    ``DefaultTrainer.auto_scale_workers`` scales the solver's schedule.
 
     Args:
         cfg: SOLVER.REFERENCE_WORLD_SIZE is the number of workers it was written for, 0 for none.
@@ -63,6 +64,7 @@ def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
             schedule[key] = int(round(value * reference / world_size))
     if schedule["STOP_ITER"] >= 0:  # rounding must not leave nothing
         schedule["STOP_ITER"] = max(schedule["STOP_ITER"], schedule["START_ITER"] + 1)
+    cfg.SOLVER.EMA_DECAY **= world_size / reference
     if frozen:
         cfg.freeze()
     return cfg

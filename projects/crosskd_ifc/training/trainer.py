@@ -195,7 +195,10 @@ class CrossKDTrainer(DefaultTrainer):
         Raises:
             CheckpointError, ConfigError: if the run can't go on from what is there.
         """
-        resume = resume and self.checkpointer.all_have_checkpoint()
+        wanted, resume = resume, resume and self.checkpointer.all_have_checkpoint()
+        if wanted and not resume:
+            folder = os.path.abspath(self.cfg.OUTPUT_DIR)
+            logger.info(f"There is no checkpoint in {folder} to resume from: this run starts anew")
         super().resume_or_load(resume=resume)
         if resume and self.start_iter >= self.max_iter:
             logger.warning(
@@ -301,7 +304,9 @@ class CrossKDTrainer(DefaultTrainer):
         metric = self.cfg.TEST.BEST_METRIC
         if metric and comm.is_main_process():
             weights = average.weights if metric.startswith("ema/") else student.state_dict
-            after.append(BestWeights(periods[1], self.checkpointer, metric, weights))
+            sizes = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
+            on = [*self.cfg.DATASETS.TEST, *sizes]
+            after.append(BestWeights(periods[1], self.checkpointer, metric, weights, on))
         _insert_after(hooks, EvalHook, after)
         if getattr(student, "teacher", None) is None:
             return hooks
