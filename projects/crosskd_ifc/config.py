@@ -126,6 +126,8 @@ def add_crosskd_ifc_config(cfg: CN) -> None:
     _C.LOSS.FEATURE_TYPE = "pkd"
     _C.LOSS.FEATURE_OPTS = ()
     _C.LOSS.FEATURE_COMBINE = True
+    # Names of the levels that are compared, such as ("p2", "p3"); (): all that both networks have.
+    _C.LOSS.FEATURE_LEVELS = ()
     # Weight of RPN mimicking; needs MODEL.PROPOSAL_GENERATOR.NAME CrossKDRPN.
     _C.LOSS.RPN_WEIGHT = 0.0
 

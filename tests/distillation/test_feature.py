@@ -38,6 +38,16 @@ def test_without_combining_the_loss_is_the_sum_of_pkd_over_the_levels():
     torch.testing.assert_close(train_losses(student, batch)[0]["loss_feature_kd"], expected)
 
 
+def test_the_levels_that_are_named_count_alone():
+    student, teacher = distilling(*PLAIN, L + "FEATURE_LEVELS", ("p5", "p2"))
+    batch = tiny_batch()
+    ours, theirs = features(student, batch), features(teacher, batch)
+    expected = 2 * sum(pkd(ours[x], theirs[x]) for x in ("p2", "p5"))
+    torch.testing.assert_close(train_losses(student, batch)[0]["loss_feature_kd"], expected)
+    with pytest.raises(ConfigError, match="LOSS.FEATURE_LEVELS names 'p7'; .*p2, p3, p4, p5, p6"):
+        distilling(*PLAIN, L + "FEATURE_LEVELS", ("p2", "p7"))
+
+
 def test_combined_levels_are_the_sum_of_all_levels_resized():
     student, teacher = distilling(*ON)
     batch = tiny_batch()

@@ -17,8 +17,9 @@ from .traces import StepTrace
 
 
 class FeatureDistiller:
-    """The loss ``loss_feature_kd``: the sum over the levels l that both networks have of
-    ``loss(A_l(F_l), teacher P_l)``, the loss one of ``FEATURE_LOSS_REGISTRY``.
+    """The loss ``loss_feature_kd``: the sum over the levels l that both networks have (or those
+    that LOSS.FEATURE_LEVELS names) of ``loss(A_l(F_l), teacher P_l)``, the loss one of
+    ``FEATURE_LOSS_REGISTRY``.
 
     ``F_l = sum over the student's levels m of resize_bilinear(P_m -> size of P_l)``, the published
     code's combined map made workable; without combining F_l = P_l. A_l is the identity, or a
@@ -53,7 +54,7 @@ class FeatureDistiller:
             )
         levels = {
             name: build_level_loss(kd, channels[name], theirs[name].channels, ours[name].stride)
-            for name in _shared_levels(student, teacher)
+            for name in _shared_levels(student, teacher, kd.FEATURE_LEVELS)
         }
         return {
             "levels": nn.ModuleDict(levels).to(student.device),
@@ -72,14 +73,21 @@ class FeatureDistiller:
         return {"loss_feature_kd": total * self.weight}
 
 
-def _shared_levels(student: nn.Module, teacher: Teacher) -> List[str]:
-    """The levels of equal name and stride.
+def _shared_levels(student: nn.Module, teacher: Teacher, wanted: Sequence[str]) -> List[str]:
+    """The levels of equal name and stride, of ``wanted`` if that names any.
 
     Raises:
-        ConfigError: if there is none, or one differs.
+        ConfigError: if there is none, one differs, or a wanted one is missing.
     """
     ours, theirs = student.backbone.output_shape(), teacher.model.backbone.output_shape()
     shared = [name for name in ours if name in theirs]
+    missing = [name for name in wanted if name not in shared]
+    if missing:
+        raise ConfigError(
+            f"MODEL.CROSSKD.LOSS.FEATURE_LEVELS names {missing[0]!r}; student and teacher "
+            f"({teacher.description}) have {', '.join(shared) or 'no level'} in common"
+        )
+    shared = [name for name in shared if name in wanted] if wanted else shared
     if not shared:
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.FEATURE_WEIGHT: the student has the features {', '.join(ours)} "
@@ -87,12 +95,12 @@ def _shared_levels(student: nn.Module, teacher: Teacher) -> List[str]:
             "to 0.0"
         )
     for name in shared:
-        found, wanted = (s[name].stride for s in (ours, theirs))
-        if found != wanted:
+        strides = [s[name].stride for s in (ours, theirs)]
+        if strides[0] != strides[1]:
             raise ConfigError(
                 f"MODEL.CROSSKD.LOSS.FEATURE_WEIGHT compares maps of equal size, but {name} "
-                f"has the stride {found} in the student and {wanted} in the teacher "
-                f"({teacher.description}); set it to 0.0"
+                f"has the stride {strides[0]} in the student and {strides[1]} in the teacher "
+                f"({teacher.description}); set it to 0.0, or name other FEATURE_LEVELS"
             )
     check_same_padding("LOSS.FEATURE_WEIGHT", student, teacher)
     return shared

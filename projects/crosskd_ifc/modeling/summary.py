@@ -168,7 +168,7 @@ def _describe_losses(student: Student, cfg: CfgNode) -> str:
     notes: Dict[str, str] = {
         "CLS_WEIGHT": softmax if has_softmax else "quality focal",
         "BOX_WEIGHT": box_type,
-        "FEATURE_WEIGHT": loss.FEATURE_TYPE + combined,
+        "FEATURE_WEIGHT": ", ".join([loss.FEATURE_TYPE + combined, *loss.FEATURE_LEVELS]),
     }
     found = []
     for key, value in loss.items():

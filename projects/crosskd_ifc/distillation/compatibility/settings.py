@@ -93,7 +93,8 @@ def check_crosskd_config(cfg: CN) -> None:
         check_unused(kd, (*fusion, "LOSS.FUSED_WEIGHT", "LOSS.TAP_WEIGHTS"), reason)
     if kd.LOSS.FEATURE_WEIGHT == 0:
         reason = "LOSS.FEATURE_WEIGHT is 0: features aren't compared"
-        check_unused(kd, ("LOSS.FEATURE_TYPE", "LOSS.FEATURE_OPTS"), reason)
+        leaves = ("FEATURE_TYPE", "FEATURE_OPTS", "FEATURE_LEVELS")
+        check_unused(kd, [f"LOSS.{leaf}" for leaf in leaves], reason)
     elif kd.LOSS.FEATURE_COMBINE and kd.LOSS.FEATURE_TYPE in _LEVEL_WITH_LEVEL:
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.FEATURE_COMBINE is True, but {kd.LOSS.FEATURE_TYPE} compares each "

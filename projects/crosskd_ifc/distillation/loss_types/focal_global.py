@@ -96,6 +96,7 @@ class GlobalContext(nn.Module):
             nn.ReLU(),
             nn.Linear(middle, channels),
         )
+        nn.init.kaiming_normal_(self.weigh.weight)
         nn.init.zeros_(self.transform[-1].weight)
         nn.init.zeros_(self.transform[-1].bias)
 
