@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from test_recipe import make_card
 
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import report_text
@@ -18,6 +19,7 @@ from crosskd_ifc.experiments.statistics import (
     summarize,
 )
 from crosskd_ifc.experiments.tables import Table
+from crosskd_ifc.training.recipe import write_configs
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
 TITLES = {
@@ -585,11 +587,25 @@ def test_the_list_of_configs_has_every_folder_and_every_kind_of_name():
 
 
 def test_the_example_of_a_protocol_can_be_run(tmp_path):
-    (example,) = re.findall(r"```yaml\n(.*?)```", read("docs", "comparisons.md"), re.DOTALL)
+    example, _ = re.findall(r"```yaml\n(.*?)```", read("docs", "comparisons.md"), re.DOTALL)
     (tmp_path / "p.yaml").write_text(example)
     protocol = load_protocol(str(tmp_path / "p.yaml"))
     assert list(protocol.arms) == ["teacher", "student", "crosskd", "temperature_1"]
     assert protocol.contrasts == (("crosskd", "student"),) and protocol.margin == 0.5
+
+
+def test_the_example_of_a_protocol_for_own_photos_can_be_run(tmp_path, monkeypatch):
+    card = Path(make_card(tmp_path))
+    card.write_text(card.read_text().replace("name: recipe", "name: cells"))
+    write_configs(str(card), str(tmp_path / "cells"), teacher="R50", student="R18")
+    _, example = re.findall(r"```yaml\n(.*?)```", read("docs", "comparisons.md"), re.DOTALL)
+    (tmp_path / "cells" / "protocol.yaml").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    protocol = load_protocol("cells/protocol.yaml")
+    runs = {name: protocol.run(name, 1, "runs") for name in protocol.arms}
+    assert [name for name, one in runs.items() if one.needs] == ["crosskd_ifc", "crosskd"]
+    assert runs["crosskd"].cfg().MODEL.CROSSKD.FUSION.IN_FEATURES == ("pool",)
+    assert set(runs["crosskd"].cfg().DATASETS.TEST) == {"cells_val", "cells_test"}
 
 
 def row_against_crosskd(name, title, arm):
@@ -677,6 +693,9 @@ def test_what_a_longer_training_of_the_plain_student_gives_is_told_as_recorded()
     assert [len(x.values) for x in (longer, crosskd, mimicking)] == [8, 8, 8]
     assert f"told from the plain student: {tell(mimicking)}, and it is below it on three" in text
     assert sum(value < 0 for value in mimicking.values.values()) == 3
+    older = results("shapes_faster_rcnn").difference("student_head", "student")
+    told = f"in the older one it added {tell(older)}".replace("+", "")
+    assert told in text
     report = read("benchmarks", "decisive", "report.md")
     assert re.search(
         r"`crosskd` minus `student_longer` +\| \+2.4 +\| \+1.6 to \+3.2 .*\| helps", report
@@ -711,22 +730,29 @@ def test_the_verdicts_of_the_longer_training_are_told_as_recorded():
 def test_what_the_longer_training_shows_is_told_as_recorded():
     table, text = results("decisive_long"), told_in_results()
     gain = table.difference("winner", "crosskd")
-    weight, control = (
-        table.difference(*x) for x in (("crosskd_double", "crosskd"), ("winner", "crosskd_double"))
-    )
+    weight = table.difference("crosskd_double", "crosskd")
     assert gain.mean < results("decisive").difference("winner", "crosskd").mean
-    told = f"minus plain CrossKD is {tell(gain)}, minus plain CrossKD with its total weight"
-    assert f"{told} {tell(control)}. Both intervals include 0." in text
-    assert max(gain.interval[0], control.interval[0]) < 0
+    corrected = [
+        "{:+.1f} ({}{:+.1f} to {:+.1f}".format(c.difference.mean, "{}", *c.corrected)
+        for c in table.contrasts()[:2]  # the two of "winner"
+    ]
+    ours, controls = (x.format("corrected ") for x in corrected)
+    told = f"minus plain CrossKD is {ours}), minus plain CrossKD with its total weight"
+    assert f"{told} {controls}). Both intervals include 0." in text
+    assert max(c.corrected[0] for c in table.contrasts()[:2]) < 0
     count = len(gain.values)
-    assert f"nothing of it is certain: {tell(gain)} on {count} seeds;" in text
-    assert f"which alone gives {tell(weight)}" in text
+    assert f"nothing of it is certain: {ours}) on {count} seeds;" in text
+    assert f"which alone gives {tell(weight)[:-1]}, not corrected)" in text
     assert f"({ap_of(table, 'teacher')} AP)" in text
     left = [-results(x).difference("winner", "teacher").mean for x in ("decisive_long", "decisive")]
     assert "end {:.1f} AP below their teachers, after 440 steps {:.1f} AP".format(*left) in text
     front = " ".join(read("README.md").split())
-    assert f"With twice the steps: {tell(gain)[:-1]}; {count} seeds)" in front
-    assert f"at equal total loss weight {tell(control)}" in front
+    ours, controls = (x.format("") for x in corrected)
+    assert f"With twice the steps: {ours}; {count} seeds)" in front
+    assert f"at equal total loss weight {controls})" in front
+    behind = -results("decisive").difference("ifc", "crosskd").mean
+    assert f"the method's first form, is {behind:.1f} AP behind (16 seeds)" in front
+    assert f"the method's first form, is {behind:.1f} AP behind plain CrossKD" in text
 
 
 TEACHER_KINDS = {

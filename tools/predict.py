@@ -7,8 +7,9 @@
     python tools/predict.py output/quick/crosskd_ifc photos/ --teacher config   # side by side
     python tools/predict.py deployed photos/ --json results.json --no-pictures
 
-The config is the one beside the weights, or --config-file. Pictures lie in --output, named as the
-inputs. --json writes COCO results. Exit status 1: an input could not be read, the others are done.
+The config is the one in the weights, else the one beside them, or --config-file. Pictures lie in
+--output, named as the inputs. --json writes COCO results. Exit status 1: an input could not be
+read, the others are done.
 """
 
 import argparse
