@@ -410,7 +410,7 @@ def test_an_object_that_the_voc_evaluator_cant_read_is_refused_in_a_test_set(cas
     check_test_data(_cfg(other, "DATASETS.TEST", (other,)))
 
 
-def test_a_class_without_an_object_is_refused_in_a_test_set_of_the_voc_evaluator(tmp_path):
+def test_a_class_without_an_object_is_refused_in_a_test_set_of_the_voc_evaluator(tmp_path, caplog):
     """It would count as AP 0, or NaN."""
     voc = Voc(tmp_path, evaluator="pascal_voc", year=2012, classes=["cell", "rod", "rare"])
     name = register_card(str(voc.card))[1]
@@ -418,6 +418,8 @@ def test_a_class_without_an_object_is_refused_in_a_test_set_of_the_voc_evaluator
         ConfigError, match="splits.val: there is no object of 'rare' .*evaluator: c"
     ):
         check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
+    check_test_data(_cfg(name, "DATASETS.TEST", (name,)), evaluation=True)
+    assert "no object of 'rare'" in caplog.text
     voc.annotate("d", [GOOD, ("rare", 5, 5, 20, 20)])
     check_test_data(_cfg(name, "DATASETS.TEST", (name,)))
     path = voc.root / "Annotations/d.xml"

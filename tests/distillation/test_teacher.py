@@ -328,11 +328,15 @@ def test_a_teacher_that_shares_parameters_with_the_student_is_refused():
 
 
 def test_a_students_own_module_called_fusion_is_not_replaced():
-    cfg = tiny_cfg()
+    cfg = tiny_cfg("MODEL.CROSSKD.FUSION.NAME", "weighted")
+    cfg.MODEL.CROSSKD.FUSION.IN_FEATURES = ("fc1", "fc2")
     student = build_model(cfg)
     student.fusion = own = torch.nn.Identity()
     with pytest.raises(ConfigError, match="CrossKDRCNN.fusion: this name is for what the distill"):
         attach_teacher(student, cfg, teacher=tiny_model())
+    assert student.fusion is own and student.distiller is None
+    own_head = tiny_cfg("MODEL.CROSSKD.MIMIC", "student_head")  # without a fusion
+    attach_teacher(student, own_head, teacher=tiny_model())
     assert student.fusion is own
 
 

@@ -309,7 +309,7 @@ def test_progress_reads_only_what_is_new(tmp_path):
         f.write('broken\n{"iteration": 59, "bbox/AP": 1.0}\n')
     assert counter.look() == (50, 50, 7)
     file.write_text('{"iteration": 0, "time": 3}\n')  # it began anew
-    assert counter.look() == (50, 50, 3)
+    assert counter.look() == (1, 50, 3)
 
 
 def test_a_run_has_time_to_save_before_it_is_killed(tmp_path):

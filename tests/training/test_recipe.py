@@ -169,6 +169,11 @@ def test_an_evaluation_on_the_training_images_is_told(tmp_path):
     assert "too. They say little" not in write_configs(str(card), str(tmp_path / "d"), **options)
     base = yaml.safe_load((tmp_path / "d" / "base.yaml").read_text())
     assert base["DATASETS"]["TEST"] == ["three_test"]
+    assert "Evaluations: on three_test, since trainval holds val." in read_words(tmp_path / "d")
+
+
+def read_words(folder):
+    return " ".join((folder / "base.yaml").read_text().replace("#", "").split())
 
 
 def test_masks_in_run_length_codes_are_read_as_bitmaps(tmp_path):

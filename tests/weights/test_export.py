@@ -23,6 +23,7 @@ from crosskd_ifc import ConfigError
 from crosskd_ifc.analysis.detector import load_detector
 from crosskd_ifc.common.user_code import import_user_code
 from crosskd_ifc.weights import export, stock, student
+from crosskd_ifc.weights.held_config import differing_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 # Another width than the student's: the taps need adapters.
@@ -330,6 +331,23 @@ def test_a_named_config_that_finds_something_else_is_told(run, tmp_path, caplog)
     )
 
 
+def test_a_plain_config_for_a_distilled_checkpoint_finds_the_same(run, tmp_path, caplog):
+    checkpoint = torch.load(run, weights_only=True)
+    held = tiny_cfg("MODEL.CROSSKD.FUSION.IN_FEATURES", ("pool", "fc1"))
+    checkpoint["config"] = {"yaml": held.dump(), "processes": 1}
+    torch.save(checkpoint, run)
+    (tmp_path / "plain.yaml").write_text(tiny_cfg().dump())
+    export.export_student(run, str(tmp_path / "a"), config_file=str(tmp_path / "plain.yaml"))
+    assert not caplog.messages
+    other = tiny_cfg("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4"])
+    (tmp_path / "other.yaml").write_text(other.dump())
+    load_detector(run, config_file=str(tmp_path / "other.yaml"))
+    assert "other.yaml: MODEL.ROI_HEADS.IN_FEATURES differ from the config" in caplog.text
+    held.LAZY_CONFIG = "a.py"  # whose model isn't in these keys
+    checkpoint["config"] = {"yaml": held.dump(), "processes": 1}
+    assert differing_keys(checkpoint, other, evaluation=True) == []
+
+
 def test_a_named_config_has_the_class_count_of_its_card(run, tmp_path):
     splits = "{train: {json: gone.json, images: .}}"
     card = f"{{name: counted, format: coco, root: ., splits: {splits}, classes: [a, b, c]}}"
@@ -342,6 +360,11 @@ def test_a_named_config_has_the_class_count_of_its_card(run, tmp_path):
     exported = yaml.safe_load((tmp_path / "student" / "config.yaml").read_text())
     assert exported["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 3
     assert load_detector(run, config_file=str(config)).class_names == ["a", "b", "c"]
+    os.remove(tmp_path / "card.yaml")
+    with pytest.raises(ConfigError, match="card.yaml"):
+        load_detector(run, config_file=str(config))
+    opts = ("DATASETS.CARDS", (), "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    assert len(load_detector(run, config_file=str(config), opts=opts).class_names) == 3
 
 
 def test_wrong_input_is_one_clear_error(run, tmp_path):

@@ -42,7 +42,7 @@ def draw_boxes(
     from detectron2.utils.visualizer import Visualizer
 
     scale = min(height / image.shape[0], max(1.0, _LONGEST / max(image.shape[:2])))
-    size = (round(image.shape[1] * scale), max(1, round(image.shape[0] * scale)))
+    size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
     smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
     canvas = Visualizer(cv2.resize(image, size, interpolation=smooth))
     if masks is not None:

@@ -52,14 +52,16 @@ def _remove_abandoned(folder: str, beginning: str) -> None:
                 os.remove(partial)
 
 
-def move_aside(path: str) -> None:
-    """Rename a folder or file, if it exists, to a name that is free: ``path.old1``, ..."""
+def move_aside(path: str) -> str:
+    """Rename a folder or file, if it exists, to a name that is free: ``path.old1``, ...; returns
+    it."""
     if not os.path.exists(path):
-        return
+        return ""
     n = 1
     while os.path.exists(f"{path}.old{n}"):
         n += 1
     os.rename(path, f"{path}.old{n}")
+    return f"{path}.old{n}"
 
 
 def read_json_if_any(path: str) -> Optional[dict]:

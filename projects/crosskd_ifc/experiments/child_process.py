@@ -130,11 +130,11 @@ class StepCounter:
         try:
             with open(self.path, "rb") as f:
                 if f.seek(0, os.SEEK_END) < self._offset:  # another file: it began anew
-                    self._offset = 0
+                    self._offset = self.done = 0
                 f.seek(self._offset)
                 new = f.read()
         except FileNotFoundError:
-            new = b""
+            new, self._offset, self.done = b"", 0, 0
         complete = new[: new.rfind(b"\n") + 1]  # the last line may be half written
         self._offset += len(complete)
         for text in complete.splitlines():

@@ -100,11 +100,11 @@ def _candidate(
         is_code = is_lazy(cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE)
         load = functools.partial(_load, built.model, weights, None if is_code else built.cfg)
     else:
-        ours = set(map(id, model.parameters()))
+        ours = {id(p) for p in model.parameters() if p.requires_grad}
         if any(id(parameter) in ours for parameter in teacher.parameters()):
             raise ConfigError(
-                "the given teacher shares parameters with the student, and a teacher is frozen; "
-                "give a copy (copy.deepcopy)"
+                "the given teacher shares parameters with the student that the student trains, "
+                "and a teacher is frozen; give a copy (copy.deepcopy)"
             )
         built = Teacher(teacher.to(model.device), **options)
     _check_square(cfg, built)

@@ -103,17 +103,21 @@ class Student(nn.Module):
         Raises:
             ConfigError: if student and a teacher don't fit each other.
         """
-        if hasattr(self, "fusion") and not self._has_fusion:
-            raise ConfigError(
-                f"{type(self).__name__}.fusion: this name is for what the distillation learns; "
-                "call the student's own module something else"
-            )
         cfg, distillers, inheritance = candidates[0].cfg, [], None
         for candidate in candidates if cfg.MODEL.CROSSKD.ENABLED else ():
             with error_prefix(candidate.name):
                 distillers.append(self.build_distiller(candidate.cfg, candidate.teacher))
                 if inheritance is None and candidate.cfg.MODEL.CROSSKD.INHERIT:
                     inheritance = WeightInheritance(candidate.cfg, self, candidate.teacher)
+        distiller = distillers[0] if distillers else None
+        if len(distillers) > 1:
+            distiller = SeveralTeachers(distillers, loss=loss)
+        learns = distiller is not None and distiller.learned is not None
+        if learns and hasattr(self, "fusion") and not self._has_fusion:
+            raise ConfigError(
+                f"{type(self).__name__}.fusion: this name is for what the distillation learns; "
+                "call the student's own module something else"
+            )
         for candidate in candidates:
             with error_prefix(candidate.name):
                 if candidate.load is not None:
@@ -121,15 +125,13 @@ class Student(nn.Module):
         # All at once: a student that was refused a teacher stays as it was.
         self.teachers = [candidate.teacher for candidate in candidates]
         self.teacher, self._inheritance = self.teachers[0], inheritance
-        self.distiller = distillers[0] if distillers else None
-        if len(distillers) > 1:
-            self.distiller = SeveralTeachers(distillers, loss=loss)
+        self.distiller = distiller
         self._diagnostics = self._build_diagnostics(cfg)
         if self._has_fusion:  # of an earlier teacher
             del self.fusion
-        self._has_fusion = self.distiller is not None and self.distiller.learned is not None
-        if self._has_fusion:
-            self.fusion = self.distiller.learned.to(self.device)
+        self._has_fusion = learns
+        if learns:
+            self.fusion = distiller.learned.to(self.device)
 
     @contextlib.contextmanager
     def without_teacher(self) -> Iterator[None]:

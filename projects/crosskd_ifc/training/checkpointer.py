@@ -213,14 +213,15 @@ class SafeCheckpointer(SafeReader):
             raise ConfigError(
                 f"MODEL.WEIGHTS {path!r}: none of its weights is one of this model's. "
                 f"`{tool_command('convert_weights')}` turns torchvision's and mmdetection's files "
-                "into detectron2's"
+                "into detectron2's; MODEL.WEIGHTS '' starts from random weights"
             )
         frozen = [name for name, parameter in missing if not parameter.requires_grad]
-        if frozen:
+        inherits = self._cfg is not None and self._cfg.MODEL.CROSSKD.INHERIT
+        if frozen and not inherits:  # afterwards
             self.logger.warning(
-                f"MODEL.WEIGHTS {path!r} lacks {len(frozen)} frozen parameters, which stay "
-                f"random: {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}; give others "
-                "or lower MODEL.BACKBONE.FREEZE_AT"
+                f"MODEL.WEIGHTS {path!r} lacks {len(frozen)} frozen parameters, which keep their "
+                f"initial values: {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}; "
+                "give others, or lower MODEL.BACKBONE.FREEZE_AT"
             )
 
     def _go_on_from(self, file: str, content: Dict[str, Any]) -> None:
@@ -228,16 +229,17 @@ class SafeCheckpointer(SafeReader):
         changed = []
         if self._cfg is not None and "config" in content:
             changed = changed_settings(content["config"], self._cfg)
-            now = describe_run(self._cfg)
-            if is_distilled(content["config"]) != is_distilled(now):
-                then = "is distilled" if is_distilled(content["config"]) else "isn't distilled"
-                raise CheckpointError(
-                    f"{file} is of another run, one that {then}; give this one an OUTPUT_DIR of "
-                    "its own (to start from those weights, name the file in MODEL.WEIGHTS)"
-                )
         elif self._cfg is not None:
             self.logger.warning(f"{file} doesn't say its config: no setting can be compared")
         table = f" What has changed:\n{as_table(changed)}" if changed else ""
+        if changed and is_distilled(content["config"]) != is_distilled(describe_run(self._cfg)):
+            then = "was distilled" if is_distilled(content["config"]) else "wasn't distilled"
+            raise CheckpointError(
+                f"{file} is of a run that {then} (MODEL.CROSSKD.TEACHER, TEACHERS or ENABLED), so "
+                "this one needs an OUTPUT_DIR of its own. To start from those weights, name the "
+                "file in MODEL.WEIGHTS; to end a distillation early, set "
+                f"MODEL.CROSSKD.SCHEDULE.STOP_ITER.{table}"
+            )
         try:
             misfit = self._load_model({"model": content["model"]})
             # An evaluation builds the student without what only its training has.

@@ -42,8 +42,7 @@ def set_metrics_aside(folder: str) -> None:
     path = os.path.join(folder, "metrics.json")
     if not os.path.isfile(path) or not os.path.getsize(path):
         return
-    move_aside(path)
-    logger.info(f"{path} was of an earlier training; it is kept as metrics.json.old1, or 2, ...")
+    logger.info(f"{path} was of an earlier training; it is now {move_aside(path)}")
 
 
 @contextlib.contextmanager

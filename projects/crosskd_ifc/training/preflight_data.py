@@ -1,6 +1,7 @@
 """What is checked of test data before a training or an evaluation: whether an evaluator can read
 it, and whether all data sets mean the same by a class's index."""
 
+import logging
 import os
 from reprlib import repr as short
 from typing import Optional, Sequence, Tuple
@@ -11,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..common.command_line import tool_command
+from ..common.config_files import LAZY_CONFIG
 from ..config import ConfigError, class_count
 from ..data.card import Card
 from ..data.cards import card_of
@@ -19,15 +21,18 @@ from ..data.fields import coco_evaluator_fault, voc_evaluator_fault, voc_list_fa
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
 from .preflight import check_class_count
 
+logger = logging.getLogger(__name__)
+
 _Classes = Tuple[str, str, Sequence[str]]  # key below DATASETS, data set, class names
 
 
-def check_test_data(cfg: CfgNode) -> None:
+def check_test_data(cfg: CfgNode, *, evaluation: bool = False) -> None:
     """Loads each data set of DATASETS.TEST that a card has registered, and looks for what the
     evaluator of its card reads and training doesn't.
 
     Args:
         cfg: with MODEL.MASK_ON outlines are needed too, with KEYPOINT_ON keypoints.
+        evaluation: what makes AP too low is told in the log, and no error.
 
     Raises:
         ConfigError: for the first fault; names the data set, the card, the file and the field.
@@ -50,6 +55,11 @@ def check_test_data(cfg: CfgNode) -> None:
                 f"splits.{split}: {fault}\n"
                 f"`{tool_command('prepare_data')} check {card.path}` lists all that is wrong."
             )
+        fault = _voc_classes_fault(card, split) if card.evaluator == "pascal_voc" else ""
+        if fault and evaluation:
+            logger.warning(f"DATASETS.TEST: {name!r}: {fault}")
+        elif fault:
+            raise ConfigError(f"DATASETS.TEST: {name!r}: dataset card {card.path}: {fault}")
 
 
 def check_classes(
@@ -142,7 +152,9 @@ def _class_names(name: str) -> Optional[Tuple[str, ...]]:
 def _coco_fault(card: Card, split: str, cfg: CfgNode) -> str:
     path = card.splits[split]["json"]
     content = read_coco_json(path)
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
+    # How many a LazyConfig's model has isn't in its keys.
+    has_points = cfg.MODEL.KEYPOINT_ON and LAZY_CONFIG not in cfg
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if has_points else 0
     fault = coco_evaluator_fault(content, masks=cfg.MODEL.MASK_ON, keypoints=keypoints)
     if not fault and "annotations" in content:
         if all(x["iscrowd"] for x in content["annotations"]):  # AP would be NaN
@@ -158,21 +170,29 @@ def _voc_fault(card: Card, split: str) -> str:
     fault = voc_list_fault(card.root, card.splits[split])
     if fault:
         return fault
-    counted = set()
     for image_id in read_voc_split(card.root, card.splits[split]):
         path = os.path.join(card.root, "Annotations", image_id + ".xml")
         for number, (name, _, element) in enumerate(read_voc_annotation(path)[1], 1):
             fault = voc_evaluator_fault(element)
             if fault:
                 return f"{path}: object {number}, {name[:80]}: no usable {fault}; {needs}"
-            if not int(element.find("difficult").text):
-                counted.add(name)
-    lacking = [name for name in card.classes if name not in counted]
-    if lacking:
-        return (
-            f"there is no object of {short(lacking[0])} but difficult ones ({len(lacking)} of "
-            f"{len(card.classes)} classes), which detectron2's VOC evaluator counts as AP 0 or "
-            "NaN; take such classes out of the card, or give it `evaluator: coco`, which leaves "
-            "them out of the mean"
-        )
     return ""
+
+
+def _voc_classes_fault(card: Card, split: str) -> str:
+    objects = (
+        (name, element)
+        for image_id in read_voc_split(card.root, card.splits[split])
+        for name, _, element in read_voc_annotation(
+            os.path.join(card.root, "Annotations", image_id + ".xml")
+        )[1]
+    )
+    counted = {name for name, element in objects if not int(element.find("difficult").text)}
+    lacking = [name for name in card.classes if name not in counted]
+    if not lacking:
+        return ""
+    return (
+        f"splits.{split}: there is no object of {short(lacking[0])} but difficult ones "
+        f"({len(lacking)} of {len(card.classes)} classes), and detectron2's VOC evaluator counts "
+        "such a class as AP 0 or NaN. `evaluator: coco` in the card leaves it out of the mean"
+    )

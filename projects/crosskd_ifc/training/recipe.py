@@ -50,8 +50,9 @@ def write_configs(
     """Writes base.yaml, and teacher.yaml, student.yaml and distilled.yaml over it.
 
     Args:
-        card: a dataset card; trains on its split train (else trainval, or the first), tests on val
-            (else test, or the last).
+        card: a dataset card; trains on its split train and tests on val (else test, or the last);
+            else trains on trainval, which holds val, and tests on test (else val); else trains on
+            the first.
         output: folder for the configs. The trainings' folders lie in it, too.
         teacher, student: of `BACKBONES`.
         detector: of `DETECTORS`, for both.
@@ -87,6 +88,9 @@ def write_configs(
         notes.append(f"Evaluations: on {test}, too: there is no other split. They say little.")
     elif train.endswith("_trainval") and test.endswith("_val"):
         notes.append(f"Evaluations: on {test}, whose images {train} has too. They say little.")
+    elif not test.endswith("_val"):
+        why = "trainval holds val" if train.endswith("_trainval") else "there is no val"
+        notes.append(f"Evaluations: on {test}, since {why}.")
     for section, settings in masks.items():
         base[section].update(settings)
     outputs = {name: os.path.join(folder, "output", name) for name in _NAMES}

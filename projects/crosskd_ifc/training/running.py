@@ -119,7 +119,7 @@ def evaluate(
     """
     with one_line_errors(cfg):
         start_logging(cfg, args, config)
-        check_test_data(cfg)
+        check_test_data(cfg, evaluation=True)
         check_classes(cfg, evaluation=True)
         model = build_model()
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)

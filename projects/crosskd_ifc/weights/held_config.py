@@ -6,7 +6,7 @@ from typing import Any, List
 import yaml
 from detectron2.config import CfgNode
 
-from ..common.config_files import flat
+from ..common.config_files import LAZY_CONFIG, flat
 from ..common.safe_yaml import load_yaml
 
 # Keys that weights fit with any value of, and that change what a model finds.
@@ -31,9 +31,11 @@ def differing_keys(checkpoint: Any, cfg: CfgNode, *, evaluation: bool) -> List[s
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError):
         return []
     now = dict(flat(load_yaml(cfg.dump())))
+    if (LAZY_CONFIG in then) != (LAZY_CONFIG in now):  # most of a LazyConfig isn't in these keys
+        return []
     return [
         key
         for key in now
-        if key in then and now[key] != then[key]
+        if key in then and now[key] != then[key] and not key.startswith("MODEL.CROSSKD.")
         if _OF_PREDICTIONS.fullmatch(key) or (evaluation and _OF_EVALUATION.fullmatch(key))
     ]

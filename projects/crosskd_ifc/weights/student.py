@@ -111,7 +111,7 @@ def load_config_of(
             f"{path}: a LazyConfig, which is code; give the one that {checkpoint} was trained with "
             "by --config-file FILE.py (of an exported FCOS, the training's config)"
         )
-    cfg = load_config(path, key=key, found=not config_file)
+    cfg = load_config(path, opts, key=key, opts_key="--opts", found=not config_file)
     if config_file:
         fill_in_class_count(cfg)  # a training has written it into its own
         keys = differing_keys(content, cfg, evaluation=True)
@@ -120,7 +120,6 @@ def load_config_of(
                 f"--config-file {path}: {', '.join(keys)} differ from the config in {checkpoint}, "
                 "that of its training; without --config-file that one is taken"
             )
-    merge_from_list(cfg, opts, key="--opts")
     return cfg, path
 
 
