@@ -47,13 +47,17 @@ COMBINING_ARMS = {
 
 
 def read_tables(names) -> Dict[str, Table]:
-    """Of the comparisons that have results."""
+    """Of the comparisons that have results, of all seeds that their contrasts were planned with."""
     tables = {}
     for name in names:
         path = os.path.join(BENCHMARKS, name, "results.json")
         if os.path.exists(path):
             with open(path) as f:
-                tables[name] = Table(json.load(f))
+                content = json.load(f)
+            table = Table(content)
+            planned = zip(content.get("contrasts", ()), content.get("planned_seeds", ()))
+            if all(len(table.scores(arm)) >= count for pair, count in planned for arm in pair):
+                tables[name] = table
     return tables
 
 
