@@ -626,6 +626,12 @@ def rows_of_results(after="# Results"):
     return read("docs", "results.md").split(after, 1)[1].splitlines()
 
 
+def check_verdicts(contrasts, number, titles, *, after):
+    assert len(contrasts) == number
+    for found in contrasts:
+        assert row_of_a_contrast(found, titles) in rows_of_results(after)
+
+
 @pytest.mark.parametrize(
     "title, arm",
     [
@@ -666,10 +672,7 @@ def test_the_table_of_the_decisive_comparison_is_that_of_the_recorded_runs(arm):
 
 def test_the_verdicts_of_the_decisive_comparison_are_told_as_recorded():
     contrasts = results("decisive").contrasts()
-    assert len(contrasts) == 7
-    for found in contrasts:
-        row = row_of_a_contrast(found, DECIDED)
-        assert row in rows_of_results(after="## The decisive comparison")
+    check_verdicts(contrasts, 7, DECIDED, after="## The decisive comparison")
     best = next(c for c in contrasts if (c.arm, c.reference) == ("winner", "crosskd"))
     told = "{:+.1f} AP (corrected interval {:+.1f} to {:+.1f})"
     assert told.format(best.difference.mean, *best.corrected) in told_in_results()
@@ -721,10 +724,7 @@ def test_the_table_of_the_longer_training_is_that_of_the_recorded_runs(arm):
 
 def test_the_verdicts_of_the_longer_training_are_told_as_recorded():
     contrasts = results("decisive_long").contrasts()
-    assert len(contrasts) == 3
-    for found in contrasts:
-        row = row_of_a_contrast(found, LONG)
-        assert row in rows_of_results(after="### With twice the steps")
+    check_verdicts(contrasts, 3, LONG, after="### With twice the steps")
 
 
 def test_what_the_longer_training_shows_is_told_as_recorded():

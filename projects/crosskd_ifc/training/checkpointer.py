@@ -232,12 +232,13 @@ class SafeCheckpointer(SafeReader):
         elif self._cfg is not None:
             self.logger.warning(f"{file} doesn't say its config: no setting can be compared")
         table = f" What has changed:\n{as_table(changed)}" if changed else ""
-        if changed and is_distilled(content["config"]) != is_distilled(describe_run(self._cfg)):
-            then = "was distilled" if is_distilled(content["config"]) else "wasn't distilled"
+        was_distilled = bool(changed) and is_distilled(content["config"])
+        if changed and was_distilled != is_distilled(describe_run(self._cfg)):
+            then = "was" if was_distilled else "wasn't"
             raise CheckpointError(
-                f"{file} is of a run that {then} (MODEL.CROSSKD.TEACHER, TEACHERS or ENABLED), so "
-                "this one needs an OUTPUT_DIR of its own. To start from those weights, name the "
-                "file in MODEL.WEIGHTS; to end a distillation early, set "
+                f"{file} is of a run that {then} distilled (MODEL.CROSSKD.TEACHER, TEACHERS or "
+                "ENABLED), so this one needs an OUTPUT_DIR of its own. To start from those "
+                "weights, name the file in MODEL.WEIGHTS; to end a distillation early, set "
                 f"MODEL.CROSSKD.SCHEDULE.STOP_ITER.{table}"
             )
         try:

@@ -45,21 +45,21 @@ def check_test_data(cfg: CfgNode, *, evaluation: bool = False) -> None:
             DatasetCatalog.get(name)
         except ValueError as error:
             raise ConfigError(f"DATASETS.TEST: {name!r}: {error}") from error
+        fault, too_low = "", ""
         if card.evaluator == "pascal_voc":
-            fault = _voc_fault(card, split)
-        else:
-            fault = _coco_fault(card, split, cfg) if card.format == "coco" else ""
+            fault, too_low = _voc_faults(card, split)
+        elif card.format == "coco":
+            fault = _coco_fault(card, split, cfg)
         if fault:
             raise ConfigError(
                 f"DATASETS.TEST: {name!r} can't be evaluated: dataset card {card.path}: "
                 f"splits.{split}: {fault}\n"
                 f"`{tool_command('prepare_data')} check {card.path}` lists all that is wrong."
             )
-        fault = _voc_classes_fault(card, split) if card.evaluator == "pascal_voc" else ""
-        if fault and evaluation:
-            logger.warning(f"DATASETS.TEST: {name!r}: {fault}")
-        elif fault:
-            raise ConfigError(f"DATASETS.TEST: {name!r}: dataset card {card.path}: {fault}")
+        if too_low and evaluation:
+            logger.warning(f"DATASETS.TEST: {name!r}: {too_low}")
+        elif too_low:
+            raise ConfigError(f"DATASETS.TEST: {name!r}: dataset card {card.path}: {too_low}")
 
 
 def check_classes(
@@ -162,36 +162,28 @@ def _coco_fault(card: Card, split: str, cfg: CfgNode) -> str:
     return f"{path}: {fault}" if fault else ""
 
 
-def _voc_fault(card: Card, split: str) -> str:
+def _voc_faults(card: Card, split: str) -> Tuple[str, str]:
+    """What VOC's evaluator can't read, and what makes its AP too low; "" each if nothing."""
     needs = (
         "detectron2's VOC evaluator needs <pose>, <truncated>, <difficult> and whole numbers as "
         "coordinates; `evaluator: coco` in the card does without"
     )
     fault = voc_list_fault(card.root, card.splits[split])
     if fault:
-        return fault
+        return fault, ""
+    counted = set()
     for image_id in read_voc_split(card.root, card.splits[split]):
         path = os.path.join(card.root, "Annotations", image_id + ".xml")
         for number, (name, _, element) in enumerate(read_voc_annotation(path)[1], 1):
             fault = voc_evaluator_fault(element)
             if fault:
-                return f"{path}: object {number}, {name[:80]}: no usable {fault}; {needs}"
-    return ""
-
-
-def _voc_classes_fault(card: Card, split: str) -> str:
-    objects = (
-        (name, element)
-        for image_id in read_voc_split(card.root, card.splits[split])
-        for name, _, element in read_voc_annotation(
-            os.path.join(card.root, "Annotations", image_id + ".xml")
-        )[1]
-    )
-    counted = {name for name, element in objects if not int(element.find("difficult").text)}
+                return f"{path}: object {number}, {name[:80]}: no usable {fault}; {needs}", ""
+            if not int(element.find("difficult").text):
+                counted.add(name)
     lacking = [name for name in card.classes if name not in counted]
     if not lacking:
-        return ""
-    return (
+        return "", ""
+    return "", (
         f"splits.{split}: there is no object of {short(lacking[0])} but difficult ones "
         f"({len(lacking)} of {len(card.classes)} classes), and detectron2's VOC evaluator counts "
         "such a class as AP 0 or NaN. `evaluator: coco` in the card leaves it out of the mean"

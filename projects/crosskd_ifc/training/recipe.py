@@ -70,7 +70,7 @@ def write_configs(
     if gpus < 0:
         raise ValueError(f"--gpus {gpus}: expected 0 (a CPU) or more")
     path = resolve_path(card, what="dataset card", key="configs")
-    train, test = _splits(path)
+    train, test, why = _splits(path)
     records, _ = drop_degenerate_boxes(DatasetCatalog.get(train))
     records = [record for record in records if record["annotations"]]
     if not records:
@@ -84,13 +84,7 @@ def write_configs(
 
     base, notes = _base(records, detector, pretrained=pretrained, gpus=gpus)
     base["DATASETS"] = {"CARDS": [path], "TRAIN": [train], "TEST": [test]}
-    if train == test:
-        notes.append(f"Evaluations: on {test}, too: there is no other split. They say little.")
-    elif train.endswith("_trainval") and test.endswith("_val"):
-        notes.append(f"Evaluations: on {test}, whose images {train} has too. They say little.")
-    elif not test.endswith("_val"):
-        why = "trainval holds val" if train.endswith("_trainval") else "there is no val"
-        notes.append(f"Evaluations: on {test}, since {why}.")
+    notes += [f"Evaluations: on {test}, {why}."] if why else []
     for section, settings in masks.items():
         base[section].update(settings)
     outputs = {name: os.path.join(folder, "output", name) for name in _NAMES}
@@ -131,14 +125,19 @@ def write_configs(
     return "\n".join([*told, *(f"  {step}" for step in steps)])
 
 
-def _splits(card: str) -> Tuple[str, str]:
-    """The data sets of a card to train and to test on."""
+def _splits(card: str) -> Tuple[str, str, str]:
+    """The data sets of a card to train and to test on, and why the latter isn't an apart val."""
     names = dict(zip(load_card(card).splits, register_card(card)))
     first, last = [*names.values()][0], [*names.values()][-1]
     train = next((names[s] for s in ("train", "trainval") if s in names), first)
-    # trainval holds val.
-    tests = ("test", "val") if train == names.get("trainval") else ("val", "test")
-    return train, next((names[s] for s in tests if s in names), last)
+    has_all = train == names.get("trainval")  # val's images, too
+    tests = ("test", "val") if has_all else ("val", "test")
+    test = next((names[s] for s in tests if s in names), last)
+    if train == test:
+        return train, test, "too: there is no other split. They say little"
+    if test == names.get("val"):
+        return train, test, f"whose images {train} has too. They say little" if has_all else ""
+    return train, test, f"since {'trainval holds val' if has_all else 'there is no val'}"
 
 
 def _mask_settings(records: Sequence[dict]) -> Dict[str, Dict[str, Any]]:
