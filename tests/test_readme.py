@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from test_recipe import make_card
 
+from crosskd_ifc.common.user_code import import_user_code
+from crosskd_ifc.config import ConfigError
+from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import report_text
 from crosskd_ifc.experiments.statistics import (
@@ -430,23 +433,20 @@ def costs_told():
 
 def test_the_costs_in_short_are_the_measured_ones():
     plain, _, both, *_ = costs("faster_rcnn_taps_R50_R18_cpu", speed=False)
-    assert f"takes {both} times the time of the plain student's step" in costs_told()
-    assert f"together, {plain} times the plain step" in costs_told()
+    assert f"one loss per tap (the default), CPU | {both} | {plain} (again:" in costs_told()
     assert f"takes {float(plain):.1f} to 1.5 times the plain student's on a CPU" in read(
         "README.md"
     )
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_cpu", speed=False)
-    assert f"it is {both} times and {plain} times on another CPU" in costs_told()
+    assert f"mean of fc1 and fc2, another CPU | {both} | {plain} |" in costs_told()
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16", speed=True)
-    told = f"on an H100 (16 images of 800x1333) {both} times and {plain} times, with AMP "
+    assert f"on an H100, 16 images of 800x1333 | {both} | {plain} |" in costs_told()
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16_amp", speed=True)
-    assert told + f"{both} and {plain} times." in costs_told()
+    assert f"the same with AMP | {both} | {plain} |" in costs_told()
     places = ("R50_R18_cpu", "R50_R18_h100")
     dense = [costs(f"{kind}_{at}", speed=False) for kind in ("retinanet", "fcos") for at in places]
     plain, both = (sorted({f"{float(cells[i]):.1f}" for cells in dense}) for i in (0, 2))
-    told = (
-        f"cost more: {' to '.join(plain)} times the plain step, {' to '.join(both)} times student"
-    )
+    told = f"RetinaNet, FCOS, CPU | {' to '.join(both)} | {' to '.join(plain)} |"
     assert told in costs_told()
 
 
@@ -587,7 +587,7 @@ def test_the_list_of_configs_has_every_folder_and_every_kind_of_name():
 
 
 def test_the_example_of_a_protocol_can_be_run(tmp_path):
-    example, _ = re.findall(r"```yaml\n(.*?)```", read("docs", "comparisons.md"), re.DOTALL)
+    example, *_ = re.findall(r"```yaml\n(.*?)```", read("docs", "comparisons.md"), re.DOTALL)
     (tmp_path / "p.yaml").write_text(example)
     protocol = load_protocol(str(tmp_path / "p.yaml"))
     assert list(protocol.arms) == ["teacher", "student", "crosskd", "temperature_1"]
@@ -598,7 +598,7 @@ def test_the_example_of_a_protocol_for_own_photos_can_be_run(tmp_path, monkeypat
     card = Path(make_card(tmp_path))
     card.write_text(card.read_text().replace("name: recipe", "name: cells"))
     write_configs(str(card), str(tmp_path / "cells"), teacher="R50", student="R18")
-    _, example = re.findall(r"```yaml\n(.*?)```", read("docs", "comparisons.md"), re.DOTALL)
+    _, example, _ = re.findall(r"```yaml\n(.*?)```", read("docs", "comparisons.md"), re.DOTALL)
     (tmp_path / "cells" / "protocol.yaml").write_text(example)
     monkeypatch.chdir(tmp_path)
     protocol = load_protocol("cells/protocol.yaml")
@@ -606,6 +606,28 @@ def test_the_example_of_a_protocol_for_own_photos_can_be_run(tmp_path, monkeypat
     assert [name for name, one in runs.items() if one.needs] == ["crosskd_ifc", "crosskd"]
     assert runs["crosskd"].cfg().MODEL.CROSSKD.FUSION.IN_FEATURES == ("pool",)
     assert set(runs["crosskd"].cfg().DATASETS.TEST) == {"cells_val", "cells_test"}
+
+
+def test_the_example_of_an_own_loss_can_be_an_arm_of_the_comparison_on_coco(tmp_path, monkeypatch):
+    *_, arm = re.findall(r"```yaml\n(.*?)```", read("docs", "comparisons.md"), re.DOTALL)
+    *_, loss = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", read("docs", "extending.md"), re.DOTALL)
+        if "FEATURE_LOSS_REGISTRY" in block
+    )
+    (tmp_path / "my_loss.py").write_text(loss.replace('"l1"', '"l1_of_an_arm"'))
+    protocol = read("benchmarks", "protocols", "coco_faster_rcnn_R50_R18.yaml")
+    arm = arm.replace("FEATURE_TYPE: l1", "FEATURE_TYPE: l1_of_an_arm")
+    (tmp_path / "mine.yaml").write_text(protocol.replace("arms:\n", f"arms:\n{arm}"))
+    monkeypatch.chdir(tmp_path)
+    cfg = load_protocol("mine.yaml").run("mine", 1, "runs").cfg()
+    assert cfg.MODEL.CROSSKD.IMPORTS == ("my_loss.py",)
+    import_user_code(cfg)
+    check_crosskd_config(cfg)
+    without = cfg.clone()
+    without.merge_from_list(["MODEL.CROSSKD.LOSS.FEATURE_COMBINE", True])
+    with pytest.raises(ConfigError, match="FEATURE_COMBINE is True, but l1_of_an_arm compares"):
+        check_crosskd_config(without)
 
 
 def row_against_crosskd(name, title, arm):
@@ -679,7 +701,12 @@ def test_the_verdicts_of_the_decisive_comparison_are_told_as_recorded():
     gain = f"{best.difference.mean:.1f} AP"
     assert f"beats plain CrossKD by {gain}" in " ".join(read("docs", "choosing.md").split())
     text = " ".join(read("README.md").split())
-    assert f"beats plain CrossKD by {gain}** ({{:.1f}} to {{:.1f}};".format(*best.corrected) in text
+    assert (
+        f"beats plain CrossKD by {gain}** (corrected interval {{:.1f}} to {{:.1f}};".format(
+            *best.corrected
+        )
+        in text
+    )
     ahead = sum(value > 0 for value in best.difference.values.values())
     assert f"ahead of plain CrossKD on {ahead} of the 16 seeds" in told_in_results()
 
@@ -741,17 +768,17 @@ def test_what_the_longer_training_shows_is_told_as_recorded():
     assert f"{told} {controls}). Both intervals include 0." in text
     assert max(c.corrected[0] for c in table.contrasts()[:2]) < 0
     count = len(gain.values)
-    assert f"nothing of it is certain: {ours}) on {count} seeds;" in text
-    assert f"which alone gives {tell(weight)[:-1]}, not corrected)" in text
+    assert f"nothing of this lead is certain: {ours}) on {count} seeds." in text
+    assert f"with doubled weights gains {tell(weight)[:-1]}, not corrected)" in text
     assert f"({ap_of(table, 'teacher')} AP)" in text
     left = [-results(x).difference("winner", "teacher").mean for x in ("decisive_long", "decisive")]
     assert "end {:.1f} AP below their teachers, after 440 steps {:.1f} AP".format(*left) in text
     front = " ".join(read("README.md").split())
     ours, controls = (x.format("") for x in corrected)
-    assert f"With twice the steps: {ours}; {count} seeds)" in front
-    assert f"at equal total loss weight {controls})" in front
+    assert f"With twice the steps its lead is {ours}; {count} seeds)" in front
+    assert f"with the same total loss weight is as good: {controls})" in front
     behind = -results("decisive").difference("ifc", "crosskd").mean
-    assert f"the method's first form, is {behind:.1f} AP behind (16 seeds)" in front
+    assert f"It is {behind:.1f} AP behind plain CrossKD (16 seeds)" in front
     assert f"the method's first form, is {behind:.1f} AP behind plain CrossKD" in text
 
 

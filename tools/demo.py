@@ -89,6 +89,7 @@ def main(argv=None, protocol_file=""):
     detections, features, plot = draw(titles, runs, output)
     seed, device = protocol.seeds[0], runs[TEACHER].cfg().MODEL.DEVICE
     print(f"\n{protocol.test}, seed {seed}, {device}:\n\n{table_of(titles, runs)}\n")
+    print("One seed: the next may differ by 1 or 2 AP, and the order of students with it.\n")
     print(f"Detections: {detections}\nFeatures:   {features}")
     print(f"Curves:     {plot}\nNumbers:    {report}")
     print(f"Took {(time.monotonic() - start) / 60:.1f} min")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Search settings of an arm on validation images, by Optuna (pip install '.[tune]').
+"""Search settings of an arm on validation images, by Optuna (pip install -e '.[tune]').
 
 The arm, its seeds and its data are those of a protocol, see tools/compare.py; the first trial is
 the arm as it stands. A trial that falls behind at an evaluation (TEST.EVAL_PERIOD) is pruned. The

@@ -14,8 +14,6 @@ from ..loss_types import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY, FEATURE_LOSS_REGI
 from . import class_map
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-# Feature losses whose authors don't combine levels (nor do PKD's, but the published code does).
-_LEVEL_WITH_LEVEL = ("cwd", "mgd", "fgd")
 # Earlier defaults, as configs of earlier runs spell them out; unused they mean the same as today's.
 _EARLIER_DEFAULTS = {"FUSION.NAME": "mean", "FUSION.ROUTE": "direct", "TEACHER.STAGE": 1}
 
@@ -95,7 +93,7 @@ def check_crosskd_config(cfg: CN) -> None:
         reason = "LOSS.FEATURE_WEIGHT is 0: features aren't compared"
         leaves = ("FEATURE_TYPE", "FEATURE_OPTS", "FEATURE_LEVELS")
         check_unused(kd, [f"LOSS.{leaf}" for leaf in leaves], reason)
-    elif kd.LOSS.FEATURE_COMBINE and kd.LOSS.FEATURE_TYPE in _LEVEL_WITH_LEVEL:
+    elif kd.LOSS.FEATURE_COMBINE and kd.LOSS.FEATURE_TYPE != "pkd":  # the published code's own
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.FEATURE_COMBINE is True, but {kd.LOSS.FEATURE_TYPE} compares each "
             "level of the pyramid with the teacher's same level; set it to False"
