@@ -113,6 +113,8 @@ def search_in(folder, protocol, args):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     start = runs.start(space)
+    if start is None:
+        print(f"What {args.arm} has itself lies outside of the search and isn't tried")
     runs.prepare()
     best = search(study, space, runs, trials=args.budget // len(seeds), start=start, jobs=args.jobs)
     name, opts = runs.arm_of(best)

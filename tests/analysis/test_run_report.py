@@ -1,6 +1,7 @@
 """tools/report.py and what it calls."""
 
 import json
+import math
 import re
 import runpy
 import shutil
@@ -264,6 +265,15 @@ def test_a_run_that_went_back_counts_from_there(tmp_path):
     lines = [{"iteration": i, "loss_cls": float(n)} for n, i in enumerate((19, 39, 19))]
     log(tmp_path, lines)
     assert RunRecord(str(tmp_path)).series("loss_cls") == [(19, 2.0)]
+
+
+def test_a_student_that_ends_without_a_detection_has_an_ap_of_0(tmp_path):
+    (tmp_path / "config.yaml").write_text(tiny_cfg("SOLVER.MAX_ITER", 200).dump())
+    lines = [{"iteration": 99, "bbox/AP": 21.5, "bbox/AP-cell": 21.5, "loss_cls": 1.0}]
+    log(tmp_path, [*lines, {"iteration": 200, "bbox/AP": math.nan}])
+    record = RunRecord(str(tmp_path))
+    assert record.evaluations("bbox") == [(100, 21.5), (200, 0.0)]
+    assert record.per_class("bbox") == {}
 
 
 def instances(boxes, classes, scores=None):

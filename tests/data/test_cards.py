@@ -305,6 +305,10 @@ def test_a_name_belongs_to_one_card(tmp_path):
     voc.change(classes=["rod", "cell"])
     with pytest.raises(ValueError, match="older state"):
         register_card(str(voc.card))
+    DatasetCatalog.pop("tiny_train")
+    DatasetCatalog.register("tiny_train", list)
+    with pytest.raises(ValueError, match="tiny_train.*other code"):
+        register_card(str(voc.card))
     voc.change(name="coco", splits={"2017_val": "val"})
     with pytest.raises(ValueError, match="coco_2017_val.*detectron2"):
         register_card(str(voc.card))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -666,6 +667,51 @@ def test_diverged_runs_count_each_and_stay_out_of_curves_and_of_the_median():
     # An arm that differences are taken to has a ratio, also from another table.
     lines = stability(table, section._replace(arms=["a"]))
     assert "of `b`" in " ".join(lines)
+
+
+def test_a_replicate_of_one_seed_leaves_the_ratio_of_deviations_nearly_as_it_was():
+    scores = {"a": (30.0, 31.0, 32.0, 33.0), "b": (30.0, 32.0, 34.0, 36.0)}
+    runs = [(arm, seed, 1, ap) for arm, found in scores.items() for seed, ap in enumerate(found)]
+
+    def ratio(*more):
+        table = table_of(*runs, *more, versus=["b"])
+        for found in table.runs.values():  # each seed has a teacher of its own
+            for seed, entries in found.items():
+                for run in entries:
+                    run.update(teacher_seed=seed, curve=[[220, run["AP"]]])
+        text = "\n".join(stability(table, table.sections()[0]))
+        (line,) = [x for x in text.splitlines() if x.startswith("| `a`")]
+        return float(re.search(r"([0-9.]+) \(.* of `b`", line).group(1))
+
+    assert ratio() == 0.5
+    assert ratio(("b", 0, 2, 30.02)) == 0.5
+
+
+def test_runs_of_old_share_the_teachers_of_later_ones():
+    runs = [(arm, seed, 1, 30.0 + seed * (arm == "a")) for arm in "ab" for seed in range(1, 7)]
+    table = table_of(*runs)
+    for found in table.runs.values():
+        for seed, entries in found.items():  # the first three don't name their own teacher
+            entries[0].update({"teacher_seed": seed - 3} if seed > 3 else {})
+    assert len(table.difference("a", "b").units) == 6, "other arms have none"
+    for arm in table.arms.values():
+        arm["taught"] = True
+    assert table.difference("a", "b").units == (2.5, 3.5, 4.5)
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        ({"MODEL.CROSSKD.LOSS.TEMPERATURE": -1.0}, "crosskd_ifc: MODEL.CROSSKD.LOSS.TEMPERATURE"),
+        ({"MODEL.CROSSKD.FUSION.NAME": "meen"}, "crosskd_ifc: .*FUSION.NAME is 'meen'"),
+        ({"SOLVER.EMA_DECAY": 1.5}, "crosskd_ifc: SOLVER.EMA_DECAY is 1.5"),
+    ],
+)
+def test_settings_that_can_not_work_are_refused_before_the_teacher_trains(opts, message, tmp_path):
+    case = Case(tmp_path, arms={"crosskd_ifc": {"config": DISTILLED, "opts": opts}}, ablations=None)
+    comparison = Comparison(case.runs, case.results, "")
+    with pytest.raises(ConfigError, match=f"protocol.yaml: {message}"):
+        comparison.check(case.todo())
 
 
 def test_what_can_not_run_here_is_refused_before_anything_runs(tmp_path):

@@ -76,6 +76,17 @@ def test_an_interrupted_run_is_resumed_in_its_folder(train, tmp_path):
     assert len(calls(folder)) == 2 and all("--resume" in c for c in calls(folder))
 
 
+def test_a_run_names_the_versions_that_its_starts_had(train, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    (tmp_path / "fail").touch()
+    for commit in ("old", "old", "new"):
+        found = {"torch": "1", "crosskd_ifc": commit}
+        monkeypatch.setattr(runs, "versions", lambda found=found: found)
+        done = train(make_run(folder))
+        os.remove(folder / "run.json")
+    assert done["versions"] == {"torch": "1", "crosskd_ifc": "old, then new"}
+
+
 def test_a_run_of_another_config_is_moved_aside_and_kept(train, tmp_path):
     folder = tmp_path / "run"
     train(make_run(folder))

@@ -9,8 +9,8 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from crosskd_ifc import ConfigError
+from crosskd_ifc.experiments.child_process import RunDiverged, RunFailed
 from crosskd_ifc.experiments.protocol import load_protocol
-from crosskd_ifc.experiments.runs import RunFailed
 from crosskd_ifc.experiments.trial_runs import TrialRuns
 from crosskd_ifc.experiments.tuning import number_range, open_study, search
 
@@ -22,17 +22,21 @@ PLAIN, DISTILLED = "quick/faster_rcnn_R_18_shapes.yaml", "quick/crosskd_ifc_R_18
 
 
 class Objective:
-    """An AP that is best at a weight of 0.5; fails, or stops the search, at some calls."""
+    """An AP that is best at a weight of 0.5; diverges, fails, or stops the search, at some
+    calls."""
 
-    def __init__(self, failing=(), stopping=()):
-        self.seen, self.failing, self.stopping = [], failing, stopping
+    def __init__(self, diverging=(), failing=(), stopping=()):
+        self.seen, self.diverging, self.failing = [], diverging, failing
+        self.stopping = stopping
 
     def __call__(self, trial, settings):
         self.seen.append(settings[WEIGHT])
         if len(self.seen) in self.stopping:
             raise KeyboardInterrupt
+        if len(self.seen) in self.diverging:
+            raise RunDiverged("the loss is not finite")
         if len(self.seen) in self.failing:
-            raise RunFailed("the loss is not finite")
+            raise RunFailed("no space left on device")
         return 40 - 10 * math.log10(settings[WEIGHT] / 0.5) ** 2
 
 
@@ -57,12 +61,21 @@ def test_a_search_goes_on_where_it_was_stopped(tmp_path):
     assert len(second.seen) == 3, "the budget is used up"
 
 
-def test_settings_whose_run_fails_are_bad_ones_unless_the_first_does(tmp_path):
-    lines, objective = [], Objective(failing=(2,))
+def test_a_run_that_fails_ends_the_search_and_is_tried_again(tmp_path):
+    path, objective = str(tmp_path / "study.journal"), Objective(failing=(3,))
+    with pytest.raises(RunFailed, match="no space left"):
+        search(open_study(path, SPACE), SPACE, objective, trials=6, start=BAD)
+    again = Objective()
+    search(open_study(path, SPACE), SPACE, again, trials=6, start=BAD)
+    assert again.seen[0] == objective.seen[2] and len(again.seen) == 4
+
+
+def test_settings_whose_run_diverges_are_bad_ones_unless_the_first_does(tmp_path):
+    lines, objective = [], Objective(diverging=(2,))
     study = open_study(str(tmp_path / "a.journal"), SPACE)
     search(study, SPACE, objective, trials=4, start=BAD, say=lines.append)
     assert len(objective.seen) == 4 and lines == ["the loss is not finite"]
-    objective = Objective(failing=(1,))
+    objective = Objective(diverging=(1,))
     study = open_study(str(tmp_path / "b.journal"), SPACE)
     with pytest.raises(RunFailed, match="not finite"):
         search(study, SPACE, objective, trials=4, start=BAD)
@@ -122,6 +135,12 @@ def evaluate(iteration, ap):
         for name, more in (("crosskd_shapes_test", -60), ("crosskd_shapes_val", 0)):
             line.update({name + "/bbox/AP": ap + more, name + "/bbox/AP50": ap})
         f.write(json.dumps(line) + "\\n")
+fault = os.environ.get("FAULT") if ap < 20 else ""
+if fault:
+    if fault == "diverged":
+        with open(os.path.join(folder, "diverged.json"), "w") as f:
+            f.write('{"iteration": 7}')
+    sys.exit(fault)
 evaluate(109, ap / 2)
 if ap < 20 and os.environ.get("SLOW"):
     time.sleep(60)
@@ -247,6 +266,24 @@ def test_a_trial_behind_the_median_at_an_evaluation_ends_there(tmp_path, monkeyp
     name, _ = tool.runs.arm_of(last)
     assert tool.order()[-1] == f"{name}_1"
     assert name not in {r["arm"] for r in tool.recorded()["runs"]}
+
+
+def test_only_a_loss_that_is_not_finite_makes_settings_bad(tmp_path, monkeypatch):
+    tool = Tool(tmp_path, seeds=(1,))
+    tool.runs.prepare()
+    for weight in (0.5, 80.0, 81.0):
+        tool.study.enqueue_trial({WEIGHT: weight})
+    monkeypatch.setenv("FAULT", "diverged")
+    search(tool.study, SPACE, tool.runs, trials=2)
+    assert [t.state.name for t in tool.study.trials][:2] == ["COMPLETE", "PRUNED"]
+    monkeypatch.setenv("FAULT", "no space left on device")
+    with pytest.raises(RunFailed, match="(?s)failed; the end of .*no space left"):
+        search(tool.study, SPACE, tool.runs, trials=3)
+    assert tool.study.trials[-1].state.name == "FAIL" and tool.runs.stop.is_set()
+    monkeypatch.delenv("FAULT")
+    again = Tool(tmp_path, seeds=(1,))
+    search(again.study, SPACE, again.runs, trials=3)
+    assert again.study.trials[-1].params == {WEIGHT: 81.0}
 
 
 def test_what_a_protocol_does_not_have_is_refused_by_name(tmp_path):

@@ -20,6 +20,7 @@ from crosskd_ifc.experiments.runs import Run
 from crosskd_ifc.modeling.attach import load_teacher_config
 from crosskd_ifc.training.errors import SetupError
 from crosskd_ifc.training.launching import argument_parser
+from crosskd_ifc.training.lazy_trainer import LazyStream
 from crosskd_ifc.weights.export import export_student
 
 tool = load_script(os.path.join(ROOT, "tools", "lazyconfig_train_net.py"))
@@ -108,6 +109,17 @@ def test_a_lazyconfig_trains_as_its_yaml_twin_bit_for_bit_also_when_it_was_stopp
     instantiate(model).load_state_dict(model_of(out))
     with pytest.raises(ConfigError, match="model_final.pth.*lazyconfig_train_net.*--config-file"):
         export_student(str(out / "model_final.pth"), str(tmp_path / "exported"))
+
+
+def test_an_image_without_a_usable_box_is_left_out_as_by_the_yaml_twin(few_pictures):  # noqa: F811
+    node = load_lazy_config(os.path.join(ROOT, "configs", STUDENT), key="test").dataloader.train
+    dataset = instantiate(node.dataset)
+    lost = {**dataset[0], "annotations": [{**dataset[0]["annotations"][0], "bbox": [5, 5, 0, 9]}]}
+    cfg = Run("", STUDENT.replace(".py", ".yaml"), "", []).cfg()
+    counts = []
+    for node.dataset.filter_empty in (True, False):
+        counts.append(len(LazyStream(cfg, node, [lost, *dataset[1:]]).records))
+    assert counts == [len(dataset) - 1, len(dataset)]
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,16 @@ def test_samplers_with_weights_know_the_images_that_are_left(tmp_path, sampler):
     assert counts == [24 // sum(times) * n for n in times]
 
 
+def test_a_repeat_factor_of_no_training_data_set_is_an_error(tmp_path):
+    found = photos(tmp_path, [(60, 40)])
+    DatasetCatalog.register("own_first", lambda: found)
+    opts = ("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler", "DATASETS.TRAIN", ("own_first",))
+    with pytest.raises(
+        ConfigError, match="TRAIN_REPEAT_FACTOR: 'own_frist' is none of .*own_first"
+    ):
+        training_batches(1, *opts, repeat=[["own_frist", 2.0]])
+
+
 def test_a_weighted_sampler_needs_the_data_set_of_each_record():
     opts = ("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler", "DATASETS.TRAIN", ("a", "b"))
     with pytest.raises(ConfigError, match="SAMPLER_TRAIN.*'dataset_name'"):

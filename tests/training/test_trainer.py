@@ -17,6 +17,7 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from helpers import distilling, tiny_cfg
+from PIL import Image
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, Teacher
 from crosskd_ifc.data.cards import register_card
@@ -139,6 +140,7 @@ def coco_sets(tmp_path):
     """Writes and registers a card without classes: split -> class names by category id."""
 
     def register(**splits):
+        Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
         for split, names in splits.items():
             content = {"images": [{"id": 1, "file_name": "a.png", "height": 64, "width": 64}]}
             content["annotations"] = [
@@ -194,9 +196,8 @@ def test_classes_that_are_not_known_are_not_compared(coco_sets, dataset, tmp_pat
     gone = dataset([], evaluator_type="coco")
     MetadataCatalog.remove(gone)
     MetadataCatalog.get(gone).set(evaluator_type="coco", json_file=str(tmp_path / "gone.json"))
-    cfg = sets_cfg([train], [nameless, gone], "OUTPUT_DIR", str(tmp_path / "out"))
-    CrossKDTrainer(cfg)
-    check_classes(cfg, evaluation=True)
+    CrossKDTrainer(sets_cfg([train], [nameless], "OUTPUT_DIR", str(tmp_path / "out")))
+    check_classes(sets_cfg([train], [nameless, gone]), evaluation=True)
 
 
 def test_detectron2s_own_data_sets_have_the_same_classes():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from typing import List, Mapping
 
@@ -22,6 +23,11 @@ def read_metrics(path: str) -> List[dict]:
             except json.JSONDecodeError:
                 logger.debug(f"{path}: incomplete line left out")
     return lines
+
+
+def ap_or_zero(value: float) -> float:
+    """An AP of an evaluation; detectron2 says NaN where a model detects nothing at all."""
+    return 0.0 if math.isnan(value) else value
 
 
 def plot_curves(runs: Mapping[str, str], path: str, *, title: str) -> None:

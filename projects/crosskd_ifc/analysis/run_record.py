@@ -12,7 +12,7 @@ from detectron2.utils.file_io import PathManager
 from ..common.config_files import default_values, flat, load_config
 from ..config import ConfigError
 from ..training.run_folder import last_checkpoint
-from .curves import read_metrics
+from .curves import ap_or_zero, read_metrics
 
 _WRITING_PERIOD = 20  # iterations, of detectron2's writers
 Points = List[Tuple[int, float]]
@@ -78,19 +78,18 @@ class RunRecord:
 
     def evaluations(self, task: str) -> Points:
         """(iterations done, AP) of the student on the first test set."""
-        points = self.series(f"{self.test_prefix}{task}/AP")
+        key, last = f"{self.test_prefix}{task}/AP", self.cfg.SOLVER.MAX_ITER
         # Evaluations in between are counted from 0, the last one is not.
-        return [(min(i + 1, self.cfg.SOLVER.MAX_ITER), value) for i, value in points]
+        return [
+            (min(x["iteration"] + 1, last), ap_or_zero(x[key])) for x in self._lines if key in x
+        ]
 
     def per_class(self, task: str) -> Dict[str, float]:
         """Class name -> AP in the last evaluation; NaN where a class has no box."""
-        prefix = f"{self.test_prefix}{task}/AP-"
-        found: Dict[str, float] = {}
-        for line in self._lines:
-            for key, value in line.items():
-                if key.startswith(prefix) and isinstance(value, (int, float)):
-                    found[key[len(prefix) :]] = float(value)
-        return found
+        whole = f"{self.test_prefix}{task}/AP"
+        line = next((x for x in reversed(self._lines) if whole in x), {})
+        prefix = f"{whole}-"
+        return {k[len(prefix) :]: float(v) for k, v in line.items() if k.startswith(prefix)}
 
     def settings(self) -> List[Tuple[str, Any, Any]]:
         """(key, value, default) of all that isn't at its default, this project's keys first."""

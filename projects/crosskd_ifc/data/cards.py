@@ -28,7 +28,6 @@ from .mapper import SampleError
 logger = logging.getLogger(__name__)
 
 _DEFAULT_COUNT = 80  # of COCO, in detectron2's config
-_registered: Dict[str, Card] = {}  # data set name -> the card that it came from
 
 
 def register_cards(cards: Sequence[str]) -> List[str]:
@@ -64,7 +63,7 @@ def register_card(path: str) -> List[str]:
     card = load_card(path)
     names = {f"{card.name}_{split}": split for split in card.splits}
     for name in names:
-        owner = _registered.get(name)
+        owner, _ = card_of(name) or (None, "")
         if name in DatasetCatalog and owner != card:
             source = "detectron2 or other code"
             if owner is not None:
@@ -88,7 +87,6 @@ def register_card(path: str) -> List[str]:
             files = card.splits[split]
             meta.set(json_file=files["json"], image_root=files["images"])
         DatasetCatalog.register(name, partial(load_split, card, split, name))
-        _registered[name] = card
     return list(names)
 
 
@@ -196,7 +194,7 @@ def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], in
         if not record.get("annotations"):
             continue
         try:
-            solid = [a for a in record["annotations"] if "bbox" not in a or _has_area(a)]
+            solid = [a for a in record["annotations"] if "bbox" not in a or has_area(a)]
             kept = [a for a in solid if "bbox" not in a or not _is_outside(a, record)]
         except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise SampleError(
@@ -218,7 +216,8 @@ def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], in
     return result, num_flat + num_outside
 
 
-def _has_area(annotation: dict) -> bool:
+def has_area(annotation: dict) -> bool:
+    """Whether an annotation's box has an area, and finite numbers."""
     box = [float(v) for v in annotation["bbox"]]
     if annotation["bbox_mode"] in (BoxMode.XYXY_ABS, BoxMode.XYXY_REL):
         box[2:4] = box[2] - box[0], box[3] - box[1]

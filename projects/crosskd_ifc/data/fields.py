@@ -41,12 +41,12 @@ def coco_evaluator_fault(content: Dict[str, Any], *, masks: bool, keypoints: int
     for record in content["categories"]:
         fault = _first_fault(record, {"id": _ID})
         if fault:
-            return f"category {short(record['id'])}: {fault}"
+            return f"category {short(record.get('id'))}: {fault}"
     needed = _evaluated_fields(masks, keypoints)
     for record in content.get("annotations", []):
         fault = _first_fault(record, needed)
         if fault:
-            return f"annotation {short(record['id'])}: {fault}"
+            return f"annotation {short(record.get('id'))}: {fault}"
     return ""
 
 

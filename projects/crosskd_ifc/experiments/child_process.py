@@ -19,6 +19,10 @@ class RunFailed(RuntimeError):
     """A training run ended with an error; the message shows the end of its log."""
 
 
+class RunDiverged(RunFailed):
+    """A training run ended because a loss wasn't finite."""
+
+
 class RunStopped(RunFailed):
     """A training run was told to stop; it goes on when it is started again."""
 

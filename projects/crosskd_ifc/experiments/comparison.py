@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..common.files import move_aside
 from ..config import ConfigError
-from ..training.preflight import check_evaluation_config
+from ..training.preflight import check_evaluation_config, check_training_settings
 from .child_process import RunFailed
 from .protocol import TEACHER, Arm, Protocol
 from .results import Key, Results
@@ -120,15 +120,18 @@ class Comparison:
         """Refuse what can't run here, before anything runs.
 
         Raises:
-            ConfigError: for data sets or a device that aren't there.
+            ConfigError: for settings that can't work, data sets or a device that aren't there.
         """
         for arm, key in {key[0]: key for key in todo}.items():
             cfg = self.runs[key].cfg().clone()
             if getattr(self.train_run, "elsewhere", False):
                 cfg.defrost()
-                cfg.MODEL.DEVICE = "cpu"
+                cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = "cpu", False
             try:
-                check_evaluation_config(cfg)
+                if cfg.MODEL.CROSSKD.IMPORTS:  # code that has to know its names first
+                    check_evaluation_config(cfg)
+                else:
+                    check_training_settings(cfg, teachers_are_there=False)
             except ConfigError as error:
                 raise ConfigError(f"{self.results.protocol.path}: {arm}: {error}") from error
 

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 from detectron2.config import CfgNode
 
-from ..analysis.curves import read_metrics
+from ..analysis.curves import ap_or_zero, read_metrics
 from ..common.config_files import FILES, find_config, load_config, map_files
 from ..common.environment import hardware, versions
 from ..common.files import file_sha256, read_json_if_any, write_json
@@ -234,8 +234,9 @@ def train(
         done = run.result()  # of the process that we waited for
         if done is not None:
             return done
-        earlier = (read_json_if_any(run.path("started.json")) or {}).get("seconds", 0.0)
-        state = {"digest": state_sha256, "seconds": earlier}
+        before = read_json_if_any(run.path("started.json")) or {}
+        earlier, used = before.get("seconds", 0.0), _joined(before.get("versions", {}))
+        state = {"digest": state_sha256, "seconds": earlier, "versions": used}
         write_json(run.path("started.json"), state)
         needs = [file_sha256(needed.weights) for needed in run.needs]
         command = command_of(run, train_net, arguments)
@@ -264,12 +265,22 @@ def train(
             raise RunFailed(f"{run.name} failed; the end of {run.path('console.log')}:\n{tail}")
         found = _collect(run) if diverged is None else _collect_diverged(run, diverged["iteration"])
         done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **found}
-        done.update(versions=versions(), hardware=hardware(run.cfg().MODEL.DEVICE, threads))
+        done.update(versions=used, hardware=hardware(run.cfg().MODEL.DEVICE, threads))
         done.update(inputs_sha256=inputs, needs_sha256=needs)
         if diverged is None:
             done["weights_sha256"] = file_sha256(run.weights)
         write_json(run.path("run.json"), done)
         return done
+
+
+def _joined(before: Dict[str, str]) -> Dict[str, str]:
+    """The versions of now, after those of earlier starts of the same run where they differ."""
+    found = versions()
+    earlier = {key: before.get(key, now) for key, now in found.items()}
+    return {
+        key: earlier[key] if earlier[key].endswith(now) else f"{earlier[key]}, then {now}"
+        for key, now in found.items()
+    }
 
 
 def _metrics(run: Run) -> List[dict]:
@@ -326,8 +337,3 @@ def _statistics(lines: List[dict]) -> Dict[str, float]:
         for name in sorted(names)
     }
     return {name: mean for name, mean in means.items() if math.isfinite(mean)}
-
-
-def ap_or_zero(value: float) -> float:
-    """An AP of an evaluation; detectron2 says NaN where a model detects nothing at all."""
-    return 0.0 if math.isnan(value) else value

@@ -29,7 +29,7 @@ def stability(table: Table, section: Section) -> List[str]:
     }
     rows = []
     for arm in arms:
-        scores = [run["AP"] for run in sound[arm]]
+        scores = [ap for aps in _by_teacher(sound[arm]) for ap in aps]
         spread = describe_sample(scores).deviation if scores else None
         ratios = []
         for other in table.arms[arm]["versus"]:
@@ -37,7 +37,7 @@ def stability(table: Table, section: Section) -> List[str]:
             if ratio:
                 ratios.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio) + f" of `{other}`")
         n = len(runs[arm])
-        cells = [f"{n - len(scores)} of {n}", "" if spread is None else f"{spread:.2f}"]
+        cells = [f"{n - len(sound[arm])} of {n}", "" if spread is None else f"{spread:.2f}"]
         rows.append([f"`{arm}`", *cells, "; ".join(ratios)])
     headers = ["arm", "diverged", "std. dev. of AP", "its ratio, with 95 % interval"]
     return [
@@ -52,9 +52,13 @@ def stability(table: Table, section: Section) -> List[str]:
 
 
 def _by_teacher(runs: List[dict]) -> List[List[float]]:
-    """AP of runs that share teachers, teacher by teacher; of others, all together."""
-    found: Dict[Any, List[float]] = defaultdict(list)
+    """AP by seed, the mean of its replicates: of seeds that share teachers, teacher by teacher; of
+    others, all together."""
+    replicates: Dict[Any, List[float]] = defaultdict(list)
     for run in runs:
-        found[run.get("teacher_seed")].append(run["AP"])
+        replicates[run.get("teacher_seed"), run["seed"]].append(run["AP"])
+    found: Dict[Any, List[float]] = defaultdict(list)
+    for (teacher, _), aps in replicates.items():
+        found[teacher].append(float(np.mean(aps)))
     shares = any(len(x) > 1 for x in found.values())
-    return list(found.values()) if shares else [[run["AP"] for run in runs]]
+    return list(found.values()) if shares else [[ap for aps in found.values() for ap in aps]]

@@ -84,9 +84,11 @@ class Table:
                 [r for r in self.runs[name][seed] if key in r and not r.get("outdated")]
                 for name in (arm, other)
             ]
-            for run in (*sides[1], *sides[0]):
-                if "teacher_seed" in run:
-                    teachers[seed] = run["teacher_seed"]
+            for name, side in zip((other, arm), reversed(sides)):
+                for run in side:
+                    # Records of old don't name a teacher of the run's own seed.
+                    if "teacher_seed" in run or self.arms[name].get("taught"):
+                        teachers[seed] = run.get("teacher_seed", seed)
             if all(sides):
                 found = _pairs(*sides)
                 means = [_mean_of(pair, key) for pair in found or [sides]]

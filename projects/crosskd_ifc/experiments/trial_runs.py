@@ -19,17 +19,18 @@ import optuna
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from ..analysis.curves import read_metrics
+from ..analysis.curves import ap_or_zero, read_metrics
 from ..common.files import replacing
 from ..config import ConfigError
 from ..data.files import read_yaml
-from .child_process import RunFailed, RunStopped
+from ..training.non_finite import DIVERGED
+from .child_process import RunDiverged, RunFailed, RunStopped
 from .comparison import Comparison, all_runs, has_weights
 from .protocol import TEACHER, Protocol, load_protocol
 from .protocol_file import OWN_KEYS
 from .report import write_report
 from .results import Key, Results
-from .runs import Run, ap_or_zero, train
+from .runs import Run, train
 from .tuning import Space
 
 # Of the protocol whose arm is tuned.
@@ -188,6 +189,11 @@ class TrialRuns:
                 raise SearchStopped(f"{run.name} was stopped") from None
             self.say(f"trial {trial.number}: pruned")
             raise optuna.TrialPruned() from None
+        except RunFailed as error:
+            if os.path.exists(run.path(DIVERGED)):
+                raise RunDiverged(str(error)) from None
+            self.stop.set()  # a full disk or a wrong value isn't news for the other trials alone
+            raise
 
     def _name(self, settings: Mapping[str, Any]) -> str:
         """The same for the same settings: a repeated trial takes over its run."""

@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ..config import ConfigError
-from .child_process import RunFailed
+from .child_process import RunDiverged
 
 Space = Mapping[str, BaseDistribution]  # config key -> its possible values
 # Trials that are drawn by chance, and that are finished before one may be pruned.
@@ -114,7 +114,8 @@ def search(
         study: of :func:`open_study`.
         space: what is searched.
         objective: called with a trial and its settings; returns a score, the higher the better. It
-            may raise TrialPruned; RunFailed (a diverged training, say) makes the settings bad ones.
+            may raise TrialPruned; RunDiverged makes the settings bad ones. Anything else ends the
+            search, and what was tried is tried again when it goes on.
         trials: how many.
         start: settings to try first.
         jobs: trials at once, in threads.
@@ -124,7 +125,7 @@ def search(
         The best trial.
 
     Raises:
-        RunFailed: if no trial was ever finished.
+        RunDiverged: if no trial was ever finished.
     """
     if start is not None and not study.trials:
         study.enqueue_trial(dict(start))
@@ -133,7 +134,7 @@ def search(
         settings = {key: _suggest(trial, key, space[key]) for key in space}
         try:
             return objective(trial, settings)
-        except RunFailed as error:
+        except RunDiverged as error:
             if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
                 raise  # nothing says that it is the settings' fault
             say(str(error))

@@ -6,7 +6,12 @@ from typing import Any, Callable, Dict, Optional
 
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -27,6 +32,7 @@ from .optimizer import set_fusion_weight_decay
 from .preemption import StoppableLoader, keep_workers_on_sigterm
 from .preflight import check_training_settings
 from .preflight_data import check_test_data
+from .records import with_boxes
 from .run_folder import find_checkpoints
 from .stream import TrainingStream
 from .trainer import CrossKDTrainer, logger
@@ -119,6 +125,10 @@ class LazyStream(TrainingStream):
         """
         self._node = node
         records, _ = drop_degenerate_boxes([dataset[i] for i in range(len(dataset))])
+        loader = node.dataset
+        # It has filtered them already, but an image may have lost its last box since.
+        if _target(loader) is get_detection_dataset_dicts and loader.get("filter_empty", True):
+            records = with_boxes(records, loader.names) if "annotations" in records[0] else records
         super().__init__(cfg, records, _checked_mapper(node))
 
     def _sampler(self) -> Optional[Sampler]:

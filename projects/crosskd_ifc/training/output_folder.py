@@ -37,12 +37,14 @@ def check_output_folder(folder: str) -> None:
 
 
 def set_metrics_aside(folder: str) -> None:
-    """Rename the ``metrics.json`` of an earlier training that has left no checkpoint: detectron2
-    would add the new training's lines to it."""
+    """Rename the ``metrics.json`` of an earlier training that has left no checkpoint, to which
+    detectron2 would add the new training's lines; and its ``wandb_id``, likewise."""
     path = os.path.join(folder, "metrics.json")
     if not os.path.isfile(path) or not os.path.getsize(path):
         return
     logger.info(f"{path} was of an earlier training; it is now {move_aside(path)}")
+    if os.path.isfile(os.path.join(folder, "wandb_id")):
+        move_aside(os.path.join(folder, "wandb_id"))
 
 
 @contextlib.contextmanager

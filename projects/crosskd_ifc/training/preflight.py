@@ -35,8 +35,11 @@ def check_training_config(cfg: CfgNode) -> None:
         raise ConfigError("DATASETS.TRAIN is empty: there is nothing to train on")
 
 
-def check_training_settings(cfg: CfgNode) -> None:
+def check_training_settings(cfg: CfgNode, *, teachers_are_there: bool = True) -> None:
     """:func:`check_training_config` of a run whose training data may have no name.
+
+    Args:
+        teachers_are_there: False if the files of their weights come later.
 
     Raises:
         ConfigError: naming the key.
@@ -59,7 +62,7 @@ def check_training_settings(cfg: CfgNode) -> None:
     teachers = [(x, one.MODEL.CROSSKD.TEACHER) for x, one in teacher_configs(cfg) if distils]
     for name, teacher in teachers:
         with error_prefix(name):
-            if teacher.WEIGHTS:
+            if teacher.WEIGHTS and teachers_are_there:
                 check_teacher_weights(teacher.WEIGHTS)
     unused = ("FUSED_WEIGHT",) if cfg.MODEL.MASK_ON else ("FUSED_WEIGHT", "MASK_WEIGHT")
     weights = [v for k, v in kd.LOSS.items() if k.endswith("_WEIGHT") and k not in unused]

@@ -13,12 +13,14 @@ from detectron2.utils.file_io import PathManager
 
 from ..common.command_line import tool_command
 from ..common.config_files import LAZY_CONFIG
+from ..common.errors import one_line
 from ..config import ConfigError, class_count
 from ..data.card import Card
-from ..data.cards import card_of
+from ..data.cards import card_of, has_area
 from ..data.class_names import first_difference
 from ..data.fields import coco_evaluator_fault, voc_evaluator_fault, voc_list_fault
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
+from ..data.mapper import SampleError, check_image
 from .preflight import check_class_count
 
 logger = logging.getLogger(__name__)
@@ -27,39 +29,62 @@ _Classes = Tuple[str, str, Sequence[str]]  # key below DATASETS, data set, class
 
 
 def check_test_data(cfg: CfgNode, *, evaluation: bool = False) -> None:
-    """Loads each data set of DATASETS.TEST that a card has registered, and looks for what the
-    evaluator of its card reads and training doesn't.
+    """Loads each data set of DATASETS.TEST, and looks for what its evaluator reads and training
+    doesn't. Of the images, the first is looked at.
+
+    Boxes without area are told in the log: evaluators count them as objects that nobody finds.
 
     Args:
         cfg: with MODEL.MASK_ON outlines are needed too, with KEYPOINT_ON keypoints.
         evaluation: what makes AP too low is told in the log, and no error.
 
     Raises:
-        ConfigError: for the first fault; names the data set, the card, the file and the field.
+        ConfigError: for the first fault; names the data set, the file and the field.
     """
     for name in cfg.DATASETS.TEST:
         card, split = card_of(name) or (None, "")
-        if card is None:
-            continue
-        try:
-            DatasetCatalog.get(name)
-        except ValueError as error:
-            raise ConfigError(f"DATASETS.TEST: {name!r}: {error}") from error
+        records = _load(name, is_ours=card is not None)
         fault, too_low = "", ""
-        if card.evaluator == "pascal_voc":
+        if card is not None and card.evaluator == "pascal_voc":
             fault, too_low = _voc_faults(card, split)
-        elif card.format == "coco":
-            fault = _coco_fault(card, split, cfg)
-        if fault:
+        else:
+            fault = _coco_fault(name, cfg)
+        if fault and card is not None:
             raise ConfigError(
                 f"DATASETS.TEST: {name!r} can't be evaluated: dataset card {card.path}: "
                 f"splits.{split}: {fault}\n"
                 f"`{tool_command('prepare_data')} check {card.path}` lists all that is wrong."
             )
+        if fault:
+            raise ConfigError(f"DATASETS.TEST: {name!r} can't be evaluated: {fault}")
         if too_low and evaluation:
             logger.warning(f"DATASETS.TEST: {name!r}: {too_low}")
         elif too_low:
             raise ConfigError(f"DATASETS.TEST: {name!r}: dataset card {card.path}: {too_low}")
+        boxes = [a for record in records for a in record.get("annotations", ()) if "bbox" in a]
+        flat = sum(not a.get("iscrowd") and not has_area(a) for a in boxes)
+        if flat:
+            logger.warning(
+                f"DATASETS.TEST: {name!r}: {flat} of {len(boxes)} boxes have no area; evaluations "
+                "count them as objects that are missed"
+            )
+
+
+def _load(name: str, *, is_ours: bool) -> Sequence[dict]:
+    meta = MetadataCatalog.get(name)
+    path = meta.get("json_file")
+    try:
+        records = DatasetCatalog.get(name)
+        first = records[0] if isinstance(records, list) and records else {}
+        # An own loader may mean something else by it.
+        if "file_name" in first and (path or meta.get("dirname")):
+            check_image(first["file_name"])
+    except Exception as error:  # detectron2's loaders and the user's raise what they like
+        what = str(error)
+        if not is_ours and not isinstance(error, SampleError):
+            what = one_line(error) + (f" in {path}" if path and path not in what else "")
+        raise ConfigError(f"DATASETS.TEST: {name!r}: {what}") from error
+    return records if isinstance(records, list) else ()
 
 
 def check_classes(
@@ -149,9 +174,15 @@ def _class_names(name: str) -> Optional[Tuple[str, ...]]:
     return None
 
 
-def _coco_fault(card: Card, split: str, cfg: CfgNode) -> str:
-    path = card.splits[split]["json"]
-    content = read_coco_json(path)
+def _coco_fault(name: str, cfg: CfgNode) -> str:
+    meta = MetadataCatalog.get(name)
+    path = meta.get("json_file")
+    if meta.get("evaluator_type") != "coco" or not path:
+        return ""
+    try:
+        content = read_coco_json(path)
+    except (OSError, ValueError) as error:
+        return f"{path}: {one_line(error)}"
     # How many a LazyConfig's model has isn't in its keys.
     has_points = cfg.MODEL.KEYPOINT_ON and LAZY_CONFIG not in cfg
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if has_points else 0

@@ -25,11 +25,11 @@ def usable_records(cfg: CfgNode) -> List[dict]:
         check_outlines(dicts, polygons=cfg.INPUT.MASK_FORMAT == "polygon")
     # Afterwards, since an image may have had no other box.
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in dicts[0]:
-        dicts = _with_boxes(dicts, names)
+        dicts = with_boxes(dicts, names)
     return dicts
 
 
-def _with_boxes(dicts: list, names: Sequence[str]) -> list:
+def with_boxes(dicts: list, names: Sequence[str]) -> list:
     """The images with a box that isn't a crowd's.
 
     Raises:

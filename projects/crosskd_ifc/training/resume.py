@@ -52,7 +52,9 @@ class ResumeState(HookBase):
         found, self._found = self._found, None
         states = found["random"]
         if len(states) == comm.get_world_size() and states[comm.get_rank()] is not None:
-            set_random_state(states[comm.get_rank()], self._device)
+            state = states[comm.get_rank()]
+            set_random_state(state, self._device)
+            self._set_normalizer(state.get(_NORMALIZER))
         else:
             logger.warning(
                 f"The checkpoint holds random states of other processes (of {len(states)}, now "
@@ -68,19 +70,19 @@ class ResumeState(HookBase):
     def gather(self) -> None:
         """Collect the state of all processes, for a checkpoint after this iteration; call it in
         every process."""
-        states = comm.gather(get_random_state(self._device))
+        states = comm.gather(_plain(self._process_state()))
         self._gathered = {"iteration": self.trainer.iter, "random": states}
 
     def set_random_state(self, iteration: int, state: Dict[str, Any]) -> None:
         """What this process had after ``iteration``, for a checkpoint out of turn."""
         states: List[Optional[Dict[str, Any]]] = [None] * comm.get_world_size()
-        states[comm.get_rank()] = state
+        states[comm.get_rank()] = _plain(state)
         self._gathered = {"iteration": iteration, "random": states}
 
     def state_dict(self) -> Dict[str, Any]:
         iteration, student = self.trainer.iter, unwrap(self.trainer.model)
         if self._gathered.get("iteration") != iteration:
-            self.set_random_state(iteration, get_random_state(self._device))
+            self.set_random_state(iteration, self._process_state())
         normalizer = getattr(student, _NORMALIZER, None)
         stream = self._stream()
         return {
@@ -103,8 +105,7 @@ class ResumeState(HookBase):
                     "started with; give the same teacher, or start anew without --resume in "
                     "another OUTPUT_DIR"
                 )
-        if state[_NORMALIZER] is not None:
-            setattr(unwrap(self.trainer.model), _NORMALIZER, state[_NORMALIZER])
+        self._set_normalizer(state[_NORMALIZER])
         stream = self._stream()
         if stream is None:
             logger.info("The training data starts anew: its loader has no numbered stream")
@@ -123,20 +124,25 @@ class ResumeState(HookBase):
         """What a step changes before its losses are known, for :meth:`set_back`: this process's
         random state, the normalizer, statistics of BatchNorm."""
         student = unwrap(self.trainer.model)
-        return {
-            "random": get_random_state(self._device),
-            _NORMALIZER: getattr(student, _NORMALIZER, None),
-            "statistics": [x.clone() for x in _batch_statistics(student)],
-        }
+        statistics = [x.clone() for x in _batch_statistics(student)]
+        return {"process": self._process_state(), "statistics": statistics}
 
     def set_back(self, iteration: int, before: Dict[str, Any]) -> None:
         """To what :meth:`before` gave after ``iteration``, for a checkpoint out of turn."""
         student = unwrap(self.trainer.model)
-        if before[_NORMALIZER] is not None:
-            setattr(student, _NORMALIZER, before[_NORMALIZER])
+        self._set_normalizer(before["process"][_NORMALIZER])
         for buffer, value in zip(_batch_statistics(student), before["statistics"]):
             buffer.copy_(value)
-        self.set_random_state(iteration, before["random"])
+        self.set_random_state(iteration, before["process"])
+
+    def _process_state(self) -> Dict[str, Any]:
+        """The random state of this process, and its normalizer: each process has its own."""
+        normalizer = getattr(unwrap(self.trainer.model), _NORMALIZER, None)
+        return {**get_random_state(self._device), _NORMALIZER: normalizer}
+
+    def _set_normalizer(self, value: Any) -> None:
+        if value is not None:
+            setattr(unwrap(self.trainer.model), _NORMALIZER, value)
 
     @property
     def _device(self) -> torch.device:
@@ -154,6 +160,12 @@ class ResumeState(HookBase):
             inputs = [f"{x.input_format} {digest(dict(x.model.named_buffers()))}" for x in teachers]
             self._digests = dict(zip(_DIGESTS, (" ".join(weights), " ".join(inputs))))
         return self._digests
+
+
+def _plain(state: Dict[str, Any]) -> Dict[str, Any]:
+    """A state of a process with a number in place of a tensor, which waits for the GPU."""
+    value = state[_NORMALIZER]
+    return {**state, _NORMALIZER: None if value is None else float(value)}
 
 
 def _batch_statistics(model: nn.Module) -> Iterator[torch.Tensor]:

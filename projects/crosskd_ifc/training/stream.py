@@ -268,6 +268,11 @@ class TrainingStream:
             members[name].append(i)
         factors = torch.ones(len(self.records))
         times = dict(self._cfg.DATASETS.get("TRAIN_REPEAT_FACTOR", ()))
+        for name in set(times) - set(names):
+            raise ConfigError(
+                f"DATASETS.TRAIN_REPEAT_FACTOR: {name!r} is none of DATASETS.TRAIN, "
+                f"{', '.join(names)}"
+            )
         for name, indices in members.items():
             factors[indices] *= times.get(name, 1)
             if data.SAMPLER_TRAIN == "WeightedCategoryTrainingSampler":
