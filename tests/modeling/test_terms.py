@@ -333,13 +333,16 @@ def test_dropout_draws_each_non_empty_subset_about_as_often_and_takes_its_mean()
     assert sum(counts) == 400 and min(counts) > 30
 
 
-def test_dropout_is_the_same_in_a_resumed_run_and_differs_from_step_to_step():
+def test_dropout_is_the_same_in_a_resumed_run_and_differs_by_step_and_seed():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first, second = subsets(7, times=2)
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.equal(first, second) and not torch.equal(first, subsets(8)[0])
     torch.manual_seed(99)
+    assert not torch.equal(first, subsets(7)[0])
+    torch.set_rng_state(before)  # as a resumed run does
+    torch.rand(5)
     again = subsets(7, times=2)
     assert torch.equal(first, again[0]) and torch.equal(second, again[1])
 

@@ -12,8 +12,8 @@ from detectron2.utils.events import get_event_storage
 
 
 class StepGenerators:
-    """Generators that depend on iteration, process and place in the iteration alone: a resumed run
-    draws the same, and the global random state is left as it is."""
+    """Generators that depend on the run's seed, iteration, process and place in the iteration
+    alone: a resumed run draws the same, and the global random state is left as it is."""
 
     def __init__(self):
         self._last = (-1, 0)  # iteration, its generator's number
@@ -23,7 +23,9 @@ class StepGenerators:
         iteration = get_event_storage().iter
         number = self._last[1] + 1 if self._last[0] == iteration else 0
         self._last = (iteration, number)
-        key = np.random.SeedSequence((iteration, comm.get_rank(), number, *more)).generate_state(1)
+        # torch's seed is SEED and the process, and a resumed run has it from its checkpoint.
+        place = (torch.initial_seed(), iteration, comm.get_rank(), number, *more)
+        key = np.random.SeedSequence(place).generate_state(1)
         return torch.Generator().manual_seed(int(key[0]))
 
 

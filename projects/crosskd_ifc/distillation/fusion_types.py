@@ -112,7 +112,8 @@ class DropoutFusion(nn.Module):
     """The mean of a random subset of the taps, never an empty one, drawn for each RoI (or image):
     no tap can count on another. In evaluation the mean of all.
 
-    The subsets depend on iteration, process and place alone, so that a resumed run draws the same.
+    The subsets depend on seed, iteration, process and place alone, so that a resumed run draws the
+    same.
     """
 
     def __init__(self, taps: Sequence[str], shape: Shape):

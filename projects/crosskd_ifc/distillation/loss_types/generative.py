@@ -20,8 +20,7 @@ class MaskedGenerativeLoss(nn.Module):
 
     G is a 3x3 convolution, ReLU, a 3x3 convolution; m is 0 with probability ``mask_ratio`` and 1
     otherwise, for each pixel, the same for all channels. Masked generative distillation (Yang et
-    al., 2022). The masks depend on iteration and process alone, so that a resumed run draws the
-    same.
+    al., 2022). The masks depend on seed, iteration and process alone: a resumed run draws the same.
     """
 
     def __init__(self, channels: int, *, mask_ratio: float = 0.65):
