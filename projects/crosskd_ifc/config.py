@@ -7,6 +7,7 @@ import contextlib
 from typing import Iterator, List, Mapping, Tuple
 
 from detectron2.config import CfgNode as CN
+from detectron2.modeling import META_ARCH_REGISTRY
 
 META_ARCHITECTURES = ("CrossKDRCNN", "CrossKDRetinaNet", "CrossKDFCOS")
 
@@ -216,10 +217,18 @@ def fusion_route(cfg: CN) -> str:
     return cfg.MODEL.CROSSKD.FUSION.ROUTE or ("through" if through else "direct")
 
 
+def _kinds(cfg: CN) -> List[str]:
+    """The name of a config's architecture, and of the classes that it is."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return [name, *(x.__name__ for x in getattr(kind, "__mro__", ()))]
+
+
 def head_section(cfg: CN) -> str:
     """The section below MODEL with NUM_CLASSES and test thresholds of a config's detector."""
-    stock = cfg.MODEL.META_ARCHITECTURE.replace("CrossKD", "")
-    return {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(stock, "ROI_HEADS")
+    dense = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+    names = (name.removeprefix("CrossKD") for name in _kinds(cfg))
+    return next((dense[name] for name in names if name in dense), "ROI_HEADS")
 
 
 def class_count(cfg: CN) -> Tuple[str, int]:
@@ -276,14 +285,14 @@ def distillation_requested(cfg: CN) -> bool:
         return False
     architecture = cfg.MODEL.META_ARCHITECTURE
     missing = [x for x, one in teacher_configs(cfg) if not one.MODEL.CROSSKD.TEACHER.CONFIG_FILE]
-    has_teacher = not missing
-    if architecture in META_ARCHITECTURES and missing:
+    has_teacher, distils = not missing, not set(_kinds(cfg)).isdisjoint(META_ARCHITECTURES)
+    if distils and missing:
         raise ConfigError(
             f"{missing[0]}MODEL.CROSSKD.TEACHER.CONFIG_FILE is empty, but {architecture} needs a "
             "teacher to train; set it (with TEACHER.WEIGHTS), or MODEL.CROSSKD.ENABLED False to "
             "train the student alone"
         )
-    if architecture not in META_ARCHITECTURES and has_teacher:
+    if not distils and has_teacher:
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE is {architecture!r}, which can't distil, but "
             f"MODEL.CROSSKD.TEACHER.CONFIG_FILE is {kd.TEACHER.CONFIG_FILE!r}; set the "

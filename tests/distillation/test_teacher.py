@@ -72,9 +72,10 @@ def test_weights_that_another_config_has_trained_are_told(teacher_files, caplog)
     attach(student_cfg(teacher_files, T + "OPTS", ("TEST.DETECTIONS_PER_IMAGE", 7)))
     assert "were trained with" not in caplog.text
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = [1.0, 2.0, 3.0], 2
+    cfg.MODEL.BACKBONE.NAME = "build_mmdet_resnet_fpn_backbone"
     torch.save({**content, "config": {"yaml": cfg.dump(), "processes": 1}}, file)
     attach(student_cfg(teacher_files))
-    keys = "MODEL.PIXEL_MEAN, MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO"
+    keys = "MODEL.BACKBONE.NAME, MODEL.PIXEL_MEAN, MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO"
     assert f"were trained with other values of {keys} than TEACHER.CONFIG_FILE" in caplog.text
 
 
@@ -325,6 +326,15 @@ def test_a_teacher_that_shares_parameters_with_the_student_is_refused():
         with pytest.raises(ConfigError, match="shares parameters with the student.*give a copy"):
             attach_teacher(student, cfg, teacher=given)
     assert all(p.requires_grad for p in student.backbone.fpn_output2.parameters())
+
+
+def test_a_teacher_that_shares_batch_norms_with_the_student_is_refused():
+    """The student's training would change their statistics, though their parameters are frozen."""
+    cfg = tiny_cfg("MODEL.RESNETS.NORM", "BN")
+    student, teacher = build_model(cfg), tiny_model()
+    teacher.backbone = student.backbone.requires_grad_(False)
+    with pytest.raises(ConfigError, match="shares BatchNorm layers with the student.*give a copy"):
+        attach_teacher(student, cfg, teacher=teacher)
 
 
 def test_a_students_own_module_called_fusion_is_not_replaced():

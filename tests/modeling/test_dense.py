@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS as StockFCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from helpers import tiny_batch, train_losses
 
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config, attach_teacher, standardize_like
+from crosskd_ifc.config import class_count, distillation_requested
 from crosskd_ifc.distillation import losses
 from crosskd_ifc.distillation.teacher import TeacherPass
 from crosskd_ifc.weights.export import export_student
@@ -424,3 +425,25 @@ def test_a_head_that_computes_more_than_its_layers_is_refused(whose, message, mi
     models[whose].head.__class__ = ScaledHead
     with pytest.raises(ConfigError, match=message):
         attach_teacher(models["student"], cfg, teacher=models["teacher"])
+
+
+@dense
+def test_a_student_derived_from_ours_has_the_same_settings(kind):
+    """By its class: its name says nothing."""
+    ours = build_model(dense_cfg(kind))
+    name = f"Own{len(META_ARCH_REGISTRY._obj_map)}"
+    META_ARCH_REGISTRY._do_register(name, type(name, (type(ours),), {}))
+    try:
+        cfg = dense_cfg(kind)
+        student, teacher = build_model(cfg), build_model(dense_cfg(kind, stock=True))
+        attach_teacher(student, cfg, teacher=teacher)
+        cfg.MODEL.META_ARCHITECTURE = name
+        own = build_model(cfg)
+        attach_teacher(own, cfg, teacher=copy.deepcopy(teacher))
+        fusions = [x.distiller.box.mimic.fusion["cls"] for x in (student, own)]
+        assert fusions[0].taps == fusions[1].taps and len(fusions[0].taps) > 1
+        assert [class_count(cfg), class_count(dense_cfg(kind))] == [class_count(cfg)] * 2
+        cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE = "t.yaml"
+        assert distillation_requested(cfg)
+    finally:
+        META_ARCH_REGISTRY._obj_map.pop(name)

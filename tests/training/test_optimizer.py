@@ -2,9 +2,27 @@
 
 import copy
 
+import pytest
 import torch
+from helpers import tiny_cfg, tiny_model
 
-from crosskd_ifc.training.optimizer import go_on_with, settings_of
+from crosskd_ifc import ConfigError
+from crosskd_ifc.training.averaging import WeightAverage
+from crosskd_ifc.training.optimizer import go_on_with, set_fusion_weight_decay, settings_of
+from crosskd_ifc.weights.strict import load_strictly
+
+
+def test_a_detectors_own_module_called_fusion_is_no_adapter(tmp_path):
+    model = tiny_model()
+    model.fusion = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    set_fusion_weight_decay(optimizer, tiny_cfg(), model)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5]
+    averaged = WeightAverage(model, 0.9).weights()
+    assert averaged.keys() == model.state_dict().keys()
+    torch.save({"model": {k: v for k, v in averaged.items() if "fusion" not in k}}, tmp_path / "a")
+    with pytest.raises(ConfigError, match="missing: fusion.weight, fusion.bias"):
+        load_strictly(model, str(tmp_path / "a"))
 
 
 def test_what_hasnt_changed_stays_as_it_was_loaded():

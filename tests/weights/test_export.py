@@ -343,6 +343,10 @@ def test_a_plain_config_for_a_distilled_checkpoint_finds_the_same(run, tmp_path,
     (tmp_path / "other.yaml").write_text(other.dump())
     load_detector(run, config_file=str(tmp_path / "other.yaml"))
     assert "other.yaml: MODEL.ROI_HEADS.IN_FEATURES differ from the config" in caplog.text
+    names = {"build_fcos_resnet_fpn_backbone", "build_crosskd_fcos_resnet_fpn_backbone"}
+    held.MODEL.BACKBONE.NAME, other.MODEL.BACKBONE.NAME = names  # of one backbone
+    checkpoint["config"] = {"yaml": held.dump(), "processes": 1}
+    assert differing_keys(checkpoint, other, evaluation=True) == ["MODEL.ROI_HEADS.IN_FEATURES"]
     held.LAZY_CONFIG = "a.py"  # whose model isn't in these keys
     checkpoint["config"] = {"yaml": held.dump(), "processes": 1}
     assert differing_keys(checkpoint, other, evaluation=True) == []

@@ -9,6 +9,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.building import build_detector
@@ -105,6 +106,12 @@ def _candidate(
             raise ConfigError(
                 "the given teacher shares parameters with the student that the student trains, "
                 "and a teacher is frozen; give a copy (copy.deepcopy)"
+            )
+        norms = {x for x in model.modules() if isinstance(x, _NormBase)}
+        if not norms.isdisjoint(teacher.modules()):
+            raise ConfigError(
+                "the given teacher shares BatchNorm layers with the student, whose training would "
+                "change the teacher; give a copy (copy.deepcopy)"
             )
         built = Teacher(teacher.to(model.device), **options)
     _check_square(cfg, built)

@@ -192,6 +192,15 @@ class Student(nn.Module):
         return GeneralizedRCNN._postprocess(results, batched_inputs, sizes)
 
 
+def learned_by_distillation(model: nn.Module) -> Optional[nn.Module]:
+    """What a student, or one in a DDP wrapper, has beside its own weights; None if nothing.
+
+    A detector without a teacher may have a ``fusion`` of its own.
+    """
+    model = unwrap(model)
+    return model.fusion if isinstance(model, Student) and model._has_fusion else None
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The detector inside a DDP wrapper, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -10,7 +10,7 @@ from detectron2.engine import HookBase
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..modeling.student import Student, unwrap
+from ..modeling.student import Student, learned_by_distillation, unwrap
 from ..weights.state_dicts import ADAPTER_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,9 @@ class WeightAverage(HookBase):
 
     def weights(self) -> Dict[str, torch.Tensor]:
         """The averaged detector's, with detectron2's keys, without adapters."""
-        state = self._average.module.state_dict()
-        return {k: v for k, v in state.items() if not k.startswith(ADAPTER_PREFIX)}
+        model = self._average.module
+        more = () if learned_by_distillation(model) is None else ADAPTER_PREFIX
+        return {k: v for k, v in model.state_dict().items() if not k.startswith(more)}
 
     def evaluate(self) -> Dict[str, Any]:
         """The trainer's evaluation of the average, below "ema"; call it in every process."""

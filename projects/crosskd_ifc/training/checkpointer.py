@@ -15,6 +15,7 @@ from ..common.command_line import tool_command
 from ..common.errors import one_line
 from ..common.files import replacing
 from ..config import ConfigError
+from ..modeling.student import learned_by_distillation
 from ..weights.reading import SafeReader, load_weights, unreadable
 from ..weights.state_dicts import ADAPTER_PREFIX, is_state_dict
 from ..weights.strict import describe_misfit
@@ -203,7 +204,8 @@ class SafeCheckpointer(SafeReader):
     def _load_model(self, checkpoint: Any) -> Any:
         misfit = super()._load_model(checkpoint)
         self._missing = set(misfit.missing_keys)  # those of another shape, too
-        self.is_complete = all(k.startswith(ADAPTER_PREFIX) for k in misfit.missing_keys)
+        more = () if learned_by_distillation(self.model) is None else ADAPTER_PREFIX
+        self.is_complete = all(k.startswith(more) for k in misfit.missing_keys)
         return misfit
 
     def _check_start(self, path: str) -> None:

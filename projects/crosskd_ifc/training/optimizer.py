@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
 from torch import nn
 
-from ..modeling.student import unwrap
+from ..modeling.student import learned_by_distillation
 from .run_config import as_table
 
 Settings = List[Dict[str, Any]]  # of each parameter group
@@ -33,8 +33,8 @@ def set_fusion_weight_decay(
         cfg: the student's config.
         model: the student, or a DDP wrapper around it.
     """
-    fusion = getattr(unwrap(model), "fusion", None)
-    parameters = [] if fusion is None else list(fusion.parameters())
+    adapters = learned_by_distillation(model)
+    parameters = [] if adapters is None else list(adapters.parameters())
     if parameters:
         ours = {id(p) for p in parameters}
         for group in optimizer.param_groups:

@@ -11,10 +11,13 @@ from ..common.safe_yaml import load_yaml
 
 # Keys that weights fit with any value of, and that change what a model finds.
 _OF_PREDICTIONS = re.compile(
-    r"INPUT\.FORMAT|MODEL\.(PIXEL_(MEAN|STD)|ANCHOR_GENERATOR\..*)"
+    r"INPUT\.FORMAT|MODEL\.(PIXEL_(MEAN|STD)|ANCHOR_GENERATOR\..*|(BACKBONE|TIMM)\.NAME)"
     r"|.*(BBOX_REG_WEIGHTS|\.IN_FEATURES|POOLER_(TYPE|RESOLUTION|SAMPLING_RATIO))"
     r"|.*(STRIDE_IN_1X1|RES5_DILATION|FUSE_TYPE|USE_SIGMOID_CE|NMS_THRESH)"
 )
+_BACKBONE = "MODEL.BACKBONE.NAME"
+# What an FCOS of an earlier version calls the same backbone.
+_RENAMED = {"build_fcos_resnet_fpn_backbone": "build_crosskd_fcos_resnet_fpn_backbone"}
 _OF_EVALUATION = re.compile(r".*(_TEST|DETECTIONS_PER_IMAGE)")
 
 
@@ -31,6 +34,9 @@ def differing_keys(checkpoint: Any, cfg: CfgNode, *, evaluation: bool) -> List[s
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError):
         return []
     now = dict(flat(load_yaml(cfg.dump())))
+    for held in (then, now):
+        if held.get(_BACKBONE) in _RENAMED:
+            held[_BACKBONE] = _RENAMED[held[_BACKBONE]]
     if (LAZY_CONFIG in then) != (LAZY_CONFIG in now):  # most of a LazyConfig isn't in these keys
         return []
     return [

@@ -20,7 +20,7 @@ class StrictReader(SafeReader):
     def _load_model(self, checkpoint):
         """
         Raises:
-            MisfitError: unless all keys and shapes fit, less those of distillation adapters.
+            MisfitError: unless all keys and shapes fit; adapters of a distillation may be more.
         """
         incompatible = super()._load_model(checkpoint)
         problems = describe_misfit(incompatible, with_adapters=False)
@@ -34,17 +34,14 @@ def describe_misfit(found: Any, *, with_adapters: bool) -> str:
 
     Args:
         found: what a checkpointer's ``_load_model`` returns.
-        with_adapters: whether those of a distillation count, too.
+        with_adapters: whether those of a distillation that the model lacks count, too.
     """
     # fvcore reports a key of another shape as missing, too.
     other_shape = {k for k, _, _ in found.incorrect_shapes}
-    missing, unexpected = (
-        [k for k in keys if with_adapters or not k.startswith(ADAPTER_PREFIX)]
-        for keys in (found.missing_keys, found.unexpected_keys)
-    )
+    more = found.unexpected_keys
     return describe_problems(
-        missing=[k for k in missing if k not in other_shape],
-        unexpected=unexpected,
+        missing=[k for k in found.missing_keys if k not in other_shape],
+        unexpected=[k for k in more if with_adapters or not k.startswith(ADAPTER_PREFIX)],
         wrong_shapes=[
             f"{k} {ours} instead of {model}" for k, ours, model in found.incorrect_shapes
         ],
