@@ -192,7 +192,7 @@ class TrialRuns:
         except RunFailed as error:
             if os.path.exists(run.path(DIVERGED)):
                 raise RunDiverged(str(error)) from None
-            self.stop.set()  # a full disk or a wrong value isn't news for the other trials alone
+            self.stop.set()  # such as a full disk: it would hit the other trials, too
             raise
 
     def _name(self, settings: Mapping[str, Any]) -> str:

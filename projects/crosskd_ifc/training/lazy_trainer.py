@@ -128,7 +128,8 @@ class LazyStream(TrainingStream):
         loader = node.dataset
         # It has filtered them already, but an image may have lost its last box since.
         if _target(loader) is get_detection_dataset_dicts and loader.get("filter_empty", True):
-            records = with_boxes(records, loader.names) if "annotations" in records[0] else records
+            if "annotations" in records[0]:
+                records = with_boxes(records, cfg.DATASETS.TRAIN)
         super().__init__(cfg, records, _checked_mapper(node))
 
     def _sampler(self) -> Optional[Sampler]:
