@@ -782,6 +782,42 @@ def test_what_the_longer_training_shows_is_told_as_recorded():
     assert f"the method's first form, is {behind:.1f} AP behind plain CrossKD" in text
 
 
+RETINANET = {
+    "ifc": "mean of conv1, conv2 and conv3, the default",
+    "crosskd": "plain CrossKD",
+    "taps": "one loss per tap",
+}
+
+
+@pytest.mark.parametrize("arm", RETINANET)
+def test_the_table_of_retinanet_is_that_of_the_recorded_runs(arm):
+    table = results("decisive_retinanet")
+    more = "-" if arm == "crosskd" else tell(table.difference(arm, "crosskd"))
+    rows = rows_of_results(after="### RetinaNet")
+    assert f"| {RETINANET[arm]} | {ap_of(table, arm)} | {more} |" in rows
+
+
+def test_what_retinanet_shows_is_told_as_recorded():
+    table, text = results("decisive_retinanet"), told_in_results()
+    check_verdicts(table.contrasts(), 2, RETINANET, after="### RetinaNet")
+    (ours,) = [c for c in table.contrasts() if c.arm == "ifc"]
+    found = "{:+.1f} AP (corrected {:+.1f} to {:+.1f})".format(
+        ours.difference.mean, *ours.corrected
+    )
+    assert f"beats plain CrossKD by {found} on {len(ours.difference.values)} seeds" in text
+    short = "{:.1f} AP ({:.1f} to {:.1f}; 12 seeds)".format(ours.difference.mean, *ours.corrected)
+    assert f"beats plain CrossKD by {short}" in read("README.md")
+    assert f"beats plain CrossKD by {ours.difference.mean:.1f} AP" in read("docs", "choosing.md")
+    ahead = sum(x > 0 for x in ours.difference.values.values())
+    assert f"is ahead on {ahead} of the 12 seeds. The difference is less than the 0.5 AP" in text
+    left = [-table.difference(arm, "teacher").mean for arm in ("crosskd", "ifc")]
+    assert "end {:.1f} AP (plain CrossKD) and {:.1f} AP (the mean) below".format(*left) in text
+    taps = table.difference("taps", "crosskd").values.values()
+    assert f"It is ahead on {sum(x > 0 for x in taps)} of the 12 seeds." in text
+    assert f"it ended {-min(taps):.1f} AP below plain CrossKD" in text
+    assert f"each with a teacher of its own ({ap_of(table, 'teacher')} AP)" in text
+
+
 TEACHER_KINDS = {
     "student": "none",
     "faster_rcnn": "Faster R-CNN R34",

@@ -31,9 +31,9 @@ GAINS_ARMS = {  # of the results, from top to bottom
     "crosskd_ifc": "mean of taps",
 }
 COMBINING = {
-    "decisive": "Faster R-CNN, built-in\n440 steps",
-    "decisive_long": "Faster R-CNN, built-in\n880 steps",
-    "decisive_retinanet": "RetinaNet, built-in\n600 steps",
+    "decisive": "Faster R-CNN\nbuilt-in, 440 steps",
+    "decisive_long": "Faster R-CNN\nbuilt-in, 880 steps",
+    "decisive_retinanet": "RetinaNet\nbuilt-in, 600 steps",
     "decisive_photos": "Faster R-CNN\nphotos",
 }
 COMBINING_ARMS = {
@@ -74,7 +74,7 @@ def draw(name: str, titles: Dict[str, str], arms: Dict[str, str], other: str, la
     rows = list(dict.fromkeys(arms[arm] for arm in run))
     figure, axes = pyplot().subplots(
         *(1, len(tables)),
-        figsize=(max(2.2 * len(tables), 6), 2.9),
+        figsize=(2 + 1.9 * len(tables), 2.9),
         sharey=True,
         layout="constrained",
         squeeze=False,

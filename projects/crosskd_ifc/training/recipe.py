@@ -26,8 +26,6 @@ DETECTORS: Dict[str, Tuple[str, str, float]] = {
     "retinanet": ("Base-RetinaNet.yaml", "CrossKDRetinaNet", 0.01),
     "fcos": ("Base-FCOS.yaml", "CrossKDFCOS", 0.01),
 }
-# Dense heads distil by plain CrossKD from this layer (docs/choosing.md).
-_DENSE_TAPS = {"retinanet": "conv3", "fcos": "conv2"}
 _NAMES = ("teacher", "student", "distilled")
 _IMAGES_PER_GPU = 4
 _SHORTEST, _LONGEST = 800, 1333  # detectron2's test size
@@ -311,20 +309,16 @@ def _convert(backbone: str) -> str:
 
 
 def _distilling(detector: str, teacher: str, weights: str) -> Dict[str, Any]:
-    """What makes a student distil, as docs/choosing.md advises, from this teacher."""
+    """What makes a student distil from this teacher, with the default: docs/choosing.md."""
     architecture = DETECTORS[detector][1]
-    model: Dict[str, Any] = {"META_ARCHITECTURE": architecture}
-    settings: Dict[str, Any] = {"TEACHER": {"CONFIG_FILE": teacher, "WEIGHTS": weights}}
-    if detector in _DENSE_TAPS:
-        settings["FUSION"] = {"NAME": "none", "IN_FEATURES": [_DENSE_TAPS[detector]]}
-    else:
-        model["ROI_HEADS"] = {"NAME": "CrossKDROIHeads"}
-    return {**model, "CROSSKD": settings}
+    heads = {"ROI_HEADS": {"NAME": "CrossKDROIHeads"}} if architecture == "CrossKDRCNN" else {}
+    teaching = {"TEACHER": {"CONFIG_FILE": teacher, "WEIGHTS": weights}}
+    return {"META_ARCHITECTURE": architecture, **heads, "CROSSKD": teaching}
 
 
 def _method(detector: str) -> str:
-    tap = _DENSE_TAPS.get(detector)
-    return f"plain CrossKD from {tap}" if tap else "CrossKD-IFC, a loss for each of several layers"
+    losses = "a loss for each of several layers" if "rcnn" in detector else "the mean of layers"
+    return f"CrossKD-IFC, {losses}"
 
 
 def _write(path: str, header: str, content: Dict[str, Any]) -> None:
