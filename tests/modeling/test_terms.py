@@ -304,6 +304,24 @@ def test_standardized_taps_each_have_the_teachers_statistics_before_they_are_com
 
 
 @kinds
+def test_an_own_fusion_may_leave_out_a_parameter_in_a_step(kind):
+    class Idle(torch.nn.Module):
+        def __init__(self, taps, shape):
+            super().__init__()
+            self.spare = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, features):
+            return sum(features)
+
+    name = f"idle_{kind}"
+    FEATURE_FUSION_REGISTRY.register(name=name)(Idle)
+    student = student_of(kind, name=name)
+    found = gradients(student, losses_of(student))
+    spare = [gradient for key, gradient in found.items() if key.endswith("spare")]
+    assert spare and all(torch.equal(x, torch.zeros(3)) for x in spare)
+
+
+@kinds
 def test_mimic_both_adds_the_losses_of_cross_head_and_student_head(kind):
     mimics = {m: (K + "MIMIC", m) for m in ("cross_head", "student_head", "both")}
     found = {

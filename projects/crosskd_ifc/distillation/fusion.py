@@ -158,11 +158,6 @@ class FeatureFusion(nn.Module):
         combined = {"combined": self._fused_weight} if self._fused_weight > 0 else {}
         return {**combined, **self._tap_weights}
 
-    @property
-    def reaches_all(self) -> bool:
-        """Whether each learned parameter gets a gradient from the terms."""
-        return self._fused_weight > 0
-
     def forward(
         self,
         student: Mapping[str, torch.Tensor],

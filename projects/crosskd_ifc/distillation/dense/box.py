@@ -97,12 +97,11 @@ class DenseBoxDistiller:
         terms, wanted = self.mimic.terms(trace, entries), self.mimic.targets(targets)
         valid = trace.valid  # NxR
         loss_cls, loss_box = self._compare(terms, wanted, trace, valid)
-        if not self.mimic.reaches_all:
-            loss_cls = loss_cls + self.zero(trace)
         if step.log:
             self._log(terms, targets, trace, valid)
+        # The terms may leave out some learned parameters, and DDP wants a gradient for each.
         return {
-            "loss_cls_kd": loss_cls * self.cls_weight,
+            "loss_cls_kd": loss_cls * self.cls_weight + self.zero(trace),
             "loss_box_reg_kd": loss_box * self.box_weight,
         }
 

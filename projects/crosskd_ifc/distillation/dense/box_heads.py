@@ -165,10 +165,6 @@ class DenseCrossHead:
                 outputs[tower].append(named.run(feature, after=fusion.entry))
         return self._teacher.predict(outputs)
 
-    @property
-    def reaches_all(self) -> bool:
-        return all(fusion.reaches_all for fusion in self.fusion.values())
-
     def targets(self, predictions: DensePredictions) -> DensePredictions:
         """What the predictions are compared with: the teacher's own."""
         return predictions
@@ -179,7 +175,6 @@ class DenseStudentHead:
 
     fusion = None
     entries = dict.fromkeys(TOWERS, "")
-    reaches_all = True
 
     def __init__(self, student: DenseDetector, class_map: ClassMap):
         self._class_map = class_map

@@ -122,11 +122,11 @@ class BoxDistiller:
             for x in (terms if self.cls_weight > 0 else ())
         )
         loss_box = sum(x.weight * self._box_loss(x, wanted, trace.boxes) for x in terms)
-        if self.cls_weight == 0 or (self.fusion is not None and not self.fusion.reaches_all):
-            loss_cls = loss_cls + self.zero(step.heads)
         if step.log:
             self._log(terms, targets, trace, layers)
-        return dict(zip(self.keys, (loss_cls * self.cls_weight, loss_box * self.box_weight)))
+        # The terms may leave out some learned parameters, and DDP wants a gradient for each.
+        loss_cls = loss_cls * self.cls_weight + self.zero(step.heads)
+        return dict(zip(self.keys, (loss_cls, loss_box * self.box_weight)))
 
     def zero(self, trace: HeadTrace) -> torch.Tensor:
         """0, connected to every learned parameter of the fusion."""
