@@ -470,3 +470,16 @@ def test_a_second_teacher_replaces_the_first_with_all_that_it_had_learned():
     assert not any(n.startswith("fusion.") for n, _ in student.named_parameters())
     for name, gradient in gradients(student, tiny_batch()).items():
         assert gradient is not None, name
+
+
+@pytest.mark.parametrize("taps, told", [(("pool",), True), (("pool", "fc1"), False)])
+def test_a_distillation_that_reaches_nothing_is_told_once(taps, told, caplog):
+    student, _ = distilling("MODEL.CROSSKD.FUSION.IN_FEATURES", taps)
+    student.backbone.requires_grad_(False)
+    for _ in range(2):
+        with torch.no_grad():
+            train_losses(student, tiny_batch())
+        assert not caplog.messages
+    for _ in range(2):
+        train_losses(student, tiny_batch())
+    assert sum("distillation changes nothing" in text for text in caplog.messages) == told

@@ -1,6 +1,7 @@
 """What all students have in common: a teacher, its distillation, an inherited start."""
 
 import contextlib
+import logging
 from typing import (
     Any,
     Callable,
@@ -26,6 +27,8 @@ from ..distillation.several import SeveralTeachers
 from ..distillation.teacher import Teacher
 from .diagnostics import GradientDiagnostics
 from .inheriting import WeightInheritance
+
+logger = logging.getLogger(__name__)
 
 
 class TeacherCandidate(NamedTuple):
@@ -66,6 +69,7 @@ class Student(nn.Module):
     _diagnostics: Optional[GradientDiagnostics] = None
     _inheritance: Optional[WeightInheritance] = None
     _has_fusion = False
+    _is_told = False  # that the losses reach no parameter
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> Distiller:
         """The distiller that ``cfg`` asks for.
@@ -88,10 +92,25 @@ class Student(nn.Module):
         batched_inputs = [{**x, "image": x["image"].to(self.device)} for x in batched_inputs]
         with self.distiller.recording(self, batched_inputs, self.kd_factor) as step:
             losses = super().forward(batched_inputs)
-        losses.update(self.distiller.losses(step))
+        found = self.distiller.losses(step)
+        losses.update(found)
+        self._tell_if_nothing_learns(found)
         if self._diagnostics is not None:
             self._diagnostics.measure(losses)
         return losses
+
+    def _tell_if_nothing_learns(self, losses: Dict[str, torch.Tensor]) -> None:
+        """Once, where nothing that trains lies before the taps: a frozen backbone, say."""
+        reaches = any(x.requires_grad for x in losses.values())
+        if reaches or self._is_told or self.kd_factor == 0 or not torch.is_grad_enabled():
+            return
+        self._is_told = True
+        if any(float(x) for x in losses.values()):  # else all weights are 0, beside INHERIT
+            logger.warning(
+                "The distillation changes nothing: no parameter that trains lies before its taps "
+                "(MODEL.CROSSKD.FUSION.IN_FEATURES); take later layers, or freeze less of the "
+                "student"
+            )
 
     def set_teachers(self, candidates: Sequence[TeacherCandidate], *, loss: str = "mean") -> None:
         """Distil from these teachers; call it through :func:`crosskd_ifc.attach_teacher`.
