@@ -283,6 +283,7 @@ def resume_as(rank, store, folders, answers):
         answers.put((rank, resume(folders[rank])))
     except CheckpointError as error:
         answers.put((rank, str(error)))
+    dist.destroy_process_group()
 
 
 def resume_two(tmp_path, *folders):

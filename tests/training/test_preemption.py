@@ -68,6 +68,7 @@ def in_both(rank, store, work, answers):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     with stopping_on_sigterm():
         answers.put((rank, work(rank)))
+    dist.destroy_process_group()
 
 
 def answers_of_two(tmp_path, work):

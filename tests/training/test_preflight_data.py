@@ -28,6 +28,7 @@ def check(rank, store, classes, numbers, answers):
         answers.put("")
     except ConfigError as error:
         answers.put(str(error))
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

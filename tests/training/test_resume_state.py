@@ -30,6 +30,7 @@ def stop_and_go_on(rank, store, answers):
     again.load_state_dict(held[0])
     again.before_step()
     answers.put((rank, model.loss_normalizer))
+    dist.destroy_process_group()
 
 
 def test_each_process_goes_on_with_its_own_normalizer(tmp_path):
