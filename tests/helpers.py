@@ -1,12 +1,14 @@
 """Tiny detectors and batches. Everything is real detectron2, only narrow."""
 
-from typing import List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
+from torch.multiprocessing import start_processes
 
 from crosskd_ifc import add_crosskd_ifc_config, attach_teacher
 
@@ -60,6 +62,21 @@ def tiny_cfg(*opts, architecture: str = "CrossKDRCNN") -> CfgNode:
     cfg.merge_from_list([x for pair in settings.items() for x in pair])
     cfg.merge_from_list(list(opts))
     return cfg
+
+
+def _in_both(rank, store, work, answers):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    answers.put((rank, work(rank)))
+    dist.destroy_process_group()
+
+
+def answers_of_two(folder, work: Callable) -> list:
+    """What ``work`` returns for its rank in each of two processes."""
+    answers = torch.multiprocessing.get_context("fork").SimpleQueue()
+    arguments = (str(folder / "store"), work, answers)
+    start_processes(_in_both, arguments, nprocs=2, start_method="fork")
+    return [x for _, x in sorted(answers.get() for _ in range(2))]
 
 
 def tiny_model(cfg: Optional[CfgNode] = None, *, seed: int = 0):

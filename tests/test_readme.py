@@ -741,14 +741,6 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("arm", LONG)
-def test_the_table_of_the_longer_training_is_that_of_the_recorded_runs(arm):
-    table = results("decisive_long")
-    more = "-" if arm == "crosskd" else tell(table.difference(arm, "crosskd"))
-    rows = rows_of_results(after="### With twice the steps")
-    assert f"| {LONG[arm]} | {ap_of(table, arm)} | {more} |" in rows
-
-
 def test_the_verdicts_of_the_longer_training_are_told_as_recorded():
     contrasts = results("decisive_long").contrasts()
     check_verdicts(contrasts, 3, LONG, after="### With twice the steps")
@@ -789,12 +781,18 @@ RETINANET = {
 }
 
 
-@pytest.mark.parametrize("arm", RETINANET)
-def test_the_table_of_retinanet_is_that_of_the_recorded_runs(arm):
-    table = results("decisive_retinanet")
+LATER = {
+    "decisive_long": (LONG, "### With twice the steps"),
+    "decisive_retinanet": (RETINANET, "### RetinaNet"),
+}
+
+
+@pytest.mark.parametrize("name, arm", [(name, arm) for name in LATER for arm in LATER[name][0]])
+def test_the_tables_of_later_comparisons_are_those_of_the_recorded_runs(name, arm):
+    table, (titles, heading) = results(name), LATER[name]
     more = "-" if arm == "crosskd" else tell(table.difference(arm, "crosskd"))
-    rows = rows_of_results(after="### RetinaNet")
-    assert f"| {RETINANET[arm]} | {ap_of(table, arm)} | {more} |" in rows
+    rows = rows_of_results(after=heading)
+    assert f"| {titles[arm]} | {ap_of(table, arm)} | {more} |" in rows
 
 
 def test_what_retinanet_shows_is_told_as_recorded():

@@ -59,7 +59,7 @@ def work(folder, kind):
     state = {k: v for k, v in student.state_dict().items()}
     torch.save({"gradients": results, "state": state}, f"{folder}/{rank}.pth")
     comm.synchronize()
-    os._exit(0)  # as the process ends, a thread of gloo may abort it: its work is saved
+    os._exit(0)  # torch may abort a process as it ends; its work is saved
 
 
 @pytest.fixture(scope="module", params=["RCNN", "RetinaNet", "FCOS"])

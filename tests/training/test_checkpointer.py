@@ -6,9 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from helpers import tiny_cfg
-from torch.multiprocessing import start_processes
+from helpers import answers_of_two, tiny_cfg
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.training.checkpointer import CheckpointError, SafeCheckpointer
@@ -276,22 +274,16 @@ def test_a_folder_without_checkpoints_has_none(tmp_path):
     assert resume(tmp_path) is None and resume(tmp_path / "gone") is None
 
 
-def resume_as(rank, store, folders, answers):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        answers.put((rank, resume(folders[rank])))
-    except CheckpointError as error:
-        answers.put((rank, str(error)))
-    dist.destroy_process_group()
-
-
 def resume_two(tmp_path, *folders):
     """What two processes make of a folder each."""
-    answers = torch.multiprocessing.get_context("fork").SimpleQueue()
-    arguments = (str(tmp_path / "store"), folders, answers)
-    start_processes(resume_as, arguments, nprocs=2, start_method="fork")
-    return [x for _, x in sorted(answers.get() for _ in folders)]
+
+    def resume_as(rank):
+        try:
+            return resume(folders[rank])
+        except CheckpointError as error:
+            return str(error)
+
+    return answers_of_two(tmp_path, resume_as)
 
 
 def test_two_processes_resume_from_the_choice_of_the_first(tmp_path):

@@ -9,8 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
-import torch.distributed as dist
+from helpers import answers_of_two
 from torch.multiprocessing import ProcessExitedException, start_processes
 from torch.utils.data import DataLoader
 
@@ -63,19 +62,8 @@ def test_outside_a_training_sigterm_does_what_it_did():
     assert [int(x) for x in StoppableLoader(DataLoader(range(3)))] == [0, 1, 2]
 
 
-def in_both(rank, store, work, answers):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    with stopping_on_sigterm():
-        answers.put((rank, work(rank)))
-    dist.destroy_process_group()
-
-
-def answers_of_two(tmp_path, work):
-    answers = torch.multiprocessing.get_context("fork").SimpleQueue()
-    arguments = (str(tmp_path / "store"), work, answers)
-    start_processes(in_both, arguments, nprocs=2, start_method="fork")
-    return [x for _, x in sorted(answers.get() for _ in range(2))]
+def stopping_in_two(folder, work):
+    return answers_of_two(folder, stopping_on_sigterm()(work))
 
 
 def steps(rank, told=1, at=13, last=35):
@@ -99,7 +87,7 @@ def no_sigterm(rank):
 
 @pytest.mark.parametrize("work, stop", [(steps, 20), (late_steps, 35), (no_sigterm, None)])
 def test_two_processes_stop_after_the_same_step_whoever_was_told(tmp_path, work, stop):
-    assert answers_of_two(tmp_path, work) == [stop, stop]
+    assert stopping_in_two(tmp_path, work) == [stop, stop]
 
 
 def batches(rank, told=True):
@@ -123,7 +111,7 @@ def all_batches(rank):
     "work, found", [(batches, ["stopped after 20"] * 2), (all_batches, ["all 30", "all 29"])]
 )
 def test_two_processes_stop_in_the_same_batch_of_an_evaluation(tmp_path, work, found):
-    assert answers_of_two(tmp_path, work) == found
+    assert stopping_in_two(tmp_path, work) == found
 
 
 def test_a_data_loaders_workers_end_on_their_parents_sigterm_alone():

@@ -5,30 +5,14 @@ import re
 import shutil
 
 import pytest
-import torch
-import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from helpers import tiny_cfg
+from helpers import answers_of_two, tiny_cfg
 from test_cards import Coco
-from torch.multiprocessing import start_processes
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.data.cards import register_card
 from crosskd_ifc.training.preflight_data import check_same_everywhere, check_test_data
-
-
-def check(rank, store, classes, numbers, answers):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    DatasetCatalog.register("theirs", list)
-    MetadataCatalog.get("theirs").set(thing_classes=list(classes[rank]))
-    try:
-        check_same_everywhere(tiny_cfg("DATASETS.TRAIN", ("theirs",)), numbers[rank])
-        answers.put("")
-    except ConfigError as error:
-        answers.put(str(error))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -42,10 +26,16 @@ def check(rank, store, classes, numbers, answers):
     ids=["same", "order", "fewer", "images"],
 )
 def test_machines_with_other_data_dont_train_together(tmp_path, classes, numbers, message):
-    answers = torch.multiprocessing.get_context("fork").SimpleQueue()
-    arguments = (str(tmp_path / "store"), classes, numbers, answers)
-    start_processes(check, arguments, nprocs=2, start_method="fork")
-    for answer in (answers.get(), answers.get()):
+    def check(rank):
+        DatasetCatalog.register("theirs", list)
+        MetadataCatalog.get("theirs").set(thing_classes=list(classes[rank]))
+        try:
+            check_same_everywhere(tiny_cfg("DATASETS.TRAIN", ("theirs",)), numbers[rank])
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    for answer in answers_of_two(tmp_path, check):
         assert re.search(message, answer) if message else answer == ""
 
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from helpers import answers_of_two
 from torch import nn
-from torch.multiprocessing import start_processes
 
 from crosskd_ifc.training.resume import ResumeState
 
@@ -19,9 +19,7 @@ def hook_of(normalizer=None):
     return hook, model
 
 
-def stop_and_go_on(rank, store, answers):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def stop_and_go_on(rank):
     hook, _ = hook_of(torch.tensor(10.0 * (rank + 1)))
     hook.gather()
     held = [hook.state_dict()]  # of the main process is what a checkpoint has
@@ -29,15 +27,11 @@ def stop_and_go_on(rank, store, answers):
     again, model = hook_of()
     again.load_state_dict(held[0])
     again.before_step()
-    answers.put((rank, model.loss_normalizer))
-    dist.destroy_process_group()
+    return model.loss_normalizer
 
 
 def test_each_process_goes_on_with_its_own_normalizer(tmp_path):
-    answers = torch.multiprocessing.get_context("fork").SimpleQueue()
-    arguments = (str(tmp_path / "store"), answers)
-    start_processes(stop_and_go_on, args=arguments, nprocs=2, start_method="fork")
-    assert dict(answers.get() for _ in range(2)) == {0: 10.0, 1: 20.0}
+    assert answers_of_two(tmp_path, stop_and_go_on) == [10.0, 20.0]
 
 
 def test_a_checkpoint_of_before_has_the_main_processs_normalizer_alone():

@@ -22,7 +22,7 @@ from .statistics import (
     pooled_deviation,
     seeds_needed,
 )
-from .tables import Section, Table
+from .tables import Section, Table, seed_of_teacher
 
 # What says most of how the student is read by the teacher's head.
 _STATISTICS = (
@@ -260,7 +260,7 @@ def _provenance(content: dict) -> List[str]:
     lines.append(f"on {_hardware(runs)}.")
     if any(run["arm"] == TEACHER for run in runs):
         current = [run for run in runs if not run.get("outdated")]
-        if all(_teacher_seed(run) == run["seed"] for run in current):
+        if all(seed_of_teacher(run) == run["seed"] for run in current):
             lines.append("Each seed has its own teacher.")
         else:
             lines += [
@@ -272,11 +272,6 @@ def _provenance(content: dict) -> List[str]:
     return lines + ["All numbers: [results.json](results.json)."]
 
 
-def _teacher_seed(run: dict) -> int:
-    """The seed of the teacher that a student learned from; a teacher's own."""
-    return run.get("teacher_seed", run["seed"])
-
-
 def _several_teachers(content: dict) -> List[str]:
     """Says where the runs of a teacher's seed don't all belong to the same weights: a teacher whose
     weights were gone has been trained again."""
@@ -284,7 +279,7 @@ def _several_teachers(content: dict) -> List[str]:
     found: Dict[int, set] = {}
     for run in content["runs"]:
         if run["arm"] in belong and not run.get("outdated"):
-            found.setdefault(_teacher_seed(run), set()).add(run.get("teacher_sha256", ""))
+            found.setdefault(seed_of_teacher(run), set()).add(run.get("teacher_sha256", ""))
     lines = []
     several = [str(seed) for seed, those in sorted(found.items()) if len(those - {""}) > 1]
     if several:

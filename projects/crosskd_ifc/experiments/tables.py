@@ -13,6 +13,12 @@ def replicate_number(run: dict) -> int:
     return run.get("replicate", 1)
 
 
+def seed_of_teacher(run: dict) -> int:
+    """The seed of the teacher that a student learned from; a teacher's own. Records of old don't
+    name a teacher of the run's own seed."""
+    return run.get("teacher_seed", run["seed"])
+
+
 class Section(NamedTuple):
     """The arms of one table: group ("" for the main arms), their names, and the arms that their
     differences are taken to."""
@@ -86,9 +92,8 @@ class Table:
             ]
             for name, side in zip((other, arm), reversed(sides)):
                 for run in side:
-                    # Records of old don't name a teacher of the run's own seed.
                     if "teacher_seed" in run or self.arms[name].get("taught"):
-                        teachers[seed] = run.get("teacher_seed", seed)
+                        teachers[seed] = seed_of_teacher(run)
             if all(sides):
                 found = _pairs(*sides)
                 means = [_mean_of(pair, key) for pair in found or [sides]]

@@ -12,6 +12,7 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
+    Tuple,
     Union,
 )
 
@@ -25,6 +26,7 @@ from ..config import ConfigError, error_prefix
 from ..distillation.distiller import Distiller
 from ..distillation.several import SeveralTeachers
 from ..distillation.teacher import Teacher
+from ..weights.state_dicts import ADAPTER_PREFIX
 from .diagnostics import GradientDiagnostics
 from .inheriting import WeightInheritance
 
@@ -218,6 +220,11 @@ def learned_by_distillation(model: nn.Module) -> Optional[nn.Module]:
     """
     model = unwrap(model)
     return model.fusion if isinstance(model, Student) and model._has_fusion else None
+
+
+def adapter_prefixes(model: nn.Module) -> Tuple[str, ...]:
+    """What the keys of :func:`learned_by_distillation` begin with; () if there are none."""
+    return () if learned_by_distillation(model) is None else (ADAPTER_PREFIX,)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

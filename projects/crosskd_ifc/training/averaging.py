@@ -10,8 +10,7 @@ from detectron2.engine import HookBase
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..modeling.student import Student, learned_by_distillation, unwrap
-from ..weights.state_dicts import ADAPTER_PREFIX
+from ..modeling.student import Student, adapter_prefixes, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class WeightAverage(HookBase):
     def weights(self) -> Dict[str, torch.Tensor]:
         """The averaged detector's, with detectron2's keys, without adapters."""
         model = self._average.module
-        more = () if learned_by_distillation(model) is None else ADAPTER_PREFIX
+        more = adapter_prefixes(model)
         return {k: v for k, v in model.state_dict().items() if not k.startswith(more)}
 
     def evaluate(self) -> Dict[str, Any]:

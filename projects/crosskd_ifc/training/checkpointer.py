@@ -15,9 +15,9 @@ from ..common.command_line import tool_command
 from ..common.errors import one_line
 from ..common.files import replacing
 from ..config import ConfigError
-from ..modeling.student import learned_by_distillation
+from ..modeling.student import adapter_prefixes
 from ..weights.reading import SafeReader, load_weights, unreadable
-from ..weights.state_dicts import ADAPTER_PREFIX, is_state_dict
+from ..weights.state_dicts import is_state_dict
 from ..weights.strict import describe_misfit
 from .run_config import as_table, changed_settings, describe_run, is_distilled
 from .run_folder import find_checkpoints, has_checkpoint, number_of, tagged_checkpoint
@@ -204,7 +204,7 @@ class SafeCheckpointer(SafeReader):
     def _load_model(self, checkpoint: Any) -> Any:
         misfit = super()._load_model(checkpoint)
         self._missing = set(misfit.missing_keys)  # those of another shape, too
-        more = () if learned_by_distillation(self.model) is None else ADAPTER_PREFIX
+        more = adapter_prefixes(self.model)
         self.is_complete = all(k.startswith(more) for k in misfit.missing_keys)
         return misfit
 

@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..common.files import move_aside
 from ..config import ConfigError
+from .wandb_writer import WANDB_ID
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,13 @@ def check_output_folder(folder: str) -> None:
 
 def set_metrics_aside(folder: str) -> None:
     """Rename the ``metrics.json`` of an earlier training that has left no checkpoint, to which
-    detectron2 would add the new training's lines; and its ``wandb_id``, likewise."""
+    detectron2 would add the new training's lines; and its id for Weights & Biases, likewise."""
     path = os.path.join(folder, "metrics.json")
     if not os.path.isfile(path) or not os.path.getsize(path):
         return
     logger.info(f"{path} was of an earlier training; it is now {move_aside(path)}")
-    if os.path.isfile(os.path.join(folder, "wandb_id")):
-        move_aside(os.path.join(folder, "wandb_id"))
+    if os.path.isfile(os.path.join(folder, WANDB_ID)):
+        move_aside(os.path.join(folder, WANDB_ID))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from ..common.files import replacing
 
+WANDB_ID = "wandb_id"  # a file in OUTPUT_DIR
+
 
 class WandbWriter(EventWriter):
     """Logs what metrics.json has to a project of Weights & Biases; offline, below ``OUTPUT_DIR``,
@@ -48,7 +50,7 @@ class WandbWriter(EventWriter):
         import wandb
 
         folder = self._cfg.OUTPUT_DIR
-        path = os.path.join(folder, "wandb_id")
+        path = os.path.join(folder, WANDB_ID)
         if not os.path.exists(path):
             with replacing(path) as f:
                 f.write(uuid.uuid4().hex[:8].encode())
