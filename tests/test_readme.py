@@ -160,6 +160,33 @@ def test_what_learned_weights_give_is_told_as_recorded():
     assert f"On the small photos it is {tell(found)} from `mean`" in told_in_results()
     doubled = f"with both loss weights doubled it stays at {mean_ap(table, 'both_doubled')}"
     assert doubled in told_in_results() and len(table.scores("both_doubled")) == 5
+    double = tell(table.difference("crosskd_both_doubled", "crosskd"))[:-1]
+    assert f"Doubled weights gave plain CrossKD {double}; five seeds)" in told_in_results()
+
+
+NO_ABLATIONS = ("teacher", "student", "student_head", "feature", "crosskd", "crosskd_both_doubled")
+
+
+def test_which_ablations_leave_out_0_is_told_as_recorded():
+    table = results("shapes_faster_rcnn")
+    found = {arm: table.difference(arm, "crosskd_ifc") for arm in table.runs}
+    arms = [arm for arm in found if arm not in NO_ABLATIONS and not arm.endswith("_2x")]
+    arms = [arm for arm in arms if not arm.endswith("_gradients")]
+    intervals = {arm: found[arm].interval for arm in arms if found[arm] and found[arm].interval}
+    without = [arm for arm, (low, high) in intervals.items() if not low < 0 < high]
+    assert len(intervals) == 19 and without == ["weighted", "cls_1"]
+    told = f"Of 19 such intervals two leave out 0: this one, and `CLS_WEIGHT` 1, {tell(found['cls_1'])}."
+    assert told in told_in_results()
+
+
+def test_what_the_routes_and_taps_of_the_mean_give_is_told_as_recorded():
+    table = results("shapes_faster_rcnn")
+    arms = ("through", "pool_fc1_fc2", "through_pool_fc1_fc2")
+    found = [table.difference(arm, "crosskd_ifc") for arm in arms]
+    told = "`through` {:+.1f}, with `pool` {:+.1f}, both {:+.1f} AP (three seeds, intervals of about ±{:.1f})"
+    widths = [(each.interval[1] - each.interval[0]) / 2 for each in found]
+    told = told.format(*(each.mean for each in found), statistics.mean(widths))
+    assert told in told_in_results() and {len(each.values) for each in found} == {3}
 
 
 def test_other_losses_settings_are_told_as_recorded():
@@ -175,10 +202,9 @@ def test_other_losses_settings_are_told_as_recorded():
 def test_sum_and_mean_are_told_as_recorded():
     table = results("shapes_faster_rcnn")
     found = table.difference("sum", "crosskd_ifc")
-    assert (
-        f"`sum` is {tell(found)} from it (five seeds)" in told_in_results()
-        and len(found.values) == 5
-    )
+    from_crosskd = tell(table.difference("sum", "crosskd"))
+    told = f"`sum` is {tell(found)} from it (five seeds), and {from_crosskd} from plain CrossKD."
+    assert told in told_in_results() and len(found.values) == 5
 
 
 def test_what_is_good_everywhere_is():
@@ -201,6 +227,12 @@ def test_what_longer_training_gives_is_told_as_recorded():
         *map(tell, gains)
     )
     assert text in told_in_results() and all(len(gain.values) == 3 for gain in gains)
+    later = [
+        f"{results(x).difference('crosskd', 'student').mean:.1f}"
+        for x in ("decisive", "decisive_long")
+    ]
+    told = "adds [{} AP](results.md#the-decisive-comparison) in 440 steps and [{}]"
+    assert told.format(*later) in told_in_results()
 
 
 def test_every_distilled_student_is_better_than_the_plain_one():
@@ -486,7 +518,7 @@ def test_the_cost_of_diagnostics_is_the_measured_one():
 
 def test_the_table_of_mask_losses_is_that_of_the_recorded_runs():
     runs = json.loads(read("benchmarks", "mask_rcnn", "mask_loss.json"))["runs"]
-    text, prefix = read("docs", "options.md"), "MODEL.CROSSKD.LOSS.MASK_"
+    text, prefix = read("docs", "more_results.md"), "MODEL.CROSSKD.LOSS.MASK_"
     for run in runs:
         names = [run["opts"].get(prefix + key) for key in ("REDUCTION", "CHANNELS")]
         cells = f"| `{names[0]}` | `{names[1]}`" if names[0] else "| (no mask loss) |"
@@ -666,6 +698,11 @@ def check_verdicts(contrasts, number, titles, *, after):
         ("mean of fc1 and fc2", "ifc"),
         ("fc2 alone", "fc2"),
         ("plain CrossKD, loss weights doubled", "crosskd_double"),
+        ("plain CrossKD, loss weights times 1.5", "crosskd_half_more"),
+        ("one loss per tap: pool 1, fc2 1", "taps_pool_fc2"),
+        ("one loss per tap: 1 each", "taps_strong"),
+        ("one loss per tap: a third each", "taps_equal"),
+        ("a sixth each, and half for their mean", "blend"),
     ],
 )
 def test_the_table_of_the_screen_is_that_of_the_recorded_runs(title, arm):
@@ -724,7 +761,7 @@ def test_what_a_longer_training_of_the_plain_student_gives_is_told_as_recorded()
     assert f"told from the plain student: {tell(mimicking)}, and it is below it on three" in text
     assert sum(value < 0 for value in mimicking.values.values()) == 3
     older = results("shapes_faster_rcnn").difference("student_head", "student")
-    told = f"in the older one it added {tell(older)}".replace("+", "")
+    told = f"In the older one it added {tell(older)}".replace("+", "")
     assert told in text
     report = read("benchmarks", "decisive", "report.md")
     assert re.search(
@@ -803,17 +840,23 @@ def test_what_retinanet_shows_is_told_as_recorded():
         ours.difference.mean, *ours.corrected
     )
     assert f"beats plain CrossKD by {found} on {len(ours.difference.values)} seeds" in text
-    short = "{:.1f} AP ({:.1f} to {:.1f}; 12 seeds)".format(ours.difference.mean, *ours.corrected)
+    short = "{:.1f} AP ({:.2f} to {:.2f}; 12 seeds)".format(ours.difference.mean, *ours.corrected)
     assert f"beats plain CrossKD by {short}" in read("README.md")
     assert f"beats plain CrossKD by {ours.difference.mean:.1f} AP" in read("docs", "choosing.md")
     ahead = sum(x > 0 for x in ours.difference.values.values())
-    assert f"is ahead on {ahead} of the 12 seeds. The difference is less than the 0.5 AP" in text
+    told = "is ahead on {} of the 12 seeds. The difference is real ({:+.2f}, corrected {:+.2f} to {:+.2f})"
+    assert told.format(ahead, ours.difference.mean, *ours.corrected) in text
+    assert "its 90 % interval, {:+.2f} to {:+.2f}, lies inside".format(*ours.equivalence) in text
     left = [-table.difference(arm, "teacher").mean for arm in ("crosskd", "ifc")]
     assert "end {:.1f} AP (plain CrossKD) and {:.1f} AP (the mean) below".format(*left) in text
-    taps = table.difference("taps", "crosskd").values.values()
+    values = table.difference("taps", "crosskd").values
+    taps = values.values()
     assert f"It is ahead on {sum(x > 0 for x in taps)} of the 12 seeds." in text
     assert f"it ended {-min(taps):.1f} AP below plain CrossKD" in text
-    assert f"each with a teacher of its own ({ap_of(table, 'teacher')} AP)" in text
+    others = summarize({seed: x for seed, x in values.items() if x > min(taps)})
+    told = "The other eleven are {:+.1f} AP ahead ({:+.1f} to {:+.1f})"
+    assert told.format(others.mean, *others.interval) in text
+    assert f"each with a teacher of its own (1,200 steps, {ap_of(table, 'teacher')} AP)" in text
 
 
 TEACHER_KINDS = {

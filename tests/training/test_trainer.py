@@ -110,6 +110,21 @@ def test_the_training_data_loses_boxes_without_area_and_images_left_empty(datase
     assert "ropped 2 boxes" in caplog.text and "0.png" in caplog.text
 
 
+def test_the_trainer_with_augmentations_of_its_own_that_the_docs_show_loads_data(dataset, tmp_path):
+    with open(os.path.join(CONFIGS, "..", "docs", "extending.md")) as f:
+        section = f.read().split("## Your own trainer\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {}
+    exec(code, names)
+    record = picture(0, (1.0, 2.0, 9.0, 9.0))
+    record["file_name"] = str(tmp_path / "0.png")
+    Image.new("RGB", (64, 64)).save(record["file_name"])
+    name = dataset([record])
+    cfg = tiny_cfg("DATASETS.TRAIN", (name,), "DATALOADER.NUM_WORKERS", 0)
+    sample, *_ = next(iter(names["MyTrainer"].build_train_loader(cfg)))
+    assert min(sample["image"].shape[1:]) in (480, 640) and len(sample["instances"]) == 1
+
+
 def test_training_data_without_a_usable_box_is_one_error_that_names_them(dataset):
     names = dataset([picture(0), picture(1)]), dataset([picture(2, (5.0, 5.0, 5.0, 20.0))])
     with pytest.raises(ConfigError, match=f"DATASETS.TRAIN.*{names[0]}.*{names[1]}.*3 images"):
