@@ -25,7 +25,8 @@ from detectron2.utils import comm
 from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import find_config, merge_from_file, merge_from_list
 from crosskd_ifc.common.user_code import import_user_code
-from crosskd_ifc.data.cards import fill_in_class_count, locate_cards
+from crosskd_ifc.data.cards import locate_cards
+from crosskd_ifc.data.class_names import fill_in_class_count
 from crosskd_ifc.training.launching import invoke
 from crosskd_ifc.training.running import check_run, evaluate, train
 

@@ -18,7 +18,7 @@ from detectron2.config import get_cfg
 from crosskd_ifc.analysis.pictures import inspect_pair
 from crosskd_ifc.common.command_line import run_tool, tool_parser
 from crosskd_ifc.common.config_files import load_config
-from crosskd_ifc.data.cards import fill_in_class_count
+from crosskd_ifc.data.class_names import fill_in_class_count
 
 
 def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:

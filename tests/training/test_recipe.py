@@ -13,7 +13,7 @@ from PIL import Image
 from crosskd_ifc import ConfigError, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import merge_from_file
 from crosskd_ifc.config import class_count, distillation_requested, fusion_name
-from crosskd_ifc.data.cards import fill_in_class_count
+from crosskd_ifc.data.class_names import fill_in_class_count
 from crosskd_ifc.modeling.attach import load_teacher_config
 from crosskd_ifc.training.preflight import check_training_config
 from crosskd_ifc.training.preflight_data import check_classes

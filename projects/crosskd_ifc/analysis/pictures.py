@@ -114,7 +114,7 @@ def names_by_column(cfg: CfgNode, teacher: Teacher) -> Dict[str, Sequence[str]]:
         cfg: the student's config.
         teacher: the attached teacher.
     """
-    ours, theirs = class_names_or_numbers(cfg), class_names(teacher.cfg, load=True)
+    ours, theirs = class_names_or_numbers(cfg), class_names(teacher.cfg, cards=True)
     if theirs is None:
         has_others = teacher_configs(cfg)[0][1].MODEL.CROSSKD.TEACHER.CLASS_MAP
         theirs = list(map(str, range(num_classes(teacher.model)))) if has_others else ours

@@ -19,15 +19,13 @@ from detectron2.structures import BoxMode
 
 from ..common.files import file_sha256
 from ..common.paths import resolve_path
-from ..config import ConfigError, class_count
+from ..config import ConfigError
 from .card import Card, load_card
-from .files import read_coco_json, voc_files
+from .files import voc_files
 from .loading import load_split
 from .mapper import SampleError
 
 logger = logging.getLogger(__name__)
-
-_DEFAULT_COUNT = 80  # of COCO, in detectron2's config
 
 
 def register_cards(cards: Sequence[str]) -> List[str]:
@@ -137,36 +135,6 @@ def locate_cards(cfg: CfgNode) -> None:
     places = [os.path.abspath(os.path.expanduser(card)) for card in cfg.DATASETS.CARDS]
     pairs = zip(cfg.DATASETS.CARDS, places)
     cfg.DATASETS.CARDS = tuple(place if os.path.isfile(place) else card for card, place in pairs)
-
-
-def fill_in_class_count(cfg: CfgNode) -> None:
-    """Sets the number of classes of a config's detector to that of its data set's card, unless it
-    was set by hand: left at detectron2's default, 80.
-
-    The data set is the first of DATASETS.TRAIN, or of TEST. Registers DATASETS.CARDS.
-
-    Args:
-        cfg: changed in place.
-
-    Raises:
-        ConfigError: a card can't be found or is wrong.
-    """
-    key, count = class_count(cfg)
-    if count != _DEFAULT_COUNT or not cfg.DATASETS.CARDS:
-        return
-    register_cards(cfg.DATASETS.CARDS)
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    card, split = (card_of(names[0]) if names else None) or (None, "")
-    if card is None:
-        return
-    classes = card.classes
-    if classes is None:  # of a COCO card that leaves them to its json
-        try:
-            found = read_coco_json(card.splits[split]["json"])["categories"]
-            classes = {category["id"]: 0 for category in found}
-        except (KeyError, TypeError, ValueError):
-            return  # loading it says what is wrong
-    cfg.merge_from_list([key, len(classes)])
 
 
 def drop_degenerate_boxes(dataset_dicts: Sequence[dict]) -> Tuple[List[dict], int]:

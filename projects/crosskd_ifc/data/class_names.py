@@ -1,4 +1,4 @@
-"""The names of a model's classes, from the data sets of its config."""
+"""Names and number of a model's classes, from the data sets of its config."""
 
 import itertools
 import logging
@@ -6,14 +6,18 @@ from typing import Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError, class_count
-from .cards import register_cards
+from .cards import card_of, register_cards
+from .files import read_coco_json
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_COUNT = 80  # of COCO, in detectron2's config
 
-def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Sequence[str]]:
+
+def class_names(cfg: Optional[CfgNode], *, cards: bool = False) -> Optional[Sequence[str]]:
     """The names of a model's classes, None where they aren't known.
 
     They are those of the first data set in DATASETS.TRAIN, then TEST, that is registered with a
@@ -21,41 +25,63 @@ def class_names(cfg: Optional[CfgNode], *, load: bool = False) -> Optional[Seque
 
     Args:
         cfg: the model's config, None if it has none.
-        load: also register the config's dataset cards, and load a data set whose names are known
-            only then (``register_coco_instances``). What is not on this machine stays unknown.
+        cards: also register the config's dataset cards. What is not on this machine stays unknown.
     """
     if cfg is None:
         return None
-    if load:
+    if cards:
         try:
             register_cards(cfg.DATASETS.CARDS)
         except ConfigError as error:
             logger.warning(str(error))
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        names = dataset_class_names(name, load=load) if name in DatasetCatalog else None
+        names = dataset_class_names(name)
         if names and len(names) == class_count(cfg)[1]:
             return names
     return None
 
 
 def class_names_or_numbers(cfg: CfgNode) -> Tuple[str, ...]:
-    """As :func:`class_names` that loads; numbers where no data set knows the names."""
-    return tuple(class_names(cfg, load=True) or map(str, range(class_count(cfg)[1])))
+    """As :func:`class_names` with its cards; numbers where no data set knows the names."""
+    return tuple(class_names(cfg, cards=True) or map(str, range(class_count(cfg)[1])))
 
 
-def dataset_class_names(dataset: str, *, load: bool = False) -> Optional[Sequence[str]]:
-    """The names of a registered data set's classes, None where they aren't known.
+def dataset_class_names(dataset: str) -> Optional[Tuple[str, ...]]:
+    """The names of a data set's classes, in the order of their indices: those it is registered
+    with, else those of its COCO json. None where they aren't known, or it isn't registered."""
+    if dataset not in DatasetCatalog:
+        return None
+    metadata = MetadataCatalog.get(dataset)
+    names, path = metadata.get("thing_classes", None), metadata.get("json_file", None)
+    try:
+        if not names and path and PathManager.isfile(path):
+            categories = read_coco_json(path)["categories"]
+            names = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+    except (KeyError, TypeError, ValueError):
+        return None  # loading it says what is wrong
+    return tuple(names) if names else None
+
+
+def fill_in_class_count(cfg: CfgNode) -> None:
+    """Sets the number of classes of a config's detector to that of its data set's card, unless it
+    was set by hand: left at detectron2's default, 80.
+
+    The data set is the first of DATASETS.TRAIN, or of TEST. Registers DATASETS.CARDS.
 
     Args:
-        load: load it, if its names are known only then.
+        cfg: changed in place.
+
+    Raises:
+        ConfigError: a card can't be found or is wrong.
     """
-    metadata = MetadataCatalog.get(dataset)
-    if load and not metadata.get("thing_classes", None) and metadata.get("json_file", None):
-        try:
-            DatasetCatalog.get(dataset)
-        except Exception as error:  # a data set's loader is anyone's code
-            logger.warning(f"{dataset}: {type(error).__name__} {error}")
-    return metadata.get("thing_classes", None)
+    key, count = class_count(cfg)
+    if count != _DEFAULT_COUNT or not cfg.DATASETS.CARDS:
+        return
+    register_cards(cfg.DATASETS.CARDS)
+    first = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[:1]
+    classes = dataset_class_names(first[0]) if first and card_of(first[0]) else None
+    if classes:
+        cfg.merge_from_list([key, len(classes)])
 
 
 def first_difference(

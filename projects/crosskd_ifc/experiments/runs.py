@@ -25,7 +25,8 @@ from ..common.files import file_sha256, read_json_if_any, write_json
 from ..common.paths import resolve_path
 from ..config import ConfigError, distillation_requested, teacher_configs
 from ..data import shapes
-from ..data.cards import describe_data, fill_in_class_count
+from ..data.cards import describe_data
+from ..data.class_names import fill_in_class_count
 from ..modeling.attach import load_teacher_config
 from ..training.non_finite import DIVERGED
 from ..weights.state_dicts import is_missing

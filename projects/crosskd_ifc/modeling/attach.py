@@ -30,7 +30,7 @@ from ..common.lazy_detectors import (
 from ..common.paths import tried
 from ..common.random_state import same_random_state
 from ..config import ConfigError, error_prefix, teacher_configs
-from ..data.cards import fill_in_class_count
+from ..data.class_names import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
 from ..weights.held_config import differing_keys

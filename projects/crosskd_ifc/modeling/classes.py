@@ -48,7 +48,7 @@ def build_class_map(
         needed_by = needed_by or "MODEL.CROSSKD.TEACHER.EVAL_AT_START"
     # Of other classes nothing is compared; else statistics are, if no loss.
     wants_names = is_index or bool(needed_by) or class_map.reads_names(kd.CLASS_MAP)
-    names = tuple(class_names(c, load=wants_names) for c in (cfg, teacher.cfg))
+    names = tuple(class_names(c, cards=wants_names) for c in (cfg, teacher.cfg))
     try:
         found = class_map.resolve(
             kd.CLASS_MAP, num_classes=(ours, theirs), names=names, needed_by=needed_by

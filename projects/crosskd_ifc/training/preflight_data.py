@@ -4,12 +4,11 @@ it, and whether all data sets mean the same by a class's index."""
 import logging
 import os
 from reprlib import repr as short
-from typing import Optional, Sequence, Tuple
+from typing import Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
 from ..common.command_line import tool_command
 from ..common.config_files import LAZY_CONFIG
@@ -17,7 +16,7 @@ from ..common.errors import one_line
 from ..config import ConfigError, class_count
 from ..data.card import Card
 from ..data.cards import card_of, has_area
-from ..data.class_names import first_difference
+from ..data.class_names import dataset_class_names, first_difference
 from ..data.fields import coco_evaluator_fault, voc_evaluator_fault, voc_list_fault
 from ..data.files import read_coco_json, read_voc_annotation, read_voc_split
 from ..data.mapper import SampleError, check_image
@@ -107,7 +106,7 @@ def check_classes(
         (key, name, names)
         for key in keys
         for name in cfg.DATASETS[key]
-        for names in [_class_names(name)]
+        for names in [dataset_class_names(name)]
         if names and not (evaluation and key == "TRAIN" and len(names) != class_count(cfg)[1])
     ]
     for other in known[1:]:
@@ -123,7 +122,7 @@ def check_same_everywhere(cfg: CfgNode, num_images: int) -> None:
     Raises:
         ConfigError: in every process; names the data set and the first difference.
     """
-    names = {name: list(_class_names(name) or ()) for name in cfg.DATASETS.TRAIN}
+    names = {name: list(dataset_class_names(name) or ()) for name in cfg.DATASETS.TRAIN}
     (first, number), *others = comm.all_gather((names, num_images))
     for rank, (theirs, their_number) in enumerate(others, 1):
         here, there = f"process {rank}", "the main process"
@@ -155,23 +154,6 @@ def _check_same(one: _Classes, other: _Classes, evaluation: bool) -> None:
         f"class {index} is {here} in {first!r} and {there} in {second!r}. A model knows classes by "
         f"their index: {advice}"
     )
-
-
-def _class_names(name: str) -> Optional[Tuple[str, ...]]:
-    """Class names in the order of their indices, if they can be known without loading the data."""
-    if name not in DatasetCatalog:
-        return None
-    meta = MetadataCatalog.get(name)
-    path = meta.get("json_file")
-    if meta.get("thing_classes") or meta.get("evaluator_type") != "coco" or not path:
-        return tuple(meta.get("thing_classes") or ()) or None
-    try:
-        if PathManager.isfile(path):
-            categories = read_coco_json(path)["categories"]
-            return tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"])) or None
-    except (KeyError, TypeError, ValueError):
-        pass  # loading it says what is wrong
-    return None
 
 
 def _coco_fault(name: str, cfg: CfgNode) -> str:

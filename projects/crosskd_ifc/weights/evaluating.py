@@ -104,7 +104,7 @@ def dataset_records(dataset: str) -> List[dict]:
 
 def _check_classes(dataset: str, model: str, ours: Sequence[str]) -> None:
     """Refuse another number of classes than the model's, and other names if it has any."""
-    theirs = dataset_class_names(dataset, load=True) if dataset in DatasetCatalog else None
+    theirs = dataset_class_names(dataset)
     is_named = list(ours) != [str(i) for i in range(len(ours))]
     if not theirs or list(theirs) == list(ours) or (len(theirs) == len(ours) and not is_named):
         return

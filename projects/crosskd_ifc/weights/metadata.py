@@ -18,7 +18,7 @@ def describe_detector(cfg: CfgNode) -> Dict[str, Any]:
     """ "classes", their names in the model's order (null where no data set of the config knows
     them), "score_threshold" and "nms_threshold", which its detections have passed."""
     head = cfg.MODEL[head_section(cfg)]
-    names = class_names(cfg, load=True)
+    names = class_names(cfg, cards=True)
     return {
         "classes": None if names is None else list(names),
         "score_threshold": head.SCORE_THRESH_TEST,

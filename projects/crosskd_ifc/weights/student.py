@@ -16,7 +16,7 @@ from ..common.config_files import find_config, load_config, load_config_text, me
 from ..common.lazy_config import is_lazy
 from ..common.user_code import refuse_user_code
 from ..config import ConfigError
-from ..data.cards import fill_in_class_count
+from ..data.class_names import fill_in_class_count
 from .held_config import differing_keys
 from .lazy_student import build_lazy_student, check_is_of_run, written_config
 from .reading import load_weights
