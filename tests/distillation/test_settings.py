@@ -37,8 +37,12 @@ CASES = {
         "TAP_WEIGHTS.*but MIMIC 'student_head'",
     ),
     "nothing to compare": (
-        (K + "LOSS.FUSED_WEIGHT", 0.0, K + "LOSS.TAP_WEIGHTS", (0.0, 0.0)),
+        (K + "FUSION.NAME", "mean", K + "LOSS.FUSED_WEIGHT", 0.0),
         "FUSED_WEIGHT is 0.*TAP_WEIGHTS.*one of them above 0",
+    ),
+    "no combined term of taps that aren't combined": (
+        (*SEPARATE, K + "LOSS.FUSED_WEIGHT", 0.0),
+        "LOSS.FUSED_WEIGHT is 0.0, but FUSION.NAME 'none'.* doesn't combine.*default, 1.0",
     ),
     "fewer weights than taps": (
         (K + "LOSS.TAP_WEIGHTS", (1.0,)),

@@ -1,14 +1,18 @@
 """tools/lazyconfig_train_net.py from end to end, on a few pictures of the built-in kind."""
 
+import collections
 import glob
+import itertools
 import os
 import re
 import signal
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.modeling import GeneralizedRCNN, StandardROIHeads
 from detectron2.solver import LRMultiplier, build_lr_scheduler
 from test_quick_configs import few_pictures, pictures, teachers  # noqa: F401  fixtures
@@ -120,6 +124,31 @@ def test_an_image_without_a_usable_box_is_left_out_as_by_the_yaml_twin(few_pictu
     for node.dataset.filter_empty in (True, False):
         counts.append(len(LazyStream(cfg, node, [lost, *dataset[1:]]).records))
     assert counts == [len(dataset) - 1, len(dataset)]
+
+
+def sizes_alone():
+    return lambda record: {key: record[key] for key in ("image_id", "width", "height")}
+
+
+def first_image():
+    return lambda batch: batch[0]["image_id"]
+
+
+def test_a_sampler_of_a_lazyconfig_counts_all_its_images(few_pictures):  # noqa: F811
+    node = load_lazy_config(os.path.join(ROOT, "configs", STUDENT), key="test").dataloader.train
+    dataset = instantiate(node.dataset)
+    lost = {**dataset[0], "annotations": [{**dataset[0]["annotations"][0], "bbox": [5, 5, 0, 9]}]}
+    dataset = [lost, *dataset[1:]]
+    factors = torch.ones(len(dataset))
+    factors[-1] = 10  # the last image
+    node.sampler = L(RepeatFactorTrainingSampler)(repeat_factors=factors)
+    node.mapper, node.collate_fn = L(sizes_alone)(), L(first_image)()
+    node.total_batch_size, node.num_workers = 1, 0
+    cfg = Run("", STUDENT.replace(".py", ".yaml"), "", []).cfg()
+    stream = LazyStream(cfg, node, dataset)
+    assert len(stream.records) == len(dataset)
+    drawn = collections.Counter(itertools.islice(iter(stream.build_loader()), 10 * len(dataset)))
+    assert drawn.most_common(1)[0][0] == dataset[-1]["image_id"]
 
 
 @pytest.mark.parametrize(

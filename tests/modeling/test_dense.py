@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import FPN, META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS as StockFCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -78,6 +78,27 @@ def pair(kind, *opts, teacher_opts=(), seed=1, **settings):
     teacher = telling(build_model(dense_cfg(kind, *teacher_opts, stock=True, **settings)), 9)
     attach_teacher(student, cfg, teacher=teacher)
     return student.train(), teacher
+
+
+class BareFPN(FPN):
+    """Says of its padding what a backbone of one's own does: nothing but ``size_divisibility``."""
+
+    padding_constraints = {}
+
+
+class CoarseFPN(FPN):
+    padding_constraints = {"size_divisibility": 64}
+
+
+def test_backbones_that_pad_alike_fit_however_they_say_it():
+    cfg = dense_cfg("RetinaNet")
+    student, teacher = build_model(cfg), build_model(dense_cfg("RetinaNet", stock=True))
+    student.backbone.__class__ = BareFPN
+    attach_teacher(student, cfg, teacher=teacher)
+    other = build_model(cfg)
+    teacher.backbone.__class__ = CoarseFPN
+    with pytest.raises(ConfigError, match="multiples of 32 pixels .* to multiples of 64 pixels"):
+        attach_teacher(other, cfg, teacher=teacher)
 
 
 def fusion(name, taps, entry=""):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from helpers import distilling, tiny_cfg, tiny_model
 from test_dense import pair
@@ -180,6 +181,28 @@ def test_tensors_that_mean_something_else_are_left(opts, module, key, caplog):
     assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
     with pytest.raises(ConfigError, match=f"nothing of '{module}'.*something else: {key}"):
         distilling(I, (module,), teacher_opts=opts)
+
+
+def test_the_class_weights_of_a_federated_loss_stay_those_of_the_students_data(caplog):
+    names, head = ("federated_ours", "federated_theirs"), "MODEL.ROI_BOX_HEAD."
+    federated = (head + "USE_SIGMOID_CE", True, head + "USE_FED_LOSS", True)
+    federated += (head + "FED_LOSS_NUM_CLASSES", 2)
+    for name, counts in zip(names, ((1, 10, 100), (100, 10, 1))):
+        counted = [{"id": i, "image_count": n} for i, n in enumerate(counts, 1)]
+        DatasetCatalog.register(name, list)
+        MetadataCatalog.get(name).class_image_count = counted
+    cfg = tiny_cfg(*federated, "DATASETS.TRAIN", names[:1], I, ("roi_heads",))
+    other = (*federated, "DATASETS.TRAIN", names[1:])
+    student, teacher = tiny_model(cfg), tiny_model(tiny_cfg(*other, architecture="GeneralizedRCNN"))
+    attach_teacher(student, cfg, teacher=teacher)
+    with caplog.at_level(logging.INFO, "crosskd_ifc"):
+        student.inherit_weights()
+    weights = student.roi_heads.box_predictor.fed_loss_cls_weights
+    torch.testing.assert_close(weights, torch.tensor([1.0, 10.0, 100.0]).sqrt())
+    assert "fed_loss_cls_weights (it counts the classes of the student's own data" in caplog.text
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name)
 
 
 def left_of(student, teacher, name, caplog):

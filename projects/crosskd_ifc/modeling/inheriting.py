@@ -133,7 +133,9 @@ class WeightInheritance:
     ) -> None:
         per_class = _class_rows(name)
         other = "" if theirs is None else self._other_meaning(name)
-        if theirs is None:
+        if name.endswith(".fed_loss_cls_weights"):
+            self.left[name] = "it counts the classes of the student's own data"
+        elif theirs is None:
             self.left[name] = "the teacher has none"
         elif other:
             self.left[name] = f"it means something else: {other} differs"

@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.structures import ImageList
 
+from ..distillation.compatibility.anchors import padding
 from ..distillation.traces import DenseTrace
 from .dense import DenseStudent
 
@@ -48,8 +49,6 @@ class CrossKDRetinaNet(DenseStudent, RetinaNet):
 
     def _padded_alone(self, size: Tuple[int, int]) -> Tuple[int, int]:
         """Height and width of a batch of one image of this size."""
-        constraints = self.backbone.padding_constraints
-        square = constraints.get("square_size", 0)
-        stride = constraints.get("size_divisibility", self.backbone.size_divisibility)
-        height, width = (-(-(square or x) // max(stride, 1)) * max(stride, 1) for x in size)
+        multiple, square = padding(self.backbone)
+        height, width = (-(-(square or x) // multiple) * multiple for x in size)
         return height, width

@@ -126,10 +126,11 @@ class LazyStream(TrainingStream):
         self._node = node
         records, _ = drop_degenerate_boxes([dataset[i] for i in range(len(dataset))])
         loader = node.dataset
-        # It has filtered them already, but an image may have lost its last box since.
-        if _target(loader) is get_detection_dataset_dicts and loader.get("filter_empty", True):
-            if "annotations" in records[0]:
-                records = with_boxes(records, cfg.DATASETS.TRAIN)
+        filtered = _target(loader) is get_detection_dataset_dicts
+        filtered = filtered and loader.get("filter_empty", True) and "annotations" in records[0]
+        # An image may have lost its last box since. A given sampler counts them as they were.
+        if filtered and node.get("sampler") is None:
+            records = with_boxes(records, cfg.DATASETS.TRAIN)
         super().__init__(cfg, records, _checked_mapper(node))
 
     def _sampler(self) -> Optional[Sampler]:

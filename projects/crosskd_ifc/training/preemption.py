@@ -129,7 +129,7 @@ def keep_workers_on_sigterm(loader: Any) -> Any:
         return loader
     inner = loader
     while not isinstance(inner, DataLoader):
-        inner = inner.dataset
+        inner = inner._dataset if hasattr(inner, "_dataset") else inner.dataset
     inner.worker_init_fn = functools.partial(_obey_parent_alone, inner.worker_init_fn)
     return loader
 

@@ -1,5 +1,8 @@
 """Whether the anchors and the padded images of student and teacher are the same."""
 
+from typing import Tuple
+
+from detectron2.modeling import Backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
 from torch import nn
@@ -32,15 +35,25 @@ def check_same_padding(
     Raises:
         ConfigError: naming ``key``.
     """
-    ours, theirs = (
-        (b.size_divisibility, dict(b.padding_constraints))
-        for b in (student.backbone, teacher.model.backbone)
-    )
+    ours, theirs = (_describe_padding(m.backbone) for m in (student, teacher.model))
     if ours != theirs:
         raise ConfigError(
             f"MODEL.CROSSKD.{key} compares feature maps, but the student pads images to {ours} and "
             f"the teacher ({teacher.description}) to {theirs}; {advice}"
         )
+
+
+def padding(backbone: Backbone) -> Tuple[int, int]:
+    """What both sides of a batch of images are multiples of, and the side of the square that they
+    are first padded to, 0 for none: as detectron2's ``ImageList`` reads it."""
+    constraints = backbone.padding_constraints
+    multiple = constraints.get("size_divisibility", backbone.size_divisibility)
+    return max(multiple, 1), constraints.get("square_size", 0)
+
+
+def _describe_padding(backbone: Backbone) -> str:
+    multiple, square = padding(backbone)
+    return f"a square of {square} pixels" if square else f"multiples of {multiple} pixels"
 
 
 def differing_anchors(ours: nn.Module, theirs: nn.Module, strides: str) -> str:

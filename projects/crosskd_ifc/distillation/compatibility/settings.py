@@ -123,12 +123,13 @@ def _check_terms(kd: CN, combination: str) -> None:
                 f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(weights)}; it must be a list of numbers"
             )
         _check_number(f"LOSS.TAP_WEIGHTS[{i}]", weight)
-    if kd.LOSS.FUSED_WEIGHT == 0 and not any(weights):
+    separate = are_separate(combination, fusion.IN_FEATURES)
+    if kd.LOSS.FUSED_WEIGHT == 0 and not any(weights) and not separate:
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.FUSED_WEIGHT is 0 and LOSS.TAP_WEIGHTS {tuple(weights)}: neither "
             "the combined feature nor a tap would be compared; set one of them above 0"
         )
-    if are_separate(combination, fusion.IN_FEATURES) and weights and not any(weights):
+    if separate and weights and not any(weights):
         raise ConfigError(
             f"MODEL.CROSSKD.LOSS.TAP_WEIGHTS is {tuple(weights)}: no tap would be compared; set "
             "one above 0, or ()"
