@@ -131,6 +131,8 @@ def test_one_is_drawn_in_each_step_and_the_others_are_not_run(trained):
     for iteration in (11, 4):
         factors = [step.factor for step in _steps(again, iteration)]
         assert factors == [1.0 - drawn[iteration], float(drawn[iteration])]
+    other = student_of([trained[0], trained[2]], *ONE, "SEED", 7)
+    assert [int(_steps(other, i)[1].factor) for i in range(12)] != drawn
     # The optimizer and DDP see a gradient for each parameter in each step.
     sum(kd_losses(student, 0)[0].values()).backward()
     for name, p in student.named_parameters():

@@ -16,20 +16,21 @@ class SeveralTeachers:
     """A :class:`Distiller` made of one for each teacher, all on one forward of the student.
 
     ``mean``: the sum of their losses, each with an n-th of the schedule's factor. ``one``: the
-    losses of a single teacher, drawn from the iteration alone: a resumed run and all processes draw
-    the same. The others aren't run; what is learned for them gets gradients of 0.
+    losses of a single teacher, drawn from seed and iteration alone: a resumed run and all
+    processes draw the same. The others aren't run; what is learned for them gets gradients of 0.
 
     What looks at one teacher and its cross-head finds the first one's. Statistics of teacher i > 1
     are called ``teacher_i/crosskd/...``.
     """
 
-    def __init__(self, distillers: Sequence[Distiller], *, loss: str):
+    def __init__(self, distillers: Sequence[Distiller], *, loss: str, seed: int = 0):
         """
         Args:
             distillers: two or more.
             loss: "mean" or "one".
+            seed: of the draws, the same in all processes.
         """
-        self.distillers, self._loss = list(distillers), loss
+        self.distillers, self._loss, self._seed = list(distillers), loss, seed
         first = self.distillers[0]
         self.teacher, self.box, self.has_cross_head = first.teacher, first.box, first.has_cross_head
         self.fusion, self.detect = first.fusion, first.detect
@@ -65,7 +66,7 @@ class SeveralTeachers:
         n = len(self.distillers)
         if self._loss == "mean":
             return [factor / n] * n
-        drawn = np.random.default_rng(get_event_storage().iter).integers(n)
+        drawn = np.random.default_rng((self._seed, get_event_storage().iter)).integers(n)
         return [factor if i == drawn else 0.0 for i in range(n)]
 
 

@@ -132,7 +132,7 @@ class Student(nn.Module):
                     inheritance = WeightInheritance(candidate.cfg, self, candidate.teacher)
         distiller = distillers[0] if distillers else None
         if len(distillers) > 1:
-            distiller = SeveralTeachers(distillers, loss=loss)
+            distiller = SeveralTeachers(distillers, loss=loss, seed=max(cfg.SEED, 0))
         learns = distiller is not None and distiller.learned is not None
         if learns and hasattr(self, "fusion") and not self._has_fusion:
             raise ConfigError(
