@@ -1,5 +1,8 @@
 """Tiny detectors and batches. Everything is real detectron2, only narrow."""
 
+import importlib.util
+import os
+from types import ModuleType
 from typing import Callable, List, Optional, Sequence
 
 import torch
@@ -13,6 +16,15 @@ from torch.multiprocessing import start_processes
 from crosskd_ifc import add_crosskd_ifc_config, attach_teacher
 
 IMAGE_SIZE = 64
+_TOOLS = os.path.join(os.path.dirname(__file__), "..", "tools")
+
+
+def load_tool(name: str) -> ModuleType:
+    """A script of tools/ as a new module; its name without ``.py``."""
+    spec = importlib.util.spec_from_file_location(name, os.path.join(_TOOLS, f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_cfg(*opts, architecture: str = "CrossKDRCNN") -> CfgNode:

@@ -77,9 +77,7 @@ def main(args):
         print(f"{other}: {results.include(other)} runs that weren't in {results.path}")
 
     failed = {}
-    if args.report_only:
-        results.add({})  # titles and groups may have changed
-    else:
+    if not args.report_only:
         comparison = Comparison(
             runs,
             results,
@@ -91,6 +89,7 @@ def main(args):
             discard_weights=args.discard_weights,
         )
         failed = comparison.do(select(protocol, runs, arms=args.arms, seeds=args.seeds))
+    results.add({})  # titles and groups may have changed, other processes have written to it
     if results.entries:
         print(f"Report: {write_report(results.content(), output)}")
     else:

@@ -78,6 +78,11 @@ def main(args):
         search_in(folder, protocol, args)
 
 
+def state_of(run):
+    """What a run's score depends on: settings, data and the files that it starts from."""
+    return " ".join(filter(None, (run.digest(), run.inputs(), run.needed_inputs())))
+
+
 def search_in(folder, protocol, args):
     space, seeds = space_of(args), args.seeds or [*protocol.seeds[:1]]
     runs_folder = args.runs or os.path.join("output", "compare", protocol.name)
@@ -86,7 +91,7 @@ def search_in(folder, protocol, args):
     study = open_study(
         os.path.join(folder, "study.journal"),
         space,
-        runs={str(s): protocol.run(args.arm, s, "").digest() for s in seeds if known},
+        runs={str(s): state_of(protocol.run(args.arm, s, "")) for s in seeds if known},
         seed=args.sampler_seed,
         jobs=args.jobs,
     )

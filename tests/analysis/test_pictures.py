@@ -1,6 +1,5 @@
 """tools/visualize.py and what it calls."""
 
-import importlib.util
 import os
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
-from helpers import distilling, tiny_cfg, tiny_model
+from helpers import distilling, load_tool, tiny_cfg, tiny_model
 from PIL import Image
 
 from crosskd_ifc import ConfigError
@@ -18,18 +17,10 @@ from crosskd_ifc.analysis.pictures import choose_records, load_inputs, names_by_
 from crosskd_ifc.data.shapes import CLASSES, COARSE_CLASSES, generate
 from crosskd_ifc.training.preflight import check_evaluation_config
 
-TOOL = os.path.join(os.path.dirname(__file__), "..", "..", "tools", "visualize.py")
 CLASS_COUNT = ("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES))
 
 
-def load_script(path):
-    spec = importlib.util.spec_from_file_location("visualize", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-visualize = load_script(TOOL)
+visualize = load_tool("visualize")
 
 
 @pytest.fixture(scope="module")

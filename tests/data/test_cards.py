@@ -1,6 +1,5 @@
 """Dataset cards, the dropping of empty boxes, and ``tools/prepare_data.py check``."""
 
-import importlib.util
 import io
 import json
 import logging
@@ -18,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
-from helpers import tiny_cfg
+from helpers import load_tool, tiny_cfg
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -862,10 +861,7 @@ def test_every_kind_of_finding_is_tested():
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("prepare_data", REPO / "tools/prepare_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_tool("prepare_data").main
 
 
 def test_the_tool_prints_counts_examples_and_its_exit_status_tells(tmp_path, tool, capsys):

@@ -1,7 +1,6 @@
 """``tools/prepare_data.py init``: folders of photos in each layout, and their split."""
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from helpers import load_tool
 from PIL import Image, ImageDraw
 
 from crosskd_ifc.data import near_duplicates
@@ -27,10 +27,7 @@ SIZE = (96, 64)
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("prepare_data", REPO / "tools/prepare_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_tool("prepare_data").main
 
 
 def objects(number):

@@ -1,7 +1,6 @@
 """Comparisons: protocols, the order of runs, what is kept of them, and the report's numbers."""
 
 import glob
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import load_tool
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
@@ -363,6 +363,24 @@ def test_runs_that_diverge_are_counted_where_the_protocol_asks(tmp_path):
     assert "diverged" not in report_text({**told, "stability": False})
 
 
+def test_a_run_that_diverged_does_not_count_if_the_protocol_no_more_asks_for_it(tmp_path):
+    case = Case(tmp_path, ablations=None, stability=True)
+    case.do([("student", 1), ("student", 2)])
+    for file in (case.path, str(tmp_path / "runs" / "student_2" / "run.json")):
+        with open(file) as f:
+            found = json.load(f)
+        (found if "digest" in found else found["runs"][1])["diverged"] = 7
+        with open(file, "w") as f:
+            json.dump(found, f)
+    again = Case(tmp_path, ablations=None, stability=True)
+    assert not [key for key in again.todo() if key[0] == "student"]
+    plain = Case(tmp_path, ablations=None)
+    assert [key for key in plain.todo() if key[0] == "student"] == [("student", 2)]
+    assert (
+        not plain.results.is_finished(("student", 2)) and plain.runs["student", 2].result() is None
+    )
+
+
 def test_a_run_that_is_made_again_is_another_replicate(case, monkeypatch):
     case.do(case.todo(seeds=[1]))
     monkeypatch.setenv("BONUS", "3")
@@ -616,6 +634,55 @@ def test_a_student_whose_weights_another_process_has_discarded_is_not_trained_ag
     assert case.order() == order and len(case.all_recorded()) == len(order)
 
 
+def test_students_of_a_teacher_that_started_from_other_weights_are_outdated(tmp_path, monkeypatch):
+    start = tmp_path / "start.pth"
+    start.write_text("labels as they were")
+    opts = {"MODEL.WEIGHTS": str(start)}
+    teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "opts": opts}
+    case = Case(tmp_path, teacher=teacher, ablations=None, seeds=[1])
+    assert case.do() == {} and case.todo() == []
+    start.write_text("corrected")
+    again = Case(tmp_path, teacher=teacher, ablations=None, seeds=[1])
+    assert again.todo() == [("teacher", 1), ("crosskd_ifc", 1)]
+    monkeypatch.setenv("BONUS", "1")
+    assert again.do() == {} and again.todo() == []
+    outdated = [(run["arm"], bool(run.get("outdated"))) for run in again.all_recorded()]
+    assert outdated == [
+        *(("teacher", True), ("teacher", False), ("student", False)),
+        *(("crosskd_ifc", True), ("crosskd_ifc", False)),
+    ]
+
+
+def arms_of_which_one_teaches(folder):
+    """The distilled student has learned from the plain one."""
+    weights = {"MODEL.CROSSKD.TEACHER.WEIGHTS": str(folder / "runs/student_1/model_final.pth")}
+    taught = {"config": DISTILLED, "opts": weights}
+    return Case(
+        *(folder,),
+        **dict(arms={"taught": taught, "student": {"config": PLAIN}}, teacher=None),
+        **dict(ablations=None, seeds=[1]),
+    )
+
+
+def test_an_arm_that_teaches_another_comes_first_and_keeps_its_weights(tmp_path):
+    case = arms_of_which_one_teaches(tmp_path)
+    case.jobs = 2
+    assert case.do(discard_weights=True) == {}
+    assert case.order() == ["student_1", "taught_1"]
+    assert os.path.exists(case.runs["student", 1].weights)
+    assert not os.path.exists(case.runs["taught", 1].weights)
+
+
+def test_an_arm_that_teaches_another_is_trained_again_if_its_weights_are_gone(tmp_path):
+    case = arms_of_which_one_teaches(tmp_path)
+    assert case.do(case.todo(arms=["student"])) == {}
+    shutil.rmtree(case.runs["student", 1].folder)
+    again = arms_of_which_one_teaches(tmp_path)
+    assert again.todo(arms=["student"]) == []
+    assert again.do(again.todo(arms=["taught"])) == {}
+    assert again.order() == ["student_1", "student_1", "taught_1"]
+
+
 def test_a_student_under_way_starts_anew_if_its_teacher_was_trained_again(case, monkeypatch):
     case.do([("teacher", 1)])
     run, script = case.runs["crosskd_ifc", 1], str(case.folder / "script.py")
@@ -804,26 +871,18 @@ def test_a_report_has_curves_where_students_were_evaluated_more_than_once(case):
     assert not (out / "curves.png").exists()
 
 
-def load_tool():
-    path = os.path.join(ROOT, "tools", "compare.py")
-    spec = importlib.util.spec_from_file_location("compare", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
 def test_an_option_that_takes_several_values_may_be_repeated():
     words = ["p.yaml", "--include", "a.json", "b.json", "--include", "c.json"]
     words += ["--seeds", "1", "--seeds", "2", "3", "--arms", "x", "--arms", "y"]
     words += ["--executor", "local", "--cluster", "a=1", "--cluster", "b=2"]
-    args = load_tool().parse_args(words)
+    args = load_tool("compare").parse_args(words)
     assert (args.include, args.seeds) == (["a.json", "b.json", "c.json"], [1, 2, 3])
     assert (args.arms, args.cluster) == (["x", "y"], ["a=1", "b=2"])
-    assert load_tool().parse_args(["p.yaml"]).include == []
+    assert load_tool("compare").parse_args(["p.yaml"]).include == []
 
 
 def test_the_command_of_a_report_has_the_path_and_the_options_of_its_runs():
-    tool = load_tool()
+    tool = load_tool("compare")
 
     def command(*arguments):
         return tool.reproduction(tool.parse_args(list(arguments)))
@@ -844,10 +903,32 @@ def tiny(tiny_protocol):
     tiny_protocol(
         name="tiny", seeds=[3], arms={"fc2": {**fc2(seeds=[3]), "config": "student.yaml"}}
     )
-    tool = load_tool()
+    tool = load_tool("compare")
     return lambda *arguments: tool.main(
         tool.parse_args(["tiny.yaml", "--output", "out", "--threads", "1", *arguments])
     )
+
+
+def test_the_report_has_what_another_process_has_recorded_since(tiny_protocol, monkeypatch):
+    tiny_protocol(
+        name="tiny", seeds=[3], arms={"fc2": {**fc2(seeds=[3]), "config": "student.yaml"}}
+    )
+    tool = load_tool("compare")
+
+    def do(comparison, selected):  # while this process has failed
+        protocol = comparison.results.protocol
+        other = Results(protocol, "out/results.json", comparison.runs, command="python x")
+        versions = {"python": "3", "torch": "2", "crosskd_ifc": "0"}
+        done = {"AP": 12.5, "AP50": 30.0, "curve": [[2, 12.5]]}
+        done = {"splits": {"few_val": done, "few_test": done}, "iterations": 2, "seconds": 1.0}
+        done.update(seconds_per_step=0.5, versions=versions, hardware="a CPU")
+        other.add({("fc2", 3): {**done, "digest": comparison.runs["fc2", 3].digest()}})
+        return {("teacher", 3): "no disk"}
+
+    monkeypatch.setattr(tool.Comparison, "do", do)
+    tool.main(tool.parse_args(["tiny.yaml", "--output", "out", "--threads", "1"]))
+    with open("out/report.md") as f:
+        assert "| 12.5 |" in f.read()
 
 
 def test_a_teacher_and_its_student_train_and_are_reported(tiny, tmp_path, capsys):

@@ -1,12 +1,12 @@
 """The demo: four runs of a protocol, one table, a picture and curves."""
 
-import importlib.util
 import json
 import os
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from helpers import load_tool
 
 from crosskd_ifc.data.cards import register_cards
 from crosskd_ifc.experiments.protocol import load_protocol
@@ -31,9 +31,7 @@ with open(os.path.join(folder, "metrics.json"), "w") as f:
 
 @pytest.fixture
 def demo(tiny_protocol, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("demo", os.path.join(ROOT, "tools", "demo.py"))
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("demo")
     config = {"config": "student.yaml", "opts": {"TEST.EVAL_PERIOD": 1}}
     arms = {"student": {"config": "teacher.yaml"}, "crosskd": config, "crosskd_ifc": {**config}}
     path = tiny_protocol(name="demo", seeds=[1], validation=None, arms=arms)

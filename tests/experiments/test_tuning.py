@@ -6,11 +6,13 @@ import math
 import optuna
 import pytest
 import yaml
+from helpers import load_tool
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.experiments.child_process import RunDiverged, RunFailed
 from crosskd_ifc.experiments.protocol import load_protocol
+from crosskd_ifc.experiments.runs import Run
 from crosskd_ifc.experiments.trial_runs import TrialRuns
 from crosskd_ifc.experiments.tuning import number_range, open_study, search
 
@@ -213,6 +215,30 @@ def test_trials_are_arms_with_results_of_the_comparisons_own_format(tmp_path):
     assert cfg.MODEL.CROSSKD.LOSS.CLS_WEIGHT == best.params[WEIGHT]
     report = open(tool.runs.report()).read()
     assert "CLS_WEIGHT 80" in report and "Search: " in report
+
+
+def test_a_protocol_that_is_edited_during_a_search_changes_nothing_of_it(tmp_path):
+    tool, file = Tool(tmp_path, seeds=(1,)), tmp_path / "protocol.yaml"
+    tool.do(1)
+    edited = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**edited, "opts": {"SOLVER.BASE_LR": 0.5}}))
+    tool.do(2)
+    protocol = load_protocol(str(tmp_path / "out" / "protocol.yaml"))
+    rates = {protocol.run(name, 1, "").cfg().SOLVER.BASE_LR for name in protocol.arms}
+    assert len(rates) == 1 and 0.5 not in rates
+    assert not [run for run in tool.recorded()["runs"] if run.get("outdated")]
+
+
+def test_what_a_score_depends_on_are_settings_data_and_what_it_starts_from(tmp_path):
+    state_of = load_tool("tune").state_of
+    start, found = tmp_path / "start.pth", []
+    for rate, text in (("0.1", "a"), ("0.1", "b"), ("0.2", "b")):
+        start.write_text(text)
+        opts = ["SOLVER.BASE_LR", rate, "MODEL.WEIGHTS", str(start)]
+        teacher = Run("teacher", PLAIN, "", opts[2:])
+        found.append(state_of(Run("plain", PLAIN, "", opts)))
+        found.append(state_of(Run("distilled", DISTILLED, "", opts[:2], needs=[teacher])))
+    assert len(set(found)) == 6
 
 
 def test_the_first_trial_is_the_arm_as_it_stands(tmp_path):

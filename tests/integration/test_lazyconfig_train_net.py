@@ -15,8 +15,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.modeling import GeneralizedRCNN, StandardROIHeads
 from detectron2.solver import LRMultiplier, build_lr_scheduler
+from helpers import load_tool
 from test_quick_configs import few_pictures, pictures, teachers  # noqa: F401  fixtures
-from test_train_net import ROOT, TRAIN_NET, load_script, metrics
+from test_train_net import ROOT, metrics
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, attach_teacher
 from crosskd_ifc.common.lazy_config import load_lazy_config
@@ -27,7 +28,7 @@ from crosskd_ifc.training.launching import argument_parser
 from crosskd_ifc.training.lazy_trainer import LazyStream
 from crosskd_ifc.weights.export import export_student
 
-tool = load_script(os.path.join(ROOT, "tools", "lazyconfig_train_net.py"))
+tool = load_tool("lazyconfig_train_net")
 TEACHER = "quick/faster_rcnn_R_34_shapes.yaml"
 STUDENT = "quick/crosskd_ifc_R_18_shapes.py"
 SMALL = (
@@ -100,7 +101,7 @@ def test_a_lazyconfig_trains_as_its_yaml_twin_bit_for_bit_also_when_it_was_stopp
 
     yaml_opts = ["OUTPUT_DIR", tmp_path / "yaml", "MODEL.CROSSKD.TEACHER.WEIGHTS"]
     yaml_opts = [*SMALL_YAML, *yaml_opts, teachers(TEACHER)]
-    run(STUDENT.replace(".py", ".yaml"), *yaml_opts, main=load_script(TRAIN_NET).main)
+    run(STUDENT.replace(".py", ".yaml"), *yaml_opts, main=load_tool("train_net").main)
     assert is_same(model_of(out), model_of(tmp_path / "yaml"))
 
     # It is evaluated, without a teacher, and loads as it is in stock classes.

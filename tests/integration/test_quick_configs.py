@@ -12,7 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
-from test_train_net import TRAIN_NET, load_script
+from helpers import load_tool
 
 from crosskd_ifc.data.shapes import generate, register_coarse_shapes
 from crosskd_ifc.experiments.runs import Run
@@ -86,7 +86,7 @@ def test_a_quick_config_trains_and_evaluates(config, few_pictures, teachers, tmp
     if cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD:
         opts += ["MODEL.CROSSKD.DIAGNOSTICS.GRAD_PERIOD", 1]
     arguments = ["--config-file", path, *map(str, opts)]
-    load_script(TRAIN_NET).main(default_argument_parser().parse_args(arguments))
+    load_tool("train_net").main(default_argument_parser().parse_args(arguments))
     first, last = (
         torch.load(tmp_path / "run" / f"model_{name}.pth", weights_only=True)
         for name in ("0000000", "final")

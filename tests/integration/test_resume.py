@@ -18,10 +18,10 @@ import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
-from helpers import tiny_cfg, tiny_model
+from helpers import load_tool, tiny_cfg, tiny_model
 from test_dense import dense_cfg, telling
 from test_train_dense import settings
-from test_train_net import TRAIN_NET, TRAINABLE, load_script
+from test_train_net import TRAIN_NET, TRAINABLE
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.data.shapes import CLASSES, generate
@@ -43,7 +43,7 @@ def no_jit():
 
 def run(config, *arguments):
     words = ["--config-file", str(config), *map(str, arguments)]
-    return load_script(TRAIN_NET).main(default_argument_parser().parse_args(words))
+    return load_tool("train_net").main(default_argument_parser().parse_args(words))
 
 
 @pytest.fixture(scope="module")

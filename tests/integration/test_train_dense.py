@@ -8,13 +8,13 @@ import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
+from helpers import load_tool
 from test_dense import DENSE, dense_cfg, telling
-from test_train_net import TRAIN_NET, load_script
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.data.shapes import CLASSES, generate
 
-train_net = load_script(TRAIN_NET)
+train_net = load_tool("train_net")
 
 
 def settings(kind):

@@ -2,7 +2,6 @@
 
 import copy
 import glob
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor, default_argument_parser
 from detectron2.modeling import build_model
-from helpers import tiny_cfg, tiny_model
+from helpers import load_tool, tiny_cfg, tiny_model
 from test_cards import Voc
 
 from crosskd_ifc import ConfigError
@@ -37,14 +36,7 @@ TRAINABLE = (
 )
 
 
-def load_script(path):
-    spec = importlib.util.spec_from_file_location("train_net", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train_net = load_script(TRAIN_NET)
+train_net = load_tool("train_net")
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import glob
 import os
 import sys
 import threading
-from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from tqdm import tqdm
 
 from ..common.files import move_aside
-from ..config import ConfigError
+from ..config import ConfigError, teacher_configs
 from ..training.preflight import check_evaluation_config, check_training_settings
 from .child_process import RunFailed
 from .protocol import TEACHER, Arm, Protocol
@@ -67,8 +67,27 @@ def plan(runs: Dict[Key, Run], selected: Iterable[Key], results: Results) -> Lis
     """
     todo = {key for key in selected if not results.is_finished(key)}
     teachers = {results.protocol.teacher_of(*key) for key in todo} - {None}
+    teachers |= {key for key, of in arms_that_teach(runs).items() if todo & of}
     todo |= {key for key in teachers if not has_weights(runs[key])}
     return [key for key in runs if key in todo]
+
+
+def arms_that_teach(runs: Dict[Key, Run]) -> Dict[Key, Set[Key]]:
+    """The runs, less the protocol's teachers, whose weights others name as their teacher's (or
+    start from), and which those are."""
+    found: Dict[Key, Set[Key]] = {}
+    made = {os.path.abspath(run.weights): key for key, run in runs.items()}
+    for key, run in runs.items():
+        cfg = run.cfg()
+        files = [
+            cfg.MODEL.WEIGHTS,
+            *(one.MODEL.CROSSKD.TEACHER.WEIGHTS for _, one in teacher_configs(cfg)),
+        ]
+        for file in files:
+            of = made.get(os.path.abspath(file)) if file and "://" not in file else None
+            if of not in (None, key) and of[0] != TEACHER:
+                found.setdefault(of, set()).add(key)
+    return found
 
 
 def has_weights(run: Run) -> bool:
@@ -110,6 +129,7 @@ class Comparison:
         self.options = dict(threads=threads, arguments=arguments)
         self.stop = threading.Event()
         self.steps_done: Dict[Key, int] = {}  # of the runs that are under way
+        self._teach = arms_that_teach(runs)
 
     def collect(self) -> None:
         """Record the runs that are finished in their folders."""
@@ -180,7 +200,7 @@ class Comparison:
                         self.say(str(error))
                     else:
                         self._finish(key, result)
-                for key in [k for k in waiting if self._teacher(k) in failed]:
+                for key in [k for k in waiting if self._teachers(k) & failed.keys()]:
                     waiting.remove(key)
                     finished += steps[key]
                     failed[key] = f"{self.runs[key].name}: not run, its teacher failed"
@@ -193,16 +213,21 @@ class Comparison:
     def _ready(self, waiting, running, failed) -> List[Key]:
         """The next runs to start: as many as there is room for, in order, teachers first."""
         held = {*waiting, *running, *failed}
-        ready = [key for key in waiting if self._teacher(key) not in held]
+        ready = [key for key in waiting if not self._teachers(key) & held]
         return ready[: self.jobs - len(running)]
 
-    def _teacher(self, key: Key) -> Optional[Key]:
-        return self.results.protocol.teacher_of(*key)
+    def _teachers(self, key: Key) -> Set[Key]:
+        """The runs that come before it, as far as they are to be done."""
+        arms = {other for other, of in self._teach.items() if key in of}
+        return {self.results.protocol.teacher_of(*key), *arms} - {None}
+
+    def _teaches(self, key: Key) -> bool:
+        return key[0] == TEACHER or key in self._teach
 
     def _one(self, key: Key) -> dict:
         run = self.runs[key]
         # Students need it. A student's own weights may be gone: another process has done it.
-        if key[0] == TEACHER and run.result() is not None and not has_weights(run):
+        if self._teaches(key) and run.result() is not None and not has_weights(run):
             move_aside(run.folder)
 
         def report(done: int, *_) -> None:
@@ -213,7 +238,7 @@ class Comparison:
 
     def _finish(self, key: Key, result: dict) -> None:
         self.results.add({key: result})
-        if self.discard_weights and key[0] != TEACHER:
+        if self.discard_weights and not self._teaches(key):
             for path in glob.glob(os.path.join(glob.escape(self.runs[key].folder), "*.pth")):
                 os.remove(path)
         minutes = result["seconds"] / 60

@@ -85,7 +85,8 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
     outdated = sum(bool(run.get("outdated")) for run in content["runs"])
     if outdated:
         lines += [
-            f"{outdated} runs are of earlier settings (\\*): in no mean, difference or figure.",
+            f"{outdated} runs are of earlier settings, or not planned any more (\\*): in no mean,",
+            "difference or figure.",
             "",
         ]
     figures = {"Learning curves": "curves.png"} if has_curves(table) else {}

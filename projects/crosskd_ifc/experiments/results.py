@@ -42,7 +42,9 @@ class Results:
         self.protocol, self.path, self.command = protocol, path, command
         self._given_command = command
         self.digests = {key: run.digest() for key, run in runs.items()}
-        self._inputs = functools.lru_cache(maxsize=None)(lambda key: runs[key].inputs())
+        remember = functools.lru_cache(maxsize=None)
+        self._inputs = remember(lambda key: runs[key].inputs())
+        self._needed_inputs = remember(lambda key: runs[key].needed_inputs())
         # Beside the file, whatever folder its runs lie in.
         self.lock = os.path.join(os.path.dirname(os.path.abspath(path)), ".results")
         self.entries: List[dict] = []
@@ -112,7 +114,12 @@ class Results:
         key = _key(entry)
         if entry["config_sha256"] != self.digests.get(key):
             return False
-        return is_same_input(entry.get("inputs_sha256"), self._inputs(key))
+        if "diverged" in entry and not self.protocol.stability:
+            return False
+        if not is_same_input(entry.get("inputs_sha256"), self._inputs(key)):
+            return False
+        needs = entry.get("needs_inputs_sha256")
+        return needs is None or is_same_input(needs, self._needed_inputs(key))
 
     def content(self) -> dict:
         """What the file holds."""
@@ -169,8 +176,9 @@ class Results:
         taught_by = self.protocol.teacher_of(*key)
         if taught_by:
             entry["teacher_seed"] = taught_by[1]
-        if "diverged" in done:
-            entry["diverged"] = done["diverged"]
+        for name in ("diverged", "needs_inputs_sha256"):
+            if done.get(name) is not None:
+                entry[name] = done[name]
         return {
             **entry,
             "config_sha256": done["digest"],

@@ -126,6 +126,12 @@ class Run:
             found[key] = [settings, self._portable(weights), file_sha256(weights)]
         return _sha256(found)
 
+    def needed_inputs(self) -> Optional[str]:
+        """A digest of :meth:`inputs` of the runs that it needs; None if there are none, or one of
+        them has none."""
+        found = [run.inputs() for run in self.needs]
+        return _sha256(found) if found and None not in found else None
+
     def _settings(self, cfg: CfgNode) -> Dict[str, Any]:
         settings = digested_settings(cfg)
         for key in settings.keys() & {*FILES, "MODEL.WEIGHTS"}:
@@ -154,7 +160,11 @@ class Run:
         done = read_json_if_any(self.path("run.json"))
         if not done or done["digest"] != self.digest():
             return None
-        return done if is_same_input(done.get("inputs_sha256"), self.inputs()) else None
+        if "diverged" in done and not self.may_diverge:
+            return None
+        is_same = is_same_input(done.get("inputs_sha256"), self.inputs())
+        needs = done.get("needs_inputs_sha256")
+        return done if is_same and is_same_input(needs, self.needed_inputs()) else None
 
 
 def _sha256(content: Any) -> str:
@@ -219,7 +229,8 @@ def train(
         the last quarter), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
         process, 0 where there is no /proc), "versions", "hardware", "digest", and SHA-256s:
         "inputs_sha256", see :meth:`Run.inputs`, "weights_sha256" of the final weights' file,
-        "needs_sha256" of those of the runs it needs. Of a run that diverged and may, "diverged",
+        "needs_sha256" of those of the runs it needs, and "needs_inputs_sha256", see
+        :meth:`Run.needed_inputs`. Of a run that diverged and may, "diverged",
         the iteration, and an AP of 0.
 
     Raises:
@@ -231,6 +242,7 @@ def train(
         return done
     run = run.read_again()  # the child is about to
     digest, inputs, state_sha256 = run.digest(), run.inputs(), state_digest(run)
+    needed_inputs = run.needed_inputs()
     with claim_folder(run.folder, name=run.name, digest=state_sha256, stop=stop) as log:
         done = run.result()  # of the process that we waited for
         if done is not None:
@@ -268,6 +280,8 @@ def train(
         done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **found}
         done.update(versions=used, hardware=hardware(run.cfg().MODEL.DEVICE, threads))
         done.update(inputs_sha256=inputs, needs_sha256=needs)
+        if needs:
+            done["needs_inputs_sha256"] = needed_inputs
         if diverged is None:
             done["weights_sha256"] = file_sha256(run.weights)
         write_json(run.path("run.json"), done)

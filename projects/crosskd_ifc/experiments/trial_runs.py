@@ -102,6 +102,7 @@ class TrialRuns:
         self.command, self.jobs, self.say, self.options = command, jobs, say, options
         self.train_run = train
         self.stop, self._lock = threading.Event(), threading.RLock()
+        self._content = read_yaml(protocol.path)  # once: it may be edited during the search
 
     def start(self, space: Space) -> Optional[Dict[str, Any]]:
         """The arm's own settings; None if they lie outside of what is searched.
@@ -217,7 +218,7 @@ class TrialRuns:
                 for settings in (*trials, *more)
             }
             content = {
-                **{k: v for k, v in read_yaml(self.base.path).items() if k not in _NOT_ITS},
+                **{k: v for k, v in self._content.items() if k not in _NOT_ITS},
                 "name": f"{self.base.name}_{self.arm}_search",
                 "title": f"Search: {base.title}; {self.base.title}",
                 "arms": arms
