@@ -473,6 +473,24 @@ def test_interrupted_setup_starts_anew(checkout, tmp_path):
     assert not (tmp_path / ".venv/half").exists()
 
 
+def test_a_venv_made_by_hand_is_taken_over_but_never_removed(checkout, tmp_path):
+    own = tmp_path / ".venv/lib/own"
+    own.mkdir(parents=True)
+    (tmp_path / ".venv/bin").mkdir()
+    (tmp_path / ".venv/bin/python").write_bytes((tmp_path / "python").read_bytes())
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    (tmp_path / "fail").touch()
+    status, error, _ = checkout()
+    assert status != 0 and "unfinished" in error and "move it away before the next" in error
+    status, error, commands = checkout()
+    assert status == 1 and commands == [] and own.exists()
+    assert error.startswith("error: the set-up of the .venv that was made by hand")
+    (tmp_path / "fail").unlink()
+    (tmp_path / ".venv/.unfinished").unlink()
+    assert checkout()[0] == 0 and own.exists()
+    assert checkout() == (0, "", [])
+
+
 def test_setup_is_redone_after_the_folder_moved(checkout, tmp_path):
     checkout()
     stamp = tmp_path / ".venv/.stamp"

@@ -17,6 +17,7 @@ from typing import List, Optional
 
 import crosskd_ifc  # noqa: F401  registers the built-in data sets
 from crosskd_ifc.common.command_line import HelpFormatter, tool_command, tool_parser
+from crosskd_ifc.common.files import claim_output
 from crosskd_ifc.data.check import check_dataset
 from crosskd_ifc.data.histograms import draw_histograms, refuse_other_files
 from crosskd_ifc.data.layouts import LAYOUTS
@@ -91,6 +92,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             return 0
         if args.picture:
             refuse_other_files(args.picture)
+            claim_output(args.picture, force=True, option="--picture")
         report = check_dataset(args.target)
         if args.picture:
             draw_histograms(report, args.picture)

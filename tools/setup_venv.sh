@@ -29,7 +29,9 @@ if is_current; then exit 0; fi
 
 # An interrupted pip can leave half a package that looks whole: start anew. The same for a .venv of this script that
 # was moved here or has lost its interpreter. A .venv made by hand is taken over.
-if [ -e $unfinished ]; then
+if [ -s $unfinished ]; then
+    fail "the set-up of the .venv that was $(cat $unfinished) was interrupted: move it away and run make setup again"
+elif [ -e $unfinished ]; then
     echo "removing the unfinished .venv of an interrupted set-up"
     rm -rf .venv
 elif [ -e $stamp ]; then
@@ -60,11 +62,15 @@ if [ ! -e .venv ]; then
     "$found" -m venv .venv || fail "$found -m venv failed"
 elif ! is_recent .venv/bin/python; then
     fail "the .venv that is here has no Python 3.11 or newer: move it away or run make clean"
+elif [ ! -e $stamp ]; then
+    echo "made by hand" >$unfinished # not to be removed if this is interrupted
 fi
 
 touch $unfinished
 rm -f $stamp
-trap 'echo "error: .venv is unfinished, the reason stands above; the next make setup builds it anew" >&2' EXIT
+next="the next make setup builds it anew"
+[ ! -s $unfinished ] || next="move it away before the next make setup"
+trap 'echo "error: .venv is unfinished, the reason stands above; $next" >&2' EXIT
 mkdir -p .venv/tmp .venv/cache
 export TMPDIR="$root/.venv/tmp" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0
 install="pip install --no-build-isolation --use-pep517"

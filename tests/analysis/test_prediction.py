@@ -191,6 +191,20 @@ def test_annotations_may_list_pictures_from_a_folder_above(files, tmp_path):
         run(files / "student", files / "photos" / "a.JPG", *options, "--force")
 
 
+def test_of_listed_pictures_of_one_name_the_one_in_the_folder_is_meant(files, tmp_path):
+    names = ("b.png", "cam2/b.png")
+    listed = [{"id": i, "file_name": name} for i, name in enumerate(names, 1)]
+    content = {"images": listed, "categories": [{"id": i, "name": n} for i, n in enumerate(NAMES)]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (tmp_path / "in" / "cam2").mkdir(parents=True)
+    for name in names:
+        shutil.copy(files / "photos" / "b.png", tmp_path / "in" / name)
+    options = ("--no-pictures", "--json", tmp_path / "r.json", "--annotations", tmp_path / "a.json")
+    for folder, ids in (("in/cam2", {2}), ("in", {1, 2}), ("in/b.png", {1})):
+        run(files / "student", tmp_path / folder, *options, "--force")
+        assert {x["image_id"] for x in json.loads((tmp_path / "r.json").read_text())} == ids
+
+
 def test_two_pictures_are_never_results_of_one_image(files, tmp_path):
     content = {"images": [{"id": 1, "file_name": "b.png"}], "categories": []}
     content["categories"] = [{"id": i, "name": name} for i, name in enumerate(NAMES)]

@@ -30,15 +30,28 @@ def test_a_writer_that_fails_leaves_the_file_as_it_was(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_by_a_later_one(tmp_path):
-    old, new = tmp_path / ".unfinished-a-old", tmp_path / ".unfinished-a-new"
-    other = tmp_path / ".unfinished-b-old"
-    for path in (old, new, other):
+    left = []
+    for name in ("a", "a", "b"):
+        before = set(os.listdir(tmp_path))
+        with replacing(str(tmp_path / name)):
+            (half,) = set(os.listdir(tmp_path)) - before
+        left.append(tmp_path / half)
+        (tmp_path / name).unlink()
+    old, new, other = left
+    for path in left:
         path.write_text("half")
     for path in (old, other):
         os.utime(path, (time.time() - 4000,) * 2)
     with replacing(str(tmp_path / "a")) as f:
         f.write(b"all")
-    assert sorted(os.listdir(tmp_path)) == [".unfinished-a-new", ".unfinished-b-old", "a"]
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", new.name, other.name])
+
+
+def test_a_file_may_have_a_name_as_long_as_names_can_be(tmp_path):
+    path = tmp_path / ("細胞" * 41 + "-a.jpg")
+    with replacing(str(path)) as f:
+        f.write(b"all")
+    assert len(os.fsencode(path.name)) > 250 and path.read_bytes() == b"all"
 
 
 def test_a_file_gets_the_mode_of_any_new_file(tmp_path):

@@ -766,6 +766,7 @@ def _add(kind, record):
         (_add("categories", {"id": 1, "name": "x"}), "duplicate id", "category 1"),
         (_set("annotations", 0, image_id=77), "box of no image", "annotation 1, image_id 77"),
         (_set("annotations", 0, segmentation=[[1, 2, 3, 4]]), "unusable outline", "annotation 1"),
+        (_set("annotations", 0, iscrowd=1), "crowd", "annotation 1 in 0.png, cell"),
         (_set("images", 0, file_name="a\0b"), "missing image", ""),
         (_set("images", 0, file_name="/dev/zero"), "missing image", "/dev/zero"),
         (_set("images", 0, file_name="1.png"), "picture twice", ""),

@@ -275,6 +275,60 @@ def test_the_suffixes_that_are_read_are_told(tmp_path):
 # COCO
 
 
+def test_crowds_and_objects_to_ignore_are_told_and_stay_crowds(tmp_path):
+    pairs = [("a.png", "cat"), ("b.png", "cat"), ("c.png", "cat")]
+    for name, _ in pairs:
+        photo(tmp_path / name)
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9]} for i in range(3)]
+    boxes[0]["iscrowd"], boxes[1]["ignore"] = 1, 1
+    coco(tmp_path / "a.json", pairs, annotations=boxes)
+    found = read_folder(str(tmp_path))
+    assert [thing.crowd for one in found.photos for thing in one.things] == [1, 1, 0]
+    (places,) = [v for k, v in found.problems.items() if k.startswith("crowd or object to ignore")]
+    assert places == ["a.json: annotation 0", "a.json: annotation 1"]
+
+
+def test_of_a_turned_box_the_upright_one_around_it_is_taken_and_told(tmp_path):
+    photo(tmp_path / "a.png")
+    turned = [{"rotation": 90.0}, {"rotation": 0.0}, {"occluded": False}]
+    boxes = [
+        {"id": i, "image_id": 0, "category_id": 1, "bbox": [22, 20, 20, 4], "attributes": each}
+        for i, each in enumerate(turned)
+    ]
+    coco(tmp_path / "a.json", [("a.png", "rod")], annotations=boxes)
+    found = read_folder(str(tmp_path))
+    first, *others = [thing.box for thing in found.photos[0].things]
+    assert first == pytest.approx([30, 12, 4, 20]) and others == [[22, 20, 20, 4]] * 2
+    assert found.problems["rotated box, the upright one around it is taken"] == [
+        "a.json: annotation 0"
+    ]
+
+
+def test_a_path_through_a_link_is_a_place_in_the_folder(tmp_path):
+    photo(tmp_path / "real" / "train" / "a.png")
+    photo(tmp_path / "real" / "test" / "a.png")
+    os.symlink(tmp_path / "real", tmp_path / "link")
+    coco(tmp_path / "real" / "x.json", [(str(tmp_path / "link" / "train" / "a.png"), "cat")])
+    (one,) = read_folder(str(tmp_path / "link")).photos
+    assert one.path == str(tmp_path / "real" / "train" / "a.png") and one.things
+
+
+def test_paths_of_a_folder_that_was_copied_from_here_are_found(tmp_path):
+    for place in ("original", "copy"):
+        photo(tmp_path / place / "images" / "a.png")
+    coco(tmp_path / "copy" / "x.json", [(str(tmp_path / "original/images/a.png"), "cat")])
+    (one,) = read_folder(str(tmp_path / "copy")).photos
+    assert one.path == str(tmp_path / "copy" / "images" / "a.png") and one.things
+
+
+def test_why_a_data_yaml_or_a_file_of_cvat_is_not_read_is_told(tmp_path):
+    photo(tmp_path / "a.png")
+    write(tmp_path / "data.yaml", 'path: "C:\\Users\\me"\nnames: [cat]\n')
+    write(tmp_path / "annotations.xml", "<annotations><version>1.1</version></annotations>")
+    with pytest.raises(ValueError, match="(?s)xml: CVAT's own format.*data.yaml: not valid"):
+        read_folder(str(tmp_path))
+
+
 def test_images_of_one_id_are_left_out(tmp_path):
     for name in "abc":
         photo(tmp_path / f"{name}.jpg")

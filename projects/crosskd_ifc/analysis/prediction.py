@@ -15,7 +15,7 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..common.files import claim_output, replacing
+from ..common.files import claim_output, file_identity, replacing
 from ..config import ConfigError
 from .detector import Detector
 from .drawing import bright_colors, draw_boxes
@@ -81,9 +81,11 @@ def predict(
     _refuse_same({source.path: path for source, path in outputs.items()})
     inputs = [*(source.path for source in sources), annotations]
     inputs += [d.cfg.MODEL.WEIGHTS for d in detectors.values()]
+    read = {file_identity(path) for path in inputs} - {None}
     for out, option in [*((x, "--output") for x in outputs.values()), (results, "--json")]:
         if out:
-            claim_output(out, sources=inputs, force=force, option=option)
+            same = [out] if file_identity(out) in read else []
+            claim_output(out, sources=same, force=force, option=option)
     ids = CocoIds(last.class_names, annotations, sources if results else ())
     draw = _Drawing(detectors, threshold)
     entries: List[dict] = []
@@ -181,13 +183,18 @@ class CocoIds:
         return results
 
     def _listed_id(self, source: Source) -> Optional[int]:
-        for name in (source.name, os.path.basename(source.name)):
+        # It may be listed from a folder above the one that was given.
+        path = os.path.realpath(source.path)
+        ends = [
+            n
+            for n in self._last[os.path.basename(path)]
+            if f"{os.sep}{path}".endswith(f"{os.sep}{n}")
+        ]
+        longest = sorted(ends, key=len)[-1:]
+        for name in (*longest, source.name, os.path.basename(source.name)):
             if name in self._images:
                 return self._images[name]
-        # Listed from a folder above the one that was given.
-        path = os.path.realpath(source.path)
-        found = [n for n in self._last[os.path.basename(path)] if path.endswith(os.sep + n)]
-        return self._images[found[0]] if len(found) == 1 else None
+        return None
 
 
 class _Drawing:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import uuid
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence, Tuple
 
 from detectron2.utils.file_io import PathManager
 
@@ -29,7 +29,8 @@ def replacing(path: str) -> Iterator[Any]:
     other: one of them is the last.
     """
     folder, name = os.path.split(path)
-    beginning = f".unfinished-{name}-"
+    key = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]  # the name may be as long as names can
+    beginning = f".unfinished-{key}-"
     _remove_abandoned(folder, beginning)
     partial = os.path.join(folder, beginning + uuid.uuid4().hex)
     try:
@@ -108,6 +109,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def file_identity(path: str) -> Optional[Tuple[int, int]]:
+    """Equal for two paths of one file; None if there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
 def refuse_overwriting(
     out: str, *, sources: Sequence[str], force: bool, option: str = "OUT"
 ) -> None:
@@ -121,7 +131,8 @@ def refuse_overwriting(
     """
     if not os.path.lexists(out):
         return
-    if any(os.path.exists(s) and os.path.exists(out) and os.path.samefile(s, out) for s in sources):
+    same = file_identity(out)
+    if same is not None and any(file_identity(source) == same for source in sources):
         raise FileExistsError(f"{out}: this would overwrite the input; give another {option}")
     if not force:
         raise FileExistsError(f"{out} exists; give another {option}, or --force to replace it")

@@ -209,10 +209,13 @@ def _check_annotations(
         image, category, box = images[record["image_id"]], record["category_id"], record["bbox"]
         shown = quoted(names[category]) if category in names else f"category {short(category)}"
         where += f" in {image['file_name']}, {shown} {_numbers(box)}"
+        is_crowd = bool(record.get("iscrowd"))
+        if is_crowd:
+            report.add("crowd", where)
         counts["boxes"] += 1
         report.sizes[split].append((box[2], box[3]))
         if category in names:
-            counts[index[category]] += 1
+            counts[index[category]] += not is_crowd
             if names[category] not in report.classes:
                 report.unknown[names[category]] += 1
         else:

@@ -52,6 +52,7 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "picture twice": ("warning", "the same picture more than once in one split"),
     "split inside a split": ("note", "never train on one and test on the other"),
     "image without boxes": ("note", "left out of training by DATALOADER.FILTER_EMPTY_ANNOTATIONS"),
+    "crowd": ("note", "not trained on, ignored in the evaluation; CVAT exports masks as crowds"),
     "duplicate box": ("note", "the same class and box more than once in one image"),
 }
 

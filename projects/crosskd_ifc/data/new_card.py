@@ -88,6 +88,8 @@ def make_card(
         )
     else:
         how = "as the folder's own lists say"
+        if own == {"train"}:
+            how += ", only train; --split 0.8/0.1/0.1 makes val and test"
         for photo in [photo for photo in found.photos if not photo.split]:
             found.tell("photo in none of the folder's lists, left out", photo.path)
         found.photos = [photo for photo in found.photos if photo.split]
@@ -228,7 +230,7 @@ def _coco(found: PhotoFolder, photos: Sequence[Photo], card: str) -> Dict[str, A
 
 def _describe(found: PhotoFolder, splits: Dict[str, List[Photo]]) -> str:
     counts = {
-        name: Counter(thing.name for photo in photos for thing in photo.things)
+        name: Counter(thing.name for photo in photos for thing in photo.things if not thing.crowd)
         for name, photos in splits.items()
     }
     rows = [["images", *map(len, splits.values())]]

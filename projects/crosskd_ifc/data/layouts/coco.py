@@ -1,5 +1,6 @@
 """COCO json files."""
 
+import math
 from collections import defaultdict
 from reprlib import repr as short
 from typing import Any, Dict, List, Optional, Set
@@ -93,6 +94,11 @@ def _objects(
                 continue
             things = found[key]
             things.append(_thing(record, categories))
+            where = f"{path}: annotation {short(record.get('id'))}"
+            if things[-1].crowd:
+                result.tell("crowd or object to ignore, not trained on nor evaluated", where)
+            if _rotation(record):
+                result.tell("rotated box, the upright one around it is taken", where)
         except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             things.append(None)
             what = "annotation that can't be read, left out"
@@ -102,6 +108,11 @@ def _objects(
 
 def _thing(record: dict, categories: Dict[Any, str]) -> Thing:
     x, y, w, h = (float(v) for v in record["bbox"][:4])
+    turn = math.radians(_rotation(record))
+    if turn:  # about its centre
+        cos, sin = abs(math.cos(turn)), abs(math.sin(turn))
+        width, height = w * cos + h * sin, w * sin + h * cos
+        x, y, w, h = x + (w - width) / 2, y + (h - height) / 2, width, height
     name = categories[record["category_id"]]
     if not name:
         raise ValueError("its category has no name")
@@ -110,6 +121,14 @@ def _thing(record: dict, categories: Dict[Any, str]) -> Thing:
         name,
         [x, y, w, h],
         record.get("segmentation") or None,
-        int(record.get("iscrowd") or 0),
+        int(bool(record.get("iscrowd") or record.get("ignore"))),
         area if isinstance(area, (int, float)) else None,
     )
+
+
+def _rotation(record: dict) -> float:
+    """The degrees by which CVAT's box is turned; those of an outline, which is, are 0."""
+    attributes = record.get("attributes")
+    if not isinstance(attributes, dict) or record.get("segmentation"):
+        return 0.0
+    return float(attributes.get("rotation") or 0) % 360

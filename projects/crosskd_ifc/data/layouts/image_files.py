@@ -93,10 +93,10 @@ class Files:
         """
         written, last = os.path.split(name.replace("\\", "/").strip())
         bases = (os.path.dirname(near), self.root) if written else (os.path.dirname(near),)
-        places = [os.path.normpath(os.path.join(base, written)) for base in bases]
+        places = [self._place(os.path.normpath(os.path.join(base, written))) for base in bases]
         for place in places:
             path = os.path.join(place, last)
-            if path.startswith(self.root + os.sep) and os.path.isfile(path):
+            if self._has(path) and os.path.isfile(path):
                 return [Match(path, self._closeness(path, written, near, places))]
         last = folded(last)
         stem, suffix = os.path.splitext(last)
@@ -104,12 +104,20 @@ class Files:
         stem = stem if suffix in Image.registered_extensions() else last
         found = self._by_name.get(last) or self._by_name.get(stem, [])
         # If the folder that is written is there, the image is in it, or missing.
-        inside = tuple(p + os.sep for p in places if written and os.path.isdir(p))
+        here = [place for place in places if self._has(place)]
+        inside = tuple(place + os.sep for place in here if written and os.path.isdir(place))
         found = [path for path in found if not inside or path.startswith(inside)]
         found = [path for path in found if not self._in_another_split(path, near)]
         scored = [Match(path, self._closeness(path, written, near, places)) for path in found]
         most = max((match.closeness for match in scored), default=None)
         return [match for match in scored if match.closeness == most]
+
+    def _has(self, path: str) -> bool:
+        return f"{path}{os.sep}".startswith(self.root + os.sep)
+
+    def _place(self, path: str) -> str:
+        """The same place below the folder, if a link leads there."""
+        return path if self._has(path) else os.path.realpath(path)
 
     def _closeness(
         self, path: str, written: str, near: str, places: Sequence[str]

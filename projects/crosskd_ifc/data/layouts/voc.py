@@ -23,6 +23,8 @@ def find(files: Files) -> List[str]:
             raise ValueError(f"{path}: {error.strerror or error}") from error
         if not found.strip():
             raise ValueError(f"{path}: the file is empty")
+        if b"<annotations>" in found:
+            raise ValueError(f"{path}: CVAT's own format; export the task as COCO or Pascal VOC")
         return found
 
     return [

@@ -13,10 +13,7 @@ from .photos import PhotoFolder, Thing
 
 def find(files: Files) -> List[str]:
     def has_names(path: str) -> bool:
-        try:
-            content = read_yaml(path)
-        except ValueError:
-            return False
+        content = files.read(read_yaml, path)
         return isinstance(content, dict) and isinstance(content.get("names"), (list, dict))
 
     yamls = [p for p in (*files.by_suffix[".yaml"], *files.by_suffix[".yml"]) if has_names(p)]
