@@ -1,5 +1,6 @@
 """Comparisons: protocols, the order of runs, what is kept of them, and the report's numbers."""
 
+import fcntl
 import glob
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+import portalocker
 import pytest
 import yaml
 from helpers import load_tool
@@ -541,6 +543,17 @@ def test_two_processes_can_share_the_results(case):
     case.do([("student", 1)])
     other.do([("student", 2)])
     assert other.recorded().keys() == {("student", 1), ("student", 2)}
+
+
+def test_results_that_can_not_be_locked_are_told_and_written(case, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(portalocker.portalocker, "LOCKER", no_locks)
+    assert case.do(case.todo(seeds=[1], arms=["student"])) == {}
+    assert case.recorded().keys() == {("student", 1)}
+    assert "results.json: it can't be locked" in caplog.text
 
 
 def test_comparisons_with_other_run_folders_can_share_the_results(case):

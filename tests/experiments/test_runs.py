@@ -14,7 +14,7 @@ from test_cards import Coco, Voc
 
 from crosskd_ifc.common import config_files
 from crosskd_ifc.config import ConfigError
-from crosskd_ifc.experiments import runs
+from crosskd_ifc.experiments import executors, runs
 from crosskd_ifc.experiments.child_process import StepCounter, supervise
 from crosskd_ifc.experiments.runs import Run, RunFailed, RunStopped
 
@@ -66,6 +66,45 @@ def test_a_finished_run_is_not_trained_again(train, tmp_path):
     assert first == second and len(calls(folder)) == 1
     assert (first["AP"], first["AP50"], first["iterations"]) == (12.5, 30.0, 10)
     assert first["seconds_per_step"] == 0.5 and first["peak_memory_gb"] >= 0
+
+
+@pytest.mark.parametrize(
+    "jobs, num_gpus, visible, slots",
+    [
+        (2, 1, None, ["0", "1"]),
+        (6, 1, "4,5,6,7", ["4", "5", "6", "7", "4", "5"]),
+        (2, 2, "4,5,6,7", ["4,5", "6,7"]),
+        (3, 3, None, ["0,1,2"] * 3),
+        (1, 1, None, []),
+        (2, 8, None, []),
+    ],
+)
+def test_runs_at_once_share_out_the_gpus(jobs, num_gpus, visible, slots, monkeypatch):
+    monkeypatch.setattr(executors.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert executors.gpu_slots(jobs, num_gpus) == slots
+    monkeypatch.setattr(executors.torch.cuda, "device_count", lambda: 1)
+    assert executors.gpu_slots(jobs, num_gpus) == []
+
+
+def test_a_run_sees_the_gpus_of_its_slot_alone(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("sys.argv[1:])", "os.environ['CUDA_VISIBLE_DEVICES'])"))
+    train = executors.TrainOnOwnGpus(["4,5", "6"])
+    for name in ("a", "b", "c"):
+        train(make_run(tmp_path / name), str(script))
+    assert [calls(tmp_path / name) for name in ("a", "b", "c")] == [["4,5"], ["6"], ["4,5"]]
+
+
+def test_a_folder_that_can_not_be_locked_is_told_and_used(train, tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert train(make_run(tmp_path / "run"))["AP"] == 12.5
+    assert "can't be locked ([Errno 38] Function not implemented)" in caplog.text
 
 
 def test_an_interrupted_run_is_resumed_in_its_folder(train, tmp_path):

@@ -8,7 +8,7 @@ import os
 import subprocess
 import threading
 import time
-from typing import BinaryIO, Callable, Optional, Sequence, Tuple
+from typing import BinaryIO, Callable, Mapping, Optional, Sequence, Tuple
 
 from ..common.files import move_aside, read_json_if_any
 
@@ -62,6 +62,8 @@ def claim_folder(
                 raise RunStopped(f"{name} was stopped") from None
             time.sleep(1)
             continue
+        except OSError as error:  # a file system without locks, as some of clusters
+            logger.warning(f"{path}: it can't be locked ({error}): train in this folder only once")
         # The one that we waited for may have moved the folder aside.
         if os.path.exists(path) and os.path.samestat(os.fstat(log.fileno()), os.stat(path)):
             started = read_json_if_any(os.path.join(folder, "started.json")) or {}
@@ -79,6 +81,7 @@ def supervise(
     stop: Optional[threading.Event],
     every_second: Callable[[], None],
     grace: Callable[[], float] = lambda: 60.0,
+    environment: Optional[Mapping[str, str]] = None,
 ) -> Tuple[int, float]:
     """Run a command until it ends or ``stop`` is set.
 
@@ -89,11 +92,14 @@ def supervise(
         stop: set it from another thread to end the process.
         every_second: called while the process runs.
         grace: called when the process is told to end: seconds until it is killed.
+        environment: what its environment has beside this process's.
 
     Returns:
         Its exit status, and its peak memory in GB (0 where there is no /proc).
     """
-    environment = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
+    environment = {**os.environ, **(environment or {})}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     memory = 0.0
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log

@@ -2,12 +2,14 @@
 
 import argparse
 import os
-from typing import Callable
+import queue
+from typing import Callable, List, Sequence
 
+import torch
 import yaml
 
 from ..config import ConfigError
-from .runs import train
+from .runs import Run, train
 
 
 def add_executor_options(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,39 @@ def threads_of(args: argparse.Namespace) -> int:
     return max(cores, 1)
 
 
+class TrainOnOwnGpus:
+    """:func:`.runs.train`, where runs that go on at once have each its own GPUs."""
+
+    def __init__(self, slots: Sequence[str]):
+        """
+        Args:
+            slots: CUDA_VISIBLE_DEVICES of each run that may go on at once.
+        """
+        self._free: "queue.Queue[str]" = queue.Queue()
+        for slot in slots:
+            self._free.put(slot)
+
+    def __call__(self, run: Run, train_net: str, **options) -> dict:
+        slot = self._free.get()
+        try:
+            environment = {"CUDA_VISIBLE_DEVICES": slot}
+            return train(run, train_net, environment=environment, **options)
+        finally:
+            self._free.put(slot)
+
+
+def gpu_slots(jobs: int, num_gpus: int) -> List[str]:
+    """CUDA_VISIBLE_DEVICES for each of so many runs at once, which have the GPUs of this machine in
+    turn; [] where there is nothing to share out."""
+    count = torch.cuda.device_count()
+    if jobs < 2 or count < 2 or num_gpus > count:
+        return []
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    devices = names.split(",")[:count]
+    groups = [devices[i : i + num_gpus] for i in range(0, count - num_gpus + 1, num_gpus)]
+    return [",".join(groups[i % len(groups)]) for i in range(jobs)]
+
+
 def train_by(args: argparse.Namespace, folder: str) -> Callable[..., dict]:
     """What trains a run, with the arguments of :func:`.runs.train`.
 
@@ -53,7 +88,8 @@ def train_by(args: argparse.Namespace, folder: str) -> Callable[..., dict]:
     if args.executor is None:
         if args.num_machines > 1 or args.cluster:
             raise ConfigError("--num-machines and --cluster need --executor slurm or local")
-        return train
+        slots = [] if args.device == "cpu" else gpu_slots(args.jobs, args.num_gpus)
+        return TrainOnOwnGpus(slots) if slots else train
     try:
         from .cluster import ClusterTrain
     except ModuleNotFoundError as error:

@@ -11,16 +11,19 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 from typing import Dict, List, Optional, Tuple
 
-from iopath.common.file_io import file_lock
+from iopath.common import file_io
 
 from ..common.files import replacing
 from ..config import ConfigError
 from .protocol import TEACHER, Protocol
 from .runs import Run, is_same_input
 from .tables import replicate_number
+
+logger = logging.getLogger(__name__)
 
 Key = Tuple[str, int]  # arm, seed
 # What reports read of a run.
@@ -104,7 +107,14 @@ class Results:
     @contextlib.contextmanager
     def _rewriting(self):
         os.makedirs(os.path.dirname(self.lock), exist_ok=True)
-        with file_lock(self.lock):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(file_io.file_lock(self.lock))
+            except (OSError, file_io.portalocker.LockException) as error:
+                logger.warning(
+                    f"{self.path}: it can't be locked ({error}): no other comparison may write to "
+                    "it at the same time"
+                )
             self._read()
             yield
             if self.entries:

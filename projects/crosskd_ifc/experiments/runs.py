@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -208,6 +208,7 @@ def train(
     threads: int = 0,
     stop: Optional[threading.Event] = None,
     on_progress: Callable[[int, int, float], None] = lambda *_: None,
+    environment: Optional[Mapping[str, str]] = None,
 ) -> dict:
     """Train and evaluate ``run``, or take its results if it is finished.
 
@@ -221,6 +222,7 @@ def train(
         threads: CPU threads for it; 0: as many as torch likes.
         stop: set it from another thread to end the run; a later call resumes it.
         on_progress: called every second with (steps done, steps in all, seconds per step or 0).
+        environment: what its environment has beside this process's.
 
     Returns:
         "AP", "AP50" (of the first data set in DATASETS.TEST), "splits" (data set -> "AP", "AP50"
@@ -265,6 +267,7 @@ def train(
                 stop,
                 every_second=lambda: on_progress(*counter.look()),
                 grace=counter.grace,
+                environment=environment,
             )
         finally:
             seconds = earlier + time.monotonic() - start
