@@ -174,7 +174,7 @@ def test_outlines_come_along(tmp_path, tool):
 
 
 @pytest.mark.parametrize("layout", ["yolo", "coco", "voc"])
-def test_the_folders_own_lists_are_kept_unless_a_split_is_given(layout, tmp_path, tool):
+def test_the_folders_own_lists_are_kept_unless_a_split_is_given(layout, tmp_path, tool, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
     if layout == "coco":
@@ -190,6 +190,8 @@ def test_the_folders_own_lists_are_kept_unless_a_split_is_given(layout, tmp_path
     sizes = split_sizes(tmp_path / "c.yaml")
     expected = {"c_train": 20} if layout == "coco" else {"c_train": 15, "c_val": 5}
     assert sizes == expected
+    told = ", only train; --split 0.8/0.1/0.1 makes val and test\n" if layout == "coco" else "\n"
+    assert f"Split: as the folder's own lists say{told}" in capsys.readouterr().out
     again = ["--output", str(tmp_path / "d.yaml"), "--split", "0.5/0.5"]
     assert tool(["init", str(photos), *again]) == 0
     assert split_sizes(tmp_path / "d.yaml") == {"d_train": 10, "d_val": 10}

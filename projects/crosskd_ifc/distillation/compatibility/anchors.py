@@ -53,7 +53,8 @@ def padding(backbone: Backbone) -> Tuple[int, int]:
 
 def _describe_padding(backbone: Backbone) -> str:
     multiple, square = padding(backbone)
-    return f"a square of {square} pixels" if square else f"multiples of {multiple} pixels"
+    side = -(-square // multiple) * multiple
+    return f"a square of {side} pixels" if square else f"multiples of {multiple} pixels"
 
 
 def differing_anchors(ours: nn.Module, theirs: nn.Module, strides: str) -> str:
