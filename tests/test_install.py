@@ -484,11 +484,15 @@ def test_a_venv_made_by_hand_is_taken_over_but_never_removed(checkout, tmp_path)
     assert status != 0 and "unfinished" in error and "move it away before the next" in error
     status, error, commands = checkout()
     assert status == 1 and commands == [] and own.exists()
-    assert error.startswith("error: the set-up of the .venv that was made by hand")
+    assert error.startswith("error: the .venv that was made by hand is unfinished")
     (tmp_path / "fail").unlink()
     (tmp_path / ".venv/.unfinished").unlink()
     assert checkout()[0] == 0 and own.exists()
     assert checkout() == (0, "", [])
+    with (tmp_path / "requirements.lock").open("a") as lock:
+        lock.write("# newer\n")
+    (tmp_path / "fail").touch()
+    assert checkout()[0] != 0 and "made by hand is unfinished" in checkout()[1] and own.exists()
 
 
 def test_setup_is_redone_after_the_folder_moved(checkout, tmp_path):

@@ -27,7 +27,7 @@ PATHS = {
         *("FEATURE_FUSION_REGISTRY", "FeatureFusion", "SumFusion", "standardize_like"),
     ),
     "crosskd_ifc.trainer": ("CrossKDTrainer", "set_fusion_weight_decay"),
-    "crosskd_ifc.stream": ("TrainingStream",),
+    "crosskd_ifc.stream": ("TrainingStream", "usable_records"),
     "crosskd_ifc.data": ("register_card", "register_cards"),
 }
 REGISTERED = {

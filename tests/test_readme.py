@@ -176,7 +176,7 @@ def test_which_ablations_leave_out_0_is_told_as_recorded():
     without = [arm for arm, (low, high) in intervals.items() if not low < 0 < high]
     assert len(intervals) == 19 and without == ["weighted", "cls_1"]
     told = f"two leave out 0: this one, and `CLS_WEIGHT` 1, {tell(found['cls_1'])}."
-    assert f"Of 19 such intervals {told}" in told_in_results()
+    assert f"Of the 19 ablations' intervals {told}" in told_in_results()
 
 
 def test_what_the_routes_and_taps_of_the_mean_give_is_told_as_recorded():

@@ -10,6 +10,7 @@ inputs="requirements.lock setup.py tools/setup_venv.sh tools/install_detectron2.
 built_from="$(cat $inputs | cksum) $root" # a venv can't be moved
 stamp=.venv/.stamp # written last
 unfinished=.venv/.unfinished
+by_hand=.venv/.by_hand # never to be removed
 
 fail() {
     echo "error: $1" >&2
@@ -17,6 +18,12 @@ fail() {
 }
 is_recent() { "$@" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 is_current() { [ "$(cat $stamp 2>/dev/null)" = "$built_from" ] && is_recent .venv/bin/python; }
+
+remove_venv() {
+    [ ! -e $by_hand ] || fail "the .venv that was made by hand is $1: move it away and run make setup again"
+    echo "removing the .venv: it is $1"
+    rm -rf .venv
+}
 
 if is_current; then exit 0; fi
 
@@ -29,15 +36,12 @@ if is_current; then exit 0; fi
 
 # An interrupted pip can leave half a package that looks whole: start anew. The same for a .venv of this script that
 # was moved here or has lost its interpreter. A .venv made by hand is taken over.
-if [ -s $unfinished ]; then
-    fail "the set-up of the .venv that was $(cat $unfinished) was interrupted: move it away and run make setup again"
-elif [ -e $unfinished ]; then
-    echo "removing the unfinished .venv of an interrupted set-up"
-    rm -rf .venv
+if [ -e $unfinished ]; then
+    remove_venv "unfinished, its set-up was interrupted"
 elif [ -e $stamp ]; then
     case "$(cat $stamp)" in
-    *" $root") is_recent .venv/bin/python || rm -rf .venv ;;
-    *) rm -rf .venv ;;
+    *" $root") is_recent .venv/bin/python || remove_venv "without its interpreter" ;;
+    *) remove_venv "moved here from another folder" ;;
     esac
 fi
 
@@ -63,13 +67,13 @@ if [ ! -e .venv ]; then
 elif ! is_recent .venv/bin/python; then
     fail "the .venv that is here has no Python 3.11 or newer: move it away or run make clean"
 elif [ ! -e $stamp ]; then
-    echo "made by hand" >$unfinished # not to be removed if this is interrupted
+    touch $by_hand
 fi
 
 touch $unfinished
 rm -f $stamp
 next="the next make setup builds it anew"
-[ ! -s $unfinished ] || next="move it away before the next make setup"
+[ ! -e $by_hand ] || next="move it away before the next make setup"
 trap 'echo "error: .venv is unfinished, the reason stands above; $next" >&2' EXIT
 mkdir -p .venv/tmp .venv/cache
 export TMPDIR="$root/.venv/tmp" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0

@@ -203,6 +203,11 @@ def test_of_listed_pictures_of_one_name_the_one_in_the_folder_is_meant(files, tm
     for folder, ids in (("in/cam2", {2}), ("in", {1, 2}), ("in/b.png", {1})):
         run(files / "student", tmp_path / folder, *options, "--force")
         assert {x["image_id"] for x in json.loads((tmp_path / "r.json").read_text())} == ids
+    os.symlink(tmp_path / "in" / "cam2" / "b.png", tmp_path / "in" / "link.png")
+    content["images"].append({"id": 3, "file_name": "link.png"})
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    run(files / "student", tmp_path / "in" / "link.png", *options, "--force")
+    assert {x["image_id"] for x in json.loads((tmp_path / "r.json").read_text())} == {3}
 
 
 def test_two_pictures_are_never_results_of_one_image(files, tmp_path):

@@ -280,7 +280,7 @@ def test_crowds_and_objects_to_ignore_are_told_and_stay_crowds(tmp_path):
     for name, _ in pairs:
         photo(tmp_path / name)
     boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9]} for i in range(3)]
-    boxes[0]["iscrowd"], boxes[1]["ignore"] = 1, 1
+    boxes[0]["iscrowd"], boxes[1]["ignore"], boxes[2]["iscrowd"] = 1, 1, "0"
     coco(tmp_path / "a.json", pairs, annotations=boxes)
     found = read_folder(str(tmp_path))
     assert [thing.crowd for one in found.photos for thing in one.things] == [1, 1, 0]
@@ -290,7 +290,7 @@ def test_crowds_and_objects_to_ignore_are_told_and_stay_crowds(tmp_path):
 
 def test_of_a_turned_box_the_upright_one_around_it_is_taken_and_told(tmp_path):
     photo(tmp_path / "a.png")
-    turned = [{"rotation": 90.0}, {"rotation": 0.0}, {"occluded": False}]
+    turned = [{"rotation": 90.0}, {"rotation": 0.0}, {"rotation": "left"}]
     boxes = [
         {"id": i, "image_id": 0, "category_id": 1, "bbox": [22, 20, 20, 4], "attributes": each}
         for i, each in enumerate(turned)

@@ -553,7 +553,8 @@ def test_results_that_can_not_be_locked_are_told_and_written(case, monkeypatch, 
     monkeypatch.setattr(portalocker.portalocker, "LOCKER", no_locks)
     assert case.do(case.todo(seeds=[1], arms=["student"])) == {}
     assert case.recorded().keys() == {("student", 1)}
-    assert "results.json: it can't be locked" in caplog.text
+    assert ".results: it can't be locked" in caplog.text
+    assert "no other comparison may write to it at the same time" in caplog.text
 
 
 def test_comparisons_with_other_run_folders_can_share_the_results(case):
@@ -666,15 +667,12 @@ def test_students_of_a_teacher_that_started_from_other_weights_are_outdated(tmp_
     ]
 
 
-def arms_of_which_one_teaches(folder):
-    """The distilled student has learned from the plain one."""
+def arms_of_which_one_teaches(folder, opts=None):
+    """The distilled student has learned from the plain one, which has ``opts``."""
     weights = {"MODEL.CROSSKD.TEACHER.WEIGHTS": str(folder / "runs/student_1/model_final.pth")}
     taught = {"config": DISTILLED, "opts": weights}
-    return Case(
-        *(folder,),
-        **dict(arms={"taught": taught, "student": {"config": PLAIN}}, teacher=None),
-        **dict(ablations=None, seeds=[1]),
-    )
+    arms = {"taught": taught, "student": {"config": PLAIN, "opts": opts or {}}}
+    return Case(folder, arms=arms, teacher=None, ablations=None, seeds=[1])
 
 
 def test_an_arm_that_teaches_another_comes_first_and_keeps_its_weights(tmp_path):
@@ -694,6 +692,31 @@ def test_an_arm_that_teaches_another_is_trained_again_if_its_weights_are_gone(tm
     assert again.todo(arms=["student"]) == []
     assert again.do(again.todo(arms=["taught"])) == {}
     assert again.order() == ["student_1", "student_1", "taught_1"]
+
+
+def test_what_an_arm_has_taught_is_done_again_with_it(tmp_path, monkeypatch):
+    case = arms_of_which_one_teaches(tmp_path)
+    assert case.do() == {} and case.todo() == []
+    monkeypatch.setenv("BONUS", "1")
+    monkeypatch.setenv("WEIGHTS", "others")
+    again = arms_of_which_one_teaches(tmp_path, opts={"SOLVER.WEIGHT_DECAY": 0.5})
+    again.results.content()  # reads what the runs start from, as it is before
+    assert again.todo(arms=["student"]) == [("student", 1)]
+    assert again.do() == {} and again.order()[2:] == ["student_1", "taught_1"]
+    assert again.todo() == []
+    current = [run["arm"] for run in again.all_recorded() if not run.get("outdated")]
+    assert current == ["taught", "student"]
+
+
+def test_arms_that_start_from_each_others_weights_are_one_error(tmp_path):
+    key, files = "MODEL.CROSSKD.TEACHER.WEIGHTS", str(tmp_path / "runs/{}_1/model_final.pth")
+    arms = {
+        name: {"config": DISTILLED, "opts": {key: files.format(other)}}
+        for name, other in (("a", "b"), ("b", "a"))
+    }
+    case = Case(tmp_path, arms=arms, teacher=None, ablations=None, seeds=[1])
+    with pytest.raises(ConfigError, match="a, seed 1, b, seed 1: each is to start from weights"):
+        case.do()
 
 
 def test_a_student_under_way_starts_anew_if_its_teacher_was_trained_again(case, monkeypatch):

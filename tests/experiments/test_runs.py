@@ -1,5 +1,6 @@
 """Runs as child processes: skipped, resumed, moved aside, or failing loudly."""
 
+import argparse
 import dataclasses
 import fcntl
 import hashlib
@@ -77,6 +78,7 @@ def test_a_finished_run_is_not_trained_again(train, tmp_path):
         (3, 3, None, ["0,1,2"] * 3),
         (1, 1, None, []),
         (2, 8, None, []),
+        (2, 0, None, []),
     ],
 )
 def test_runs_at_once_share_out_the_gpus(jobs, num_gpus, visible, slots, monkeypatch):
@@ -87,6 +89,16 @@ def test_runs_at_once_share_out_the_gpus(jobs, num_gpus, visible, slots, monkeyp
     assert executors.gpu_slots(jobs, num_gpus) == slots
     monkeypatch.setattr(executors.torch.cuda, "device_count", lambda: 1)
     assert executors.gpu_slots(jobs, num_gpus) == []
+
+
+@pytest.mark.parametrize("device, shared", [(None, 1), ("cuda", 1), ("cuda:1", 0), ("cpu", 0)])
+def test_gpus_are_shared_out_unless_one_is_named(device, shared, monkeypatch):
+    monkeypatch.setattr(executors.torch.cuda, "device_count", lambda: 4)
+    parser = argparse.ArgumentParser()
+    executors.add_executor_options(parser)
+    args = parser.parse_args(["--jobs", "2", *(("--device", device) if device else ())])
+    found = executors.train_by(args, "runs")
+    assert isinstance(found, executors.TrainOnOwnGpus) == bool(shared)
 
 
 def test_a_run_sees_the_gpus_of_its_slot_alone(tmp_path):

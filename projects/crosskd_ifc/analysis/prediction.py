@@ -184,17 +184,18 @@ class CocoIds:
 
     def _listed_id(self, source: Source) -> Optional[int]:
         # It may be listed from a folder above the one that was given.
-        path = os.path.realpath(source.path)
-        ends = [
-            n
-            for n in self._last[os.path.basename(path)]
-            if f"{os.sep}{path}".endswith(f"{os.sep}{n}")
-        ]
-        longest = sorted(ends, key=len)[-1:]
+        paths = os.path.abspath(source.path), os.path.realpath(source.path)
+        longest = [name for path in paths for name in self._ends_of(path)[:1]]
         for name in (*longest, source.name, os.path.basename(source.name)):
             if name in self._images:
                 return self._images[name]
         return None
+
+    def _ends_of(self, path: str) -> List[str]:
+        """The listed names that a path ends with, the longest first."""
+        named = self._last[os.path.basename(path)]
+        ends = [name for name in named if f"{os.sep}{path}".endswith(f"{os.sep}{name}")]
+        return sorted(ends, key=len, reverse=True)
 
 
 class _Drawing:

@@ -5,6 +5,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -13,8 +14,11 @@ import uuid
 from typing import Any, Iterator, Optional, Sequence, Tuple
 
 from detectron2.utils.file_io import PathManager
+from iopath.common import file_io
 
 from ..config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # or its user's quota is
 # After so long a file that is still unfinished is of a writer that was killed.
@@ -51,6 +55,24 @@ def _remove_abandoned(folder: str, beginning: str) -> None:
         with contextlib.suppress(OSError):  # another writer removes it, too
             if name.startswith(beginning) and os.path.getmtime(partial) < time.time() - _ABANDONED:
                 os.remove(partial)
+
+
+@contextlib.contextmanager
+def locked(path: str, otherwise: str) -> Iterator[None]:
+    """The lock ``path.lock``, waiting for it.
+
+    Args:
+        otherwise: what people have to see to where the file system has no locks, as some of
+            clusters; a warning says it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_io.file_lock(path))
+        except file_io.portalocker.AlreadyLocked:
+            raise
+        except (OSError, file_io.portalocker.LockException) as error:
+            logger.warning(f"{path}: it can't be locked ({error}): {otherwise}")
+        yield
 
 
 def move_aside(path: str) -> str:

@@ -185,7 +185,7 @@ def _check_images(records: _CocoRecords, images: list) -> Dict[Any, dict]:
 def _check_annotations(
     report: Findings, split: str, annotations: list, names: Dict[Any, str], images: Dict[Any, dict]
 ) -> Dict[Any, set]:
-    """Returns image id -> its boxes; counts them in ``report``."""
+    """Returns image id -> its boxes, less crowds; counts them in ``report``."""
     counts, path = report.counts[split], report.card.splits[split]["json"]
     records = _CocoRecords(report, path)
     index = {category: i for i, category in enumerate(names)}
@@ -209,13 +209,14 @@ def _check_annotations(
         image, category, box = images[record["image_id"]], record["category_id"], record["bbox"]
         shown = quoted(names[category]) if category in names else f"category {short(category)}"
         where += f" in {image['file_name']}, {shown} {_numbers(box)}"
-        is_crowd = bool(record.get("iscrowd"))
-        if is_crowd:
+        counted = not record["iscrowd"]
+        if counted:
+            counts["boxes"] += 1
+            report.sizes[split].append((box[2], box[3]))
+        else:
             report.add("crowd", where)
-        counts["boxes"] += 1
-        report.sizes[split].append((box[2], box[3]))
         if category in names:
-            counts[index[category]] += not is_crowd
+            counts[index[category]] += counted
             if names[category] not in report.classes:
                 report.unknown[names[category]] += 1
         else:
@@ -224,7 +225,8 @@ def _check_annotations(
         _check_box(report, where, corners, (image["width"], image["height"]), first=0)
         if (category, *box) in boxes[image["id"]]:
             report.add("duplicate box", where)
-        boxes[image["id"]].add((category, *box))
+        if counted:
+            boxes[image["id"]].add((category, *box))
         _check_outline(report, where, record.get("segmentation"), image)
     return boxes
 

@@ -1,7 +1,9 @@
 """Names and number of a model's classes, from the data sets of its config."""
 
+import functools
 import itertools
 import logging
+import os
 from typing import Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
@@ -20,8 +22,8 @@ _DEFAULT_COUNT = 80  # of COCO, in detectron2's config
 def class_names(cfg: Optional[CfgNode], *, cards: bool = False) -> Optional[Sequence[str]]:
     """The names of a model's classes, None where they aren't known.
 
-    They are those of the first data set in DATASETS.TRAIN, then TEST, that is registered with a
-    name for each of the model's classes.
+    They are those of the first data set in DATASETS.TRAIN, then TEST, that has a name for each of
+    the model's classes.
 
     Args:
         cfg: the model's config, None if it has none.
@@ -53,13 +55,23 @@ def dataset_class_names(dataset: str) -> Optional[Tuple[str, ...]]:
         return None
     metadata = MetadataCatalog.get(dataset)
     names, path = metadata.get("thing_classes", None), metadata.get("json_file", None)
+    if not names and path and metadata.get("evaluator_type", None) == "coco":
+        if PathManager.isfile(path):
+            changed = (
+                (os.path.getmtime(path), os.path.getsize(path)) if os.path.exists(path) else ()
+            )
+            names = _names_in_json(path, *changed)
+    return tuple(names) if names else None
+
+
+@functools.lru_cache(maxsize=None)
+def _names_in_json(path: str, *changed: float) -> Optional[Tuple[str, ...]]:
+    """The names of a COCO json's categories by id; ``changed``: another file has other ones."""
     try:
-        if not names and path and PathManager.isfile(path):
-            categories = read_coco_json(path)["categories"]
-            names = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+        categories = read_coco_json(path)["categories"]
+        return tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"]))
     except (KeyError, TypeError, ValueError):
         return None  # loading it says what is wrong
-    return tuple(names) if names else None
 
 
 def fill_in_class_count(cfg: CfgNode) -> None:

@@ -62,7 +62,8 @@ class Findings:
 
     Attributes:
         found: kind -> the places, each once however many splits share it.
-        counts: split -> number of "images", "boxes", and of boxes under each class's index.
+        counts: split -> number of "images", "boxes", and of boxes under each class's index; a
+            crowd is none.
         classes: the class names.
         sizes: split -> (width, height) of each box, in pixels.
         unknown: class -> number of boxes, of classes in the annotations that the card lacks.

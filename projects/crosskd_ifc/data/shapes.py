@@ -16,10 +16,10 @@ from typing import Any, Iterator, List, Mapping, Optional, Tuple
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
-from iopath.common.file_io import file_lock
 from PIL import Image
 from tqdm import tqdm
 
+from ..common.files import locked
 from .shapes_drawing import CLASSES, SPLIT_IDS, render
 
 # A second label set for the same objects, to distil from a teacher of other classes.
@@ -134,7 +134,7 @@ def generate(
     parameters = _parameters(num_images, image_size, seed)
     if _is_complete(root, parameters):  # without the lock: the folder may be read-only
         return
-    with file_lock(root):
+    with locked(root, "let no other process make these pictures at the same time"):
         if _is_complete(root, parameters):
             return
         partial = root + ".partial"

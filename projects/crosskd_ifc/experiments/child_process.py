@@ -30,7 +30,8 @@ class RunStopped(RunFailed):
 def claim_folder(
     folder: str, *, name: str, digest: str, stop: Optional[threading.Event] = None
 ) -> BinaryIO:
-    """Claim a run's folder for this process and its child alone, waiting for another one.
+    """Claim a run's folder for this process and its child alone, waiting for another one, as far
+    as the file system has locks.
 
     The child inherits the lock with its output, so that it outlives a killed parent: nobody trains
     in the folder until the child has ended, too. A folder that holds another run is moved aside.

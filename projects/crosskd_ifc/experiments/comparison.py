@@ -65,10 +65,15 @@ def plan(runs: Dict[Key, Run], selected: Iterable[Key], results: Results) -> Lis
     A result whose folder is gone counts; but a teacher without its weights is trained again if a
     student needs them.
     """
-    todo = {key for key in selected if not results.is_finished(key)}
-    teachers = {results.protocol.teacher_of(*key) for key in todo} - {None}
-    teachers |= {key for key, of in arms_that_teach(runs).items() if todo & of}
-    todo |= {key for key in teachers if not has_weights(runs[key])}
+    selected, teach = set(selected), arms_that_teach(runs)
+    todo, more = set(), {key for key in selected if not results.is_finished(key)}
+    while more - todo:
+        todo |= more
+        teachers = {results.protocol.teacher_of(*key) for key in todo} - {None}
+        teachers |= {key for key, of in teach.items() if todo & of}
+        more = {key for key in teachers if not has_weights(runs[key])}
+        # What an arm teaches depends on the very weights.
+        more |= selected & {key for other in todo for key in teach.get(other, ())}
     return [key for key in runs if key in todo]
 
 
@@ -188,6 +193,9 @@ class Comparison:
                     waiting.remove(key)
                     self.say(f"{self.runs[key].name}: started")
                     running[pool.submit(self._one, key)] = key
+                if not running:
+                    names = ", ".join(self.runs[key].name for key in waiting)
+                    raise ConfigError(f"{names}: each is to start from weights of another one")
                 done, _ = concurrent.futures.wait(running, 1, "FIRST_COMPLETED")
                 for future in done:
                     key = running.pop(future)
@@ -237,6 +245,7 @@ class Comparison:
         return self.train_run(run, self.train_net, **options)
 
     def _finish(self, key: Key, result: dict) -> None:
+        self.results.look_again(self._teach.get(key, ()))
         self.results.add({key: result})
         if self.discard_weights and not self._teaches(key):
             for path in glob.glob(os.path.join(glob.escape(self.runs[key].folder), "*.pth")):

@@ -43,7 +43,7 @@ def threads_of(args: argparse.Namespace) -> int:
 
 
 class TrainOnOwnGpus:
-    """:func:`.runs.train`, where runs that go on at once have each its own GPUs."""
+    """:func:`.runs.train`; the runs that go on at once are spread over the GPUs."""
 
     def __init__(self, slots: Sequence[str]):
         """
@@ -67,7 +67,7 @@ def gpu_slots(jobs: int, num_gpus: int) -> List[str]:
     """CUDA_VISIBLE_DEVICES for each of so many runs at once, which have the GPUs of this machine in
     turn; [] where there is nothing to share out."""
     count = torch.cuda.device_count()
-    if jobs < 2 or count < 2 or num_gpus > count:
+    if jobs < 2 or count < 2 or not 1 <= num_gpus <= count:
         return []
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     devices = names.split(",")[:count]
@@ -88,7 +88,8 @@ def train_by(args: argparse.Namespace, folder: str) -> Callable[..., dict]:
     if args.executor is None:
         if args.num_machines > 1 or args.cluster:
             raise ConfigError("--num-machines and --cluster need --executor slurm or local")
-        slots = [] if args.device == "cpu" else gpu_slots(args.jobs, args.num_gpus)
+        own = args.device in (None, "cuda")  # else it names one of them, or none
+        slots = gpu_slots(args.jobs, args.num_gpus) if own else []
         return TrainOnOwnGpus(slots) if slots else train
     try:
         from .cluster import ClusterTrain

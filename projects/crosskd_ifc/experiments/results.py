@@ -8,22 +8,16 @@ settings stay, too, and are marked "outdated".
 """
 
 import contextlib
-import functools
 import itertools
 import json
-import logging
 import os
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterable, List, Optional, Tuple
 
-from iopath.common import file_io
-
-from ..common.files import replacing
+from ..common.files import locked, replacing
 from ..config import ConfigError
 from .protocol import TEACHER, Protocol
 from .runs import Run, is_same_input
 from .tables import replicate_number
-
-logger = logging.getLogger(__name__)
 
 Key = Tuple[str, int]  # arm, seed
 # What reports read of a run.
@@ -45,13 +39,17 @@ class Results:
         self.protocol, self.path, self.command = protocol, path, command
         self._given_command = command
         self.digests = {key: run.digest() for key, run in runs.items()}
-        remember = functools.lru_cache(maxsize=None)
-        self._inputs = remember(lambda key: runs[key].inputs())
-        self._needed_inputs = remember(lambda key: runs[key].needed_inputs())
+        self._runs = runs
+        self._inputs: Dict[Key, Tuple[Optional[str], Optional[str]]] = {}
         # Beside the file, whatever folder its runs lie in.
         self.lock = os.path.join(os.path.dirname(os.path.abspath(path)), ".results")
         self.entries: List[dict] = []
         self._read()
+
+    def look_again(self, keys: Iterable[Key]) -> None:
+        """Read the inputs of these runs anew: other weights to start from are there."""
+        for key in keys:
+            self._inputs.pop(key, None)
 
     def is_finished(self, key: Key) -> bool:
         """Whether there is a run of these settings."""
@@ -107,14 +105,7 @@ class Results:
     @contextlib.contextmanager
     def _rewriting(self):
         os.makedirs(os.path.dirname(self.lock), exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(file_io.file_lock(self.lock))
-            except (OSError, file_io.portalocker.LockException) as error:
-                logger.warning(
-                    f"{self.path}: it can't be locked ({error}): no other comparison may write to "
-                    "it at the same time"
-                )
+        with locked(self.lock, "no other comparison may write to it at the same time"):
             self._read()
             yield
             if self.entries:
@@ -126,10 +117,11 @@ class Results:
             return False
         if "diverged" in entry and not self.protocol.stability:
             return False
-        if not is_same_input(entry.get("inputs_sha256"), self._inputs(key)):
-            return False
-        needs = entry.get("needs_inputs_sha256")
-        return needs is None or is_same_input(needs, self._needed_inputs(key))
+        if key not in self._inputs:
+            self._inputs[key] = self._runs[key].inputs(), self._runs[key].needed_inputs()
+        own, needed = self._inputs[key]
+        is_same = is_same_input(entry.get("inputs_sha256"), own)
+        return is_same and is_same_input(entry.get("needs_inputs_sha256"), needed)
 
     def content(self) -> dict:
         """What the file holds."""

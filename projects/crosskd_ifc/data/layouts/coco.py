@@ -121,7 +121,7 @@ def _thing(record: dict, categories: Dict[Any, str]) -> Thing:
         name,
         [x, y, w, h],
         record.get("segmentation") or None,
-        int(bool(record.get("iscrowd") or record.get("ignore"))),
+        int(record.get("iscrowd") or 0) or int(record.get("ignore") or 0),
         area if isinstance(area, (int, float)) else None,
     )
 
@@ -131,4 +131,6 @@ def _rotation(record: dict) -> float:
     attributes = record.get("attributes")
     if not isinstance(attributes, dict) or record.get("segmentation"):
         return 0.0
-    return float(attributes.get("rotation") or 0) % 360
+    angle = attributes.get("rotation")  # or an attribute that a user has called so
+    is_angle = isinstance(angle, (int, float)) and math.isfinite(angle)
+    return float(angle) % 360 if is_angle and not isinstance(angle, bool) else 0.0
