@@ -467,9 +467,9 @@ def costs_told():
 def test_the_costs_in_short_are_the_measured_ones():
     plain, _, both, *_ = costs("faster_rcnn_taps_R50_R18_cpu", speed=False)
     assert f"one loss per tap (the default), CPU | {both} | {plain} (again:" in costs_told()
-    assert f"takes {float(plain):.1f} to 1.5 times the plain student's on a CPU" in read(
-        "README.md"
-    )
+    largest = costs("faster_rcnn_through_R50_R18_cpu", speed=False)[0]
+    told = f"takes {float(plain):.1f} to {float(largest):.1f} times the plain student's on a CPU"
+    assert told in read("README.md")
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_cpu", speed=False)
     assert f"mean of fc1 and fc2, another CPU | {both} | {plain} |" in costs_told()
     plain, _, both, *_ = costs("faster_rcnn_R50_R18_h100_batch_16", speed=True)
