@@ -806,7 +806,7 @@ def test_what_the_longer_training_shows_is_told_as_recorded():
     front = " ".join(read("README.md").split())
     ours, controls = (x.format("") for x in corrected)
     assert f"With twice the steps its lead is {ours}; {count} seeds)" in front
-    assert f"with the same total loss weight is as good: {controls})" in front
+    assert f"with the same total weight is as good: {controls})" in front
     behind = -results("decisive").difference("ifc", "crosskd").mean
     assert f"It is {behind:.1f} AP behind plain CrossKD (16 seeds)" in front
     assert f"the method's first form, is {behind:.1f} AP behind plain CrossKD" in text
@@ -819,7 +819,16 @@ RETINANET = {
 }
 
 
+WEIGHT = {
+    "crosskd_ifc": "CrossKD-IFC (one loss per tap)",
+    "crosskd_ifc_half": "CrossKD-IFC, loss weights halved",
+    "crosskd_double": "plain CrossKD, loss weights doubled",
+    "crosskd": "plain CrossKD",
+}
+
+
 LATER = {
+    "decisive_weight": (WEIGHT, "### Equal weights"),
     "decisive_long": (LONG, "### With twice the steps"),
     "decisive_retinanet": (RETINANET, "### RetinaNet"),
 }
@@ -831,6 +840,30 @@ def test_the_tables_of_later_comparisons_are_those_of_the_recorded_runs(name, ar
     more = "-" if arm == "crosskd" else tell(table.difference(arm, "crosskd"))
     rows = rows_of_results(after=heading)
     assert f"| {titles[arm]} | {ap_of(table, arm)} | {more} |" in rows
+
+
+def test_what_equal_weights_show_is_told_as_recorded():
+    table, text = results("decisive_weight"), told_in_results()
+    check_verdicts(table.contrasts(), 4, WEIGHT, after="### Equal weights")
+    found = {(c.arm, c.reference): c for c in table.contrasts()}
+    equal, halved = found["crosskd_ifc", "crosskd_double"], found["crosskd_ifc_half", "crosskd"]
+    told = [
+        "{:+.1f} (corrected {:+.1f} to {:+.1f})".format(c.difference.mean, *c.corrected)
+        for c in (equal, halved)
+    ]
+    count = sum(value > 0 for value in equal.difference.values.values())
+    assert f"doubled weights on {count} of the 8 seeds, in the mean by {told[0]}." in text
+    assert f"is behind it, too: CrossKD-IFC is ahead by {told[0]}." in text
+    assert f"CrossKD-IFC can't be told from it: {told[1]}." in text
+    doubled = tell(table.difference("crosskd_double", "crosskd"))[:-1]
+    assert f"Plain CrossKD gains {doubled}, not corrected) from doubled weights." in text
+    assert f"has a teacher of its own ({ap_of(table, 'teacher')} AP)" in text
+    short = "{:.1f} ({:.1f} to {:.1f}; 8 other seeds)".format(
+        equal.difference.mean, *equal.corrected
+    )
+    front = " ".join(read("README.md").split())
+    assert f"plain CrossKD with the same total loss weight by {short}" in front
+    assert f"by {equal.difference.mean:.1f} AP (8 seeds)" in read("docs", "choosing.md")
 
 
 def test_what_retinanet_shows_is_told_as_recorded():

@@ -32,6 +32,7 @@ GAINS_ARMS = {  # of the results, from top to bottom
 }
 COMBINING = {
     "decisive": "Faster R-CNN\nbuilt-in, 440 steps",
+    "decisive_weight": "Faster R-CNN, 440 steps,\nother seeds",
     "decisive_long": "Faster R-CNN\nbuilt-in, 880 steps",
     "decisive_retinanet": "RetinaNet\nbuilt-in, 600 steps",
     "decisive_photos": "Faster R-CNN\nphotos",
@@ -39,6 +40,8 @@ COMBINING = {
 COMBINING_ARMS = {
     "winner": "one loss per tap",
     "taps": "one loss per tap",  # RetinaNet's
+    "crosskd_ifc": "one loss per tap",  # of decisive_weight
+    "crosskd_ifc_half": "one loss per tap, weights halved",
     "second": "one loss per tap, and one for their mean",
     "ifc": "one loss for the mean of taps",
     "single": "fc1 alone",
