@@ -648,7 +648,7 @@ def test_a_student_whose_weights_another_process_has_discarded_is_not_trained_ag
     assert case.order() == order and len(case.all_recorded()) == len(order)
 
 
-def test_students_of_a_teacher_that_started_from_other_weights_are_outdated(tmp_path, monkeypatch):
+def test_students_of_a_teacher_that_started_from_other_weights_are_outdated(tmp_path):
     start = tmp_path / "start.pth"
     start.write_text("labels as they were")
     opts = {"MODEL.WEIGHTS": str(start)}
@@ -658,7 +658,6 @@ def test_students_of_a_teacher_that_started_from_other_weights_are_outdated(tmp_
     start.write_text("corrected")
     again = Case(tmp_path, teacher=teacher, ablations=None, seeds=[1])
     assert again.todo() == [("teacher", 1), ("crosskd_ifc", 1)]
-    monkeypatch.setenv("BONUS", "1")
     assert again.do() == {} and again.todo() == []
     outdated = [(run["arm"], bool(run.get("outdated"))) for run in again.all_recorded()]
     assert outdated == [
@@ -697,7 +696,6 @@ def test_an_arm_that_teaches_another_is_trained_again_if_its_weights_are_gone(tm
 def test_what_an_arm_has_taught_is_done_again_with_it(tmp_path, monkeypatch):
     case = arms_of_which_one_teaches(tmp_path)
     assert case.do() == {} and case.todo() == []
-    monkeypatch.setenv("BONUS", "1")
     monkeypatch.setenv("WEIGHTS", "others")
     again = arms_of_which_one_teaches(tmp_path, opts={"SOLVER.WEIGHT_DECAY": 0.5})
     again.results.content()  # reads what the runs start from, as it is before

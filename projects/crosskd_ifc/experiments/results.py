@@ -251,5 +251,6 @@ def _settings(entry: dict) -> tuple:
 def _is_same_run(entry: dict, other: dict) -> bool:
     """Whether two entries tell of one training, not of two that agree."""
     same = ("arm", "seed", "config_sha256", "AP", "AP50", "seconds", "seconds_per_step", "curve")
-    teachers = {e["teacher_sha256"] for e in (entry, other) if "teacher_sha256" in e}
-    return all(entry[key] == other[key] for key in same) and len(teachers) < 2
+    began = ("teacher_sha256", "inputs_sha256", "needs_inputs_sha256")  # where both say it
+    differ = any(len({e.get(key) for e in (entry, other)} - {None}) > 1 for key in began)
+    return all(entry[key] == other[key] for key in same) and not differ
