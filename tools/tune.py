@@ -80,7 +80,7 @@ def main(args):
 
 def state_of(run):
     """What a run's score depends on: settings, data and the files that it starts from."""
-    return " ".join(filter(None, (run.digest(), run.inputs(), run.needed_inputs())))
+    return " ".join(filter(None, (run.digest(), *run.all_inputs().values())))
 
 
 def search_in(folder, protocol, args):

@@ -65,21 +65,20 @@ def plan(runs: Dict[Key, Run], selected: Iterable[Key], results: Results) -> Lis
     A result whose folder is gone counts; but a teacher without its weights is trained again if a
     student needs them.
     """
-    selected, teach = set(selected), arms_that_teach(runs)
+    selected, teachers = set(selected), teachers_of(runs)
     todo, more = set(), {key for key in selected if not results.is_finished(key)}
     while more - todo:
         todo |= more
-        teachers = {results.protocol.teacher_of(*key) for key in todo} - {None}
-        teachers |= {key for key, of in teach.items() if todo & of}
-        more = {key for key in teachers if not has_weights(runs[key])}
+        needed = {other for key in todo for other in teachers[key]}
+        more = {key for key in needed if not has_weights(runs[key])}
         # What an arm teaches depends on the very weights.
-        more |= selected & {key for other in todo for key in teach.get(other, ())}
+        arms = {key for key in todo if key[0] != TEACHER}
+        more |= {key for key in selected if teachers[key] & arms}
     return [key for key in runs if key in todo]
 
 
-def arms_that_teach(runs: Dict[Key, Run]) -> Dict[Key, Set[Key]]:
-    """The runs, less the protocol's teachers, whose weights others name as their teacher's (or
-    start from), and which those are."""
+def teachers_of(runs: Dict[Key, Run]) -> Dict[Key, Set[Key]]:
+    """For each run the others whose weights it names as its teacher's, or starts from."""
     found: Dict[Key, Set[Key]] = {}
     made = {os.path.abspath(run.weights): key for key, run in runs.items()}
     for key, run in runs.items():
@@ -88,10 +87,8 @@ def arms_that_teach(runs: Dict[Key, Run]) -> Dict[Key, Set[Key]]:
             cfg.MODEL.WEIGHTS,
             *(one.MODEL.CROSSKD.TEACHER.WEIGHTS for _, one in teacher_configs(cfg)),
         ]
-        for file in files:
-            of = made.get(os.path.abspath(file)) if file and "://" not in file else None
-            if of not in (None, key) and of[0] != TEACHER:
-                found.setdefault(of, set()).add(key)
+        local = (os.path.abspath(file) for file in files if file and "://" not in file)
+        found[key] = {made[file] for file in local if file in made} - {key}
     return found
 
 
@@ -134,7 +131,7 @@ class Comparison:
         self.options = dict(threads=threads, arguments=arguments)
         self.stop = threading.Event()
         self.steps_done: Dict[Key, int] = {}  # of the runs that are under way
-        self._teach = arms_that_teach(runs)
+        self._teachers = teachers_of(runs)
 
     def collect(self) -> None:
         """Record the runs that are finished in their folders."""
@@ -208,7 +205,7 @@ class Comparison:
                         self.say(str(error))
                     else:
                         self._finish(key, result)
-                for key in [k for k in waiting if self._teachers(k) & failed.keys()]:
+                for key in [k for k in waiting if self._teachers[k] & failed.keys()]:
                     waiting.remove(key)
                     finished += steps[key]
                     failed[key] = f"{self.runs[key].name}: not run, its teacher failed"
@@ -221,16 +218,14 @@ class Comparison:
     def _ready(self, waiting, running, failed) -> List[Key]:
         """The next runs to start: as many as there is room for, in order, teachers first."""
         held = {*waiting, *running, *failed}
-        ready = [key for key in waiting if not self._teachers(key) & held]
+        ready = [key for key in waiting if not self._teachers[key] & held]
         return ready[: self.jobs - len(running)]
 
-    def _teachers(self, key: Key) -> Set[Key]:
-        """The runs that come before it, as far as they are to be done."""
-        arms = {other for other, of in self._teach.items() if key in of}
-        return {self.results.protocol.teacher_of(*key), *arms} - {None}
+    def _taught_by(self, key: Key) -> List[Key]:
+        return [other for other, of in self._teachers.items() if key in of]
 
     def _teaches(self, key: Key) -> bool:
-        return key[0] == TEACHER or key in self._teach
+        return key[0] == TEACHER or bool(self._taught_by(key))
 
     def _one(self, key: Key) -> dict:
         run = self.runs[key]
@@ -245,7 +240,7 @@ class Comparison:
         return self.train_run(run, self.train_net, **options)
 
     def _finish(self, key: Key, result: dict) -> None:
-        self.results.look_again(self._teach.get(key, ()))
+        self.results.look_again(self._taught_by(key))
         self.results.add({key: result})
         if self.discard_weights and not self._teaches(key):
             for path in glob.glob(os.path.join(glob.escape(self.runs[key].folder), "*.pth")):

@@ -40,7 +40,7 @@ class Results:
         self._given_command = command
         self.digests = {key: run.digest() for key, run in runs.items()}
         self._runs = runs
-        self._inputs: Dict[Key, Tuple[Optional[str], Optional[str]]] = {}
+        self._inputs: Dict[Key, Dict[str, Optional[str]]] = {}
         # Beside the file, whatever folder its runs lie in.
         self.lock = os.path.join(os.path.dirname(os.path.abspath(path)), ".results")
         self.entries: List[dict] = []
@@ -118,10 +118,8 @@ class Results:
         if "diverged" in entry and not self.protocol.stability:
             return False
         if key not in self._inputs:
-            self._inputs[key] = self._runs[key].inputs(), self._runs[key].needed_inputs()
-        own, needed = self._inputs[key]
-        is_same = is_same_input(entry.get("inputs_sha256"), own)
-        return is_same and is_same_input(entry.get("needs_inputs_sha256"), needed)
+            self._inputs[key] = self._runs[key].all_inputs()
+        return is_same_input(entry, self._inputs[key])
 
     def content(self) -> dict:
         """What the file holds."""

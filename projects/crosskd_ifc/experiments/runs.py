@@ -126,11 +126,12 @@ class Run:
             found[key] = [settings, self._portable(weights), file_sha256(weights)]
         return _sha256(found)
 
-    def needed_inputs(self) -> Optional[str]:
-        """A digest of :meth:`inputs` of the runs that it needs; None if there are none, or one of
-        them has none."""
+    def all_inputs(self) -> Dict[str, Optional[str]]:
+        """:meth:`inputs` and a digest of those of the runs that it needs, None if one of them has
+        none, under the names that records have."""
         found = [run.inputs() for run in self.needs]
-        return _sha256(found) if found and None not in found else None
+        needed = _sha256(found) if found and None not in found else None
+        return {"inputs_sha256": self.inputs(), "needs_inputs_sha256": needed}
 
     def _settings(self, cfg: CfgNode) -> Dict[str, Any]:
         settings = digested_settings(cfg)
@@ -162,9 +163,7 @@ class Run:
             return None
         if "diverged" in done and not self.may_diverge:
             return None
-        is_same = is_same_input(done.get("inputs_sha256"), self.inputs())
-        needs = done.get("needs_inputs_sha256")
-        return done if is_same and is_same_input(needs, self.needed_inputs()) else None
+        return done if is_same_input(done, self.all_inputs()) else None
 
 
 def _sha256(content: Any) -> str:
@@ -178,12 +177,12 @@ def _teacher_file(cfg: CfgNode) -> str:
     return file_sha256(find_config(name, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")[0])
 
 
-def is_same_input(recorded: Optional[str], present: Optional[str]) -> bool:
-    """Whether a record was made with the present input.
+def is_same_input(record: Mapping[str, Any], present: Mapping[str, Optional[str]]) -> bool:
+    """Whether a record was made with the present inputs, of :meth:`Run.all_inputs`.
 
     Records of old have none; and where a file is gone, as in a fresh clone, the record counts.
     """
-    return recorded is None or present is None or recorded == present
+    return all(None in (record.get(k), v) or record[k] == v for k, v in present.items())
 
 
 def state_digest(run: Run) -> str:
@@ -230,9 +229,8 @@ def train(
         run of a few steps), "statistics" (what the distillation logged as crosskd/..., means over
         the last quarter), "seconds" (wall time of all starts), "peak_memory_gb" (of the training
         process, 0 where there is no /proc), "versions", "hardware", "digest", and SHA-256s:
-        "inputs_sha256", see :meth:`Run.inputs`, "weights_sha256" of the final weights' file,
-        "needs_sha256" of those of the runs it needs, and "needs_inputs_sha256", see
-        :meth:`Run.needed_inputs`. Of a run that diverged and may, "diverged",
+        those of :meth:`Run.all_inputs`, "weights_sha256" of the final weights' file and
+        "needs_sha256" of those of the runs it needs. Of a run that diverged and may, "diverged",
         the iteration, and an AP of 0.
 
     Raises:
@@ -243,8 +241,7 @@ def train(
     if done is not None:
         return done
     run = run.read_again()  # the child is about to
-    digest, inputs, state_sha256 = run.digest(), run.inputs(), state_digest(run)
-    needed_inputs = run.needed_inputs()
+    digest, inputs, state_sha256 = run.digest(), run.all_inputs(), state_digest(run)
     with claim_folder(run.folder, name=run.name, digest=state_sha256, stop=stop) as log:
         done = run.result()  # of the process that we waited for
         if done is not None:
@@ -282,9 +279,7 @@ def train(
         found = _collect(run) if diverged is None else _collect_diverged(run, diverged["iteration"])
         done = {"digest": digest, "seconds": seconds, "peak_memory_gb": memory, **found}
         done.update(versions=used, hardware=hardware(run.cfg().MODEL.DEVICE, threads))
-        done.update(inputs_sha256=inputs, needs_sha256=needs)
-        if needs:
-            done["needs_inputs_sha256"] = needed_inputs
+        done.update(inputs, needs_sha256=needs)
         if diverged is None:
             done["weights_sha256"] = file_sha256(run.weights)
         write_json(run.path("run.json"), done)
