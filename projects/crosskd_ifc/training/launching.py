@@ -1,10 +1,12 @@
 """What the training tools share around their runs: arguments, processes, errors in one line."""
 
 import argparse
-import contextlib
+import atexit
 import datetime
+import os
 import sys
-from typing import Any, Callable
+import threading
+from typing import Any, Callable, NoReturn
 
 from detectron2.engine import default_argument_parser, launch
 from torch.multiprocessing import ProcessRaisedException
@@ -69,16 +71,42 @@ def _launch(main: Callable, setup: Callable, args: argparse.Namespace) -> None:
     if is_one_of_torchruns():
         if args.num_gpus * args.num_machines > 1:
             raise ConfigError("--num-gpus and --num-machines: torchrun says it; leave them out")
-        run_in_torchrun(main, args, timeout=timeout)
-        return
+        run_and_end(run_in_torchrun, main, args, timeout=timeout)
     if args.num_machines > 1 and args.dist_url == "auto":
         raise ConfigError("--num-machines: give --dist-url, tcp://HOST:PORT of the first machine")
     machines = dict(num_machines=args.num_machines, machine_rank=args.machine_rank)
-    options = dict(machines, dist_url=args.dist_url, args=(args,), timeout=timeout)
-    alone = args.num_gpus * args.num_machines <= 1
-    with contextlib.nullcontext() if alone else passing_on_sigterm():
+    options = dict(machines, dist_url=args.dist_url, timeout=timeout)
+    if args.num_gpus * args.num_machines <= 1:
         setup(args)
-        launch(main, args.num_gpus, **options)
+        launch(main, args.num_gpus, args=(args,), **options)
+        return
+    with passing_on_sigterm():
+        setup(args)
+        launch(run_and_end, args.num_gpus, args=(main, args), **options)
+
+
+def run_and_end(main: Callable, *args: Any, **options: Any) -> NoReturn:
+    """Call a function, and end this process, one of several, without taking the interpreter apart.
+
+    A thread of gloo that still holds the last message can't release it then and aborts the process,
+    whose training would count as failed with everything saved
+    (https://github.com/pytorch/pytorch/pull/179291).
+
+    Raises:
+        Exception: what the function raises; only a return and ``sys.exit(number)`` end it here.
+    """
+    try:
+        main(*args, **options)
+        status = 0
+    except SystemExit as ended:
+        if not isinstance(ended.code, int):
+            raise
+        status = ended.code
+    threading._shutdown()  # these are what Python does first, too
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _full(error: Any) -> str:
