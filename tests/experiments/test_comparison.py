@@ -23,7 +23,7 @@ from crosskd_ifc.experiments.figures import _common_points
 from crosskd_ifc.experiments.protocol import load_protocol
 from crosskd_ifc.experiments.report import report_text, write_report
 from crosskd_ifc.experiments.results import Results
-from crosskd_ifc.experiments.runs import train
+from crosskd_ifc.experiments.run_training import train
 from crosskd_ifc.experiments.stability import stability
 from crosskd_ifc.experiments.tables import Table
 

@@ -15,9 +15,9 @@ from test_cards import Coco, Voc
 
 from crosskd_ifc.common import config_files
 from crosskd_ifc.config import ConfigError
-from crosskd_ifc.experiments import executors, runs
-from crosskd_ifc.experiments.child_process import StepCounter, supervise
-from crosskd_ifc.experiments.runs import Run, RunFailed, RunStopped
+from crosskd_ifc.experiments import executors, run_training, runs
+from crosskd_ifc.experiments.child_process import RunFailed, RunStopped, StepCounter, supervise
+from crosskd_ifc.experiments.runs import Run
 
 # Stands for tools/train_net.py: notes its arguments, and leaves what a finished run leaves.
 SCRIPT = """
@@ -47,7 +47,7 @@ with open(os.path.join(folder, "metrics.json"), "a") as f:
 def train(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    return lambda run, **options: runs.train(run, str(script), **options)
+    return lambda run, **options: run_training.train(run, str(script), **options)
 
 
 def make_run(folder, *opts, needs=()):
@@ -132,7 +132,7 @@ def test_a_run_names_the_versions_that_its_starts_had(train, tmp_path, monkeypat
     (tmp_path / "fail").touch()
     for commit in ("old", "old", "new"):
         found = {"torch": "1", "crosskd_ifc": commit}
-        monkeypatch.setattr(runs, "versions", lambda found=found: found)
+        monkeypatch.setattr(run_training, "versions", lambda found=found: found)
         done = train(make_run(folder))
         os.remove(folder / "run.json")
     assert done["versions"] == {"torch": "1", "crosskd_ifc": "old, then new"}
@@ -497,7 +497,7 @@ def test_a_stopped_run_ends_its_process_and_goes_on_later(train, tmp_path):
 
     with pytest.raises(RunStopped):
         options = dict(stop=stop, on_progress=lambda *_: stop.set())
-        runs.train(run, str(tmp_path / "slow.py"), **options)
+        run_training.train(run, str(tmp_path / "slow.py"), **options)
     first = json.loads((tmp_path / "run" / "started.json").read_text())["seconds"]
     assert 0 < first < 30
     assert train(run)["seconds"] > first

@@ -17,7 +17,8 @@ from ..common.errors import said
 from ..common.files import read_json_if_any
 from ..config import ConfigError
 from .child_process import RunFailed, RunStopped, StepCounter, supervise
-from .runs import Run, command_of, state_digest, train
+from .run_training import command_of, train
+from .runs import Run, state_digest
 
 _TIMEOUTS = 1000  # so often a job that is out of its time is put back into the queue
 _PERIOD = 1.0  # seconds between two looks at a job
@@ -25,8 +26,8 @@ _PATIENCE = 600  # seconds until another machine must have begun a run
 
 
 class Job:
-    """What runs in a job: :func:`.runs.train` in its first process, and in the processes of other
-    machines the training alone.
+    """What runs in a job: :func:`.run_training.train` in its first process, and in the processes of
+    other machines the training alone.
 
     submitit calls :meth:`checkpoint` when the job is preempted or runs out of its time, and starts
     it again later.
@@ -35,7 +36,7 @@ class Job:
     def __init__(self, run: Run, train_net: str, arguments: Sequence[str] = (), threads: int = 0):
         """
         Args:
-            run, train_net, arguments, threads: as of :func:`.runs.train`.
+            run, train_net, arguments, threads: as of :func:`.run_training.train`.
         """
         self.run, self.train_net = run, train_net
         self.arguments, self.threads = list(arguments), threads
@@ -86,7 +87,7 @@ class Job:
 
 
 class ClusterTrain:
-    """Does what :func:`.runs.train` does in a job of its own, for which it waits.
+    """Does what :func:`.run_training.train` does in a job of its own, for which it waits.
 
     Attributes:
         elsewhere: whether runs have other devices than this process.
@@ -138,8 +139,8 @@ class ClusterTrain:
         on_progress: Callable[[int, int, float], None] = lambda *_: None,
         **options,
     ) -> dict:
-        """As :func:`.runs.train`; a job that isn't wanted any more saves and ends, or is cancelled
-        while it waits for its turn."""
+        """As :func:`.run_training.train`; a job that isn't wanted any more saves and ends, or is
+        cancelled while it waits for its turn."""
         done = run.result()
         if done is not None:
             return done

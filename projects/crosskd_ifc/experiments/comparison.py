@@ -19,7 +19,8 @@ from ..training.preflight import check_evaluation_config, check_training_setting
 from .child_process import RunFailed
 from .protocol import TEACHER, Arm, Protocol
 from .results import Key, Results
-from .runs import Run, train
+from .run_training import train
+from .runs import Run
 
 
 def all_runs(protocol: Protocol, folder: str, *, device: str = "") -> Dict[Key, Run]:
@@ -122,7 +123,8 @@ class Comparison:
             threads: CPU threads of each; 0: as many as torch likes.
             arguments: more arguments for ``tools/train_net.py``.
             discard_weights: delete the checkpoints of students once their results are recorded.
-            train: :func:`.runs.train`, or what does the same elsewhere, see :mod:`.executors`.
+            train: :func:`.run_training.train`, or what does the same elsewhere, see
+                :mod:`.executors`.
             say: called with lines for people.
         """
         self.runs, self.results, self.train_net = runs, results, train_net

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from ..config import ConfigError
-from .runs import Run, train
+from .run_training import train
+from .runs import Run
 
 
 def add_executor_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def threads_of(args: argparse.Namespace) -> int:
 
 
 class TrainOnOwnGpus:
-    """:func:`.runs.train`; the runs that go on at once are spread over the GPUs."""
+    """:func:`.run_training.train`; the runs that go on at once are spread over the GPUs."""
 
     def __init__(self, slots: Sequence[str]):
         """
@@ -76,7 +77,7 @@ def gpu_slots(jobs: int, num_gpus: int) -> List[str]:
 
 
 def train_by(args: argparse.Namespace, folder: str) -> Callable[..., dict]:
-    """What trains a run, with the arguments of :func:`.runs.train`.
+    """What trains a run, with the arguments of :func:`.run_training.train`.
 
     Args:
         args: of a parser with these options.

@@ -56,7 +56,7 @@ class Results:
         return any(_key(e) == key and self._is_current(e) for e in self.entries)
 
     def add(self, found: Dict[Key, dict]) -> None:
-        """Put what :func:`crosskd_ifc.experiments.runs.train` returned into the file."""
+        """Put what :func:`crosskd_ifc.experiments.run_training.train` returned into the file."""
         with self._rewriting():
             before = len(self.entries)
             for key, done in found.items():

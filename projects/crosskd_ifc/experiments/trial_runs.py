@@ -30,7 +30,8 @@ from .protocol import TEACHER, Protocol, load_protocol
 from .protocol_file import OWN_KEYS
 from .report import write_report
 from .results import Key, Results
-from .runs import Run, train
+from .run_training import train
+from .runs import Run
 from .tuning import Space
 
 # Of the protocol whose arm is tuned.
@@ -78,9 +79,10 @@ class TrialRuns:
             device: MODEL.DEVICE; "": as in the config.
             command: how to run all this again.
             jobs: runs at once.
-            train: :func:`.runs.train`, or what does the same elsewhere, see :mod:`.executors`.
+            train: :func:`.run_training.train`, or what does the same elsewhere, see
+                :mod:`.executors`.
             say: called with lines for people.
-            options: threads and arguments of :func:`crosskd_ifc.experiments.runs.train`.
+            options: threads and arguments of :func:`crosskd_ifc.experiments.run_training.train`.
 
         Raises:
             ConfigError: for an arm, seeds or a validation set that the protocol doesn't have.
