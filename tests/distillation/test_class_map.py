@@ -41,7 +41,7 @@ REFUSED = {
     ("names", (3, 1)): "the student has no class 3, only 0 to 2",
     ("names", (2, 4)): "the teacher has no class 4, only 0 to 3",
     (("cat", ""), ("dog", ""), ("tv", "")): "no student class has a teacher class",
-    (): r"the student has 3 classes and the teacher 4; give \('teacher',\)",
+    (): r"the student has 3 classes and the teacher 4; give \('names',\) or pairs",
     ("teacher",): "have nothing in common, but this compares them",
 }
 
@@ -59,6 +59,14 @@ def test_equal_counts_with_other_names_are_refused_only_where_classes_are_compar
     assert resolve((), num_classes=(2, 2), names=names) is None
     assert resolve((), num_classes=(2, 2), names=(names[0], None)).is_identity
     assert resolve(("names",), num_classes=(2, 2), names=names).teacher_classes == (1, 0)
+
+
+def test_other_counts_are_refused_with_a_way_out_that_works():
+    with pytest.raises(ValueError, match=r"give \('teacher',\) if its classes are others"):
+        resolve((), num_classes=(3, 5), names=(None, None))
+    assert resolve(("teacher",), num_classes=(3, 5), names=(None, None)) is None
+    with pytest.raises(ValueError, match=r"give \('names',\) or pairs: this compares class by"):
+        resolve((), num_classes=(3, 5), names=(None, None), needed_by="this")
 
 
 def test_unknown_names_ask_for_indices():

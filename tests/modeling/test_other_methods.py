@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from crosskd_ifc import (
     gap_giou,
 )
 from crosskd_ifc.common.config_files import flat
+from crosskd_ifc.distillation.feature import FeatureDistiller
 from crosskd_ifc.distillation.loss_types.levels import build_level_loss
+from crosskd_ifc.distillation.traces import StepTrace
 from crosskd_ifc.experiments.runs import Run
 from crosskd_ifc.trainer import set_fusion_weight_decay
 
@@ -104,6 +107,18 @@ def test_a_feature_type_of_ones_own_takes_ten_lines():
     boxes = torch.cat([x["instances"].gt_boxes.tensor for x in tiny_batch()])
     wanted = sum(0.1 * 3.0 * boxes.sum() / stride for stride in (4, 8, 16, 32, 64))
     torch.testing.assert_close(found["loss_feature_kd"], wanted)
+
+
+def test_a_feature_loss_gets_its_boxes_where_the_features_are():
+    class Boxes(torch.nn.Module):
+        def forward(self, student, teacher, boxes):
+            assert {x.device for x in boxes} == {student.device}
+            return student.sum()
+
+    levels = torch.nn.ModuleDict({"p2": Boxes()})
+    maps = {"p2": torch.zeros(2, 3, 4, 4, device="meta")}  # stands for a GPU
+    step = StepTrace(SimpleNamespace(features=maps), tiny_batch(), 1.0, False, maps)
+    FeatureDistiller(levels=levels, sources=(), weight=1.0).losses(step)
 
 
 @pytest.fixture

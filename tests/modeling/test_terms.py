@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from helpers import distilling, tiny_batch, train_losses
+from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 from test_dense import DENSE, pair
 
-from crosskd_ifc import ConfigError
+from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.fusion import FEATURE_FUSION_REGISTRY
 
 K = "MODEL.CROSSKD."
@@ -368,6 +368,14 @@ def test_dropout_is_the_same_in_a_resumed_run_and_differs_by_step_and_seed():
 def test_dropout_is_the_mean_in_evaluation():
     dropout = FEATURE_FUSION_REGISTRY.get("dropout")(("a", "b"), (4,)).eval()
     assert torch.equal(dropout([torch.zeros(2, 4), torch.ones(2, 4)]), torch.full((2, 4), 0.5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_learned_is_in_the_mode_of_the_student_that_gets_it(training):
+    cfg = tiny_cfg("MODEL.CROSSKD.FUSION.NAME", "dropout")
+    student = tiny_model(cfg, seed=1).train(training)
+    attach_teacher(student, cfg, teacher=tiny_model(seed=2))
+    assert {module.training for module in student.fusion.modules()} == {training}
 
 
 def test_what_each_tap_agrees_with_is_logged():

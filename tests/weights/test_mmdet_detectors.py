@@ -441,6 +441,12 @@ def test_a_training_config_in_the_file_is_compared(kind, key, text):
         (KINDS[0], "cfg", "sampling_ratio=0", "sampling_ratio=2", "sampling_ratio is 2"),
         (KINDS[0], "cfg", "scales=[8]", "scales=[8], center_offset=0.5", "center_offset is 0.5"),
         (KINDS[1], "config", "means=[0.0", "means=[0.1", "target_means is [0.1"),
+        (KINDS[1], "config", "ratios=", "scale_major=False, ratios=", "scale_major is False"),
+        (KINDS[1], "config", "ratios=", "scales=[4], ratios=", "anchor_generator.scales is [4]"),
+        (KINDS[1], "config", "depth=18", "depth=18, strides=(1, 2, 2, 1)", "strides is [1, 2, 2"),
+        (KINDS[0], "cfg", "depth=18", "dilations=(1, 1, 1, 2)", "dilations is [1, 1, 1, 2]"),
+        (KINDS[0], "cfg", "scales=[8]", "scales=[8], base_sizes=[8, 8]", "base_sizes is [8, 8]"),
+        (KINDS[0], "cfg", "roi_layer=", "finest_scale=112, roi_layer=", "finest_scale is 112"),
         (
             *(
                 KINDS[0],
@@ -463,6 +469,25 @@ def test_settings_that_detectron2s_model_would_not_have_are_refused(kind, key, o
     with pytest.raises(ValueError, match="IN: trained with settings that can't be conv") as error:
         in_memory(content)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "dict(type='MultiScaleFlipAug', img_scale=(512, 384), flip=False)",
+        "dict(type='Resize', scale=(512, 384), keep_ratio=True)",
+    ],
+    ids=["2.x", "3.x"],
+)
+def test_images_have_the_size_that_mmdet_tests_them_with(step):
+    state, text = (
+        without_memory(KINDS[0]),
+        CONFIG_3 + f"test_pipeline = [dict(type='Load'), {step}]",
+    )
+    found = in_memory({"state_dict": state, "meta": {"cfg": text}}).config.INPUT
+    assert (found.MIN_SIZE_TEST, found.MAX_SIZE_TEST) == (384, 512)
+    found = in_memory({"state_dict": state, "meta": {"cfg": CONFIG_3}}).config.INPUT
+    assert (found.MIN_SIZE_TEST, found.MAX_SIZE_TEST) == (800, 1333)
 
 
 def test_a_config_that_does_not_tell_the_input_is_not_said_to_fit():

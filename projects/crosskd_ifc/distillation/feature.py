@@ -65,7 +65,8 @@ class FeatureDistiller:
     def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted loss of one step, a scalar."""
         wanted = step.teacher.features
-        boxes = [x["instances"].gt_boxes.tensor for x in step.inputs]
+        device = next(iter(step.features.values())).device
+        boxes = [x["instances"].gt_boxes.tensor.to(device) for x in step.inputs]
         total = sum(
             loss(combine_levels(step.features, level, self.sources), wanted[level], boxes)
             for level, loss in self.adapters.items()

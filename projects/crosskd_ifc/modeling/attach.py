@@ -69,11 +69,11 @@ def attach_teacher(
     Raises:
         ConfigError: if a setting can't work or student and teacher don't fit each other.
     """
+    if isinstance(model, DistributedDataParallel):
+        raise ConfigError("attach the teacher to the model before it is wrapped in DDP")
     if not isinstance(cfg, CfgNode):
         return _attach_by_settings(model, cfg, teacher)
     check_crosskd_config(cfg)
-    if isinstance(model, DistributedDataParallel):
-        raise ConfigError("attach the teacher to the model before it is wrapped in DDP")
     if not hasattr(model, "set_teachers"):
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE: {type(model).__name__} can't distil; use CrossKDRCNN, "

@@ -152,7 +152,7 @@ class Student(nn.Module):
             del self.fusion
         self._has_fusion = learns
         if learns:
-            self.fusion = distiller.learned.to(self.device)
+            self.fusion = distiller.learned.to(self.device).train(self.training)
 
     @contextlib.contextmanager
     def without_teacher(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ from .mmdet_files import (
     differing_inputs,
     differing_settings,
     normalizations,
+    test_size,
 )
 from .state_dicts import describe_mismatch
 
@@ -39,7 +40,14 @@ _ASSUMED = (
     "The file doesn't tell all of how it was trained. Assumed is what mmdet's base configs have: "
     "style='pytorch', not 'caffe' (RGB images, divided by a std), anchors, box coding, RoIAlign"
 )
-_CHECKED = "The training config in the file fits detectron2's model (input, anchors, box coding)"
+_CHECKED = (
+    "The training config in the file fits detectron2's model (normalization, anchors, box coding)"
+)
+# Of every ResNet here.
+_BACKBONE = {
+    "model.backbone.strides": ([1, 2, 2, 2],),
+    "model.backbone.dilations": ([1, 1, 1, 1],),
+}
 
 
 class ConvertedDetector(NamedTuple):
@@ -108,7 +116,7 @@ def convert_detector(
         raise ValueError(f"{source}: not laid out as mmdet's {name}; {problem}. {_SUPPORTED}")
     training = checkpoint.training
     differing = [*differing_inputs(training, resnet.MODEL)]
-    differing += differing_settings(training, layout.settings)
+    differing += differing_settings(training, {**_BACKBONE, **layout.settings})
     if differing:
         raise ValueError(
             f"{source}: trained with settings that can't be converted, by the config in the file: "
@@ -183,6 +191,7 @@ def _faster_rcnn(rest: StateDict, c5_channels: int) -> _Layout:
         **coder_settings("rpn_head", [1.0, 1.0, 1.0, 1.0]),
         **coder_settings(_BOX, [0.1, 0.1, 0.2, 0.2]),
         f"{roi}.featmap_strides": ([4, 8, 16, 32],),
+        f"{roi}.finest_scale": (56,),
         f"{roi}.roi_layer.type": ("RoIAlign",),
         f"{roi}.roi_layer.sampling_ratio": (0,),
         f"{roi}.roi_layer.aligned": (True,),
@@ -228,7 +237,7 @@ def _retinanet(rest: StateDict, c5_channels: int) -> _Layout:
         # In between lie the ReLUs.
         modules[f"bbox_head.cls_convs.{i}.conv"] = f"head.cls_subnet.{2 * i}"
         modules[f"bbox_head.reg_convs.{i}.conv"] = f"head.bbox_subnet.{2 * i}"
-    anchors = {"octave_base_scale": 4, "scales_per_octave": 3}
+    anchors = {"octave_base_scale": 4, "scales_per_octave": 3, "scales": None}
     settings = {
         **anchor_settings("bbox_head", strides=[8, 16, 32, 64, 128], **anchors),
         **coder_settings("bbox_head", [1.0, 1.0, 1.0, 1.0]),
@@ -270,8 +279,9 @@ def _config(resnet: CN, layout: _Layout, checkpoint: Checkpoint) -> CN:
     config.MODEL.RESNETS.OUT_FEATURES = stages
     config.MODEL.FPN = CN({"IN_FEATURES": stages, "OUT_CHANNELS": _fpn_channels(checkpoint.rest)})
     config.MODEL.update(CN(layout.model))
-    config.INPUT.MIN_SIZE_TRAIN, config.INPUT.MAX_SIZE_TRAIN = [800], 1333
-    config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST = 800, 1333
+    shorter, longer = test_size(checkpoint.training)
+    config.INPUT.MIN_SIZE_TRAIN, config.INPUT.MAX_SIZE_TRAIN = [shorter], longer
+    config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST = shorter, longer
     if list(checkpoint.classes) == MetadataCatalog.get("coco_2017_val").thing_classes:
         config.DATASETS = CN({"TEST": ["coco_2017_val"]})
     config.VERSION = 2

@@ -85,7 +85,8 @@ def read_detector(content: Mapping[str, Any], source: str) -> Checkpoint:
     if version.startswith(("0.", "1.")):
         raise ValueError(
             f"{source}: written by mmdet {version}; before 2.0 it had other boxes and anchors and "
-            "another order of classes"
+            "another order of classes. Some files of 2.0's own model zoo tell an older version: "
+            "save the 'state_dict' of such a file alone, and convert that"
         )
     keys = ("CLASSES", "dataset_meta.classes", "dataset_meta.CLASSES")
     classes = next((c for c in (setting(meta, k) for k in keys) if c), ())
@@ -169,9 +170,22 @@ def normalizations(config: Any, place: str = "") -> Iterator[Tuple[str, Mapping[
             yield from normalizations(value, f"{place}.{key}".lstrip("."))
 
 
+def test_size(training: Mapping[str, Any]) -> Tuple[int, int]:
+    """The shorter and the longer side that images have in tests: of a training config's
+    ``test_pipeline``, or, if it doesn't tell, mmdet's own."""
+    steps = training.get("test_pipeline")
+    for step in steps if isinstance(steps, list) else []:
+        step = step if isinstance(step, Mapping) else {}
+        size = step.get("img_scale") or step.get("scale")
+        if isinstance(size, list) and len(size) == 2 and all(type(x) is int for x in size):
+            return min(size), max(size)
+    return 800, 1333
+
+
 def anchor_settings(head: str, **values: Any) -> Settings:
     """What detectron2's anchors of three ratios stand for, and more ``values``."""
     values = {"type": "AnchorGenerator", "ratios": [0.5, 1.0, 2.0], "center_offset": 0, **values}
+    values.update(scale_major=True, base_sizes=values["strides"], centers=None)
     return {f"model.{head}.anchor_generator.{k}": (v,) for k, v in values.items()}
 
 

@@ -196,10 +196,13 @@ def resolve(
 def _same_order(num_classes, names, needed_by: str) -> Optional[ClassMap]:
     ours, theirs = num_classes
     if ours != theirs:
-        raise ValueError(
-            f"the student has {ours} classes and the teacher {theirs}; give ('teacher',) if its "
-            "classes are others (cross-head predictions are in them), ('names',) or pairs"
+        others = (
+            f"('names',) or pairs: {needed_by} compares class by class"
+            if needed_by
+            else "('teacher',) if its classes are others (cross-head predictions are in them), "
+            "('names',) or pairs"
         )
+        raise ValueError(f"the student has {ours} classes and the teacher {theirs}; give {others}")
     if names[0] and names[1] and list(names[0]) != list(names[1]):
         if not needed_by:
             return None
