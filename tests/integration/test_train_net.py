@@ -20,6 +20,8 @@ from helpers import load_tool, tiny_cfg, tiny_model
 from test_cards import Voc
 
 from crosskd_ifc import ConfigError
+from crosskd_ifc.analysis.curves import read_metrics
+from crosskd_ifc.analysis.detector import load_detector
 from crosskd_ifc.analysis.run_record import RunRecord
 from crosskd_ifc.config import remove_crosskd_ifc_config
 from crosskd_ifc.data.shapes import CLASSES, generate
@@ -430,7 +432,10 @@ def test_a_run_that_died_before_its_final_checkpoint_gets_it_when_it_is_resumed(
     (out / "model_final.pth").unlink()
     (out / "last_checkpoint").write_text("model_0000003.pth")
     shutil.rmtree(out / "inference")
+    lines = (out / "metrics.json").read_text()
+    (out / "metrics.json").write_text(lines[:-20])  # by a full disk
     run(config, "--resume", *(("SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (2,)) if lowered else ()))
+    assert "bbox/AP" in read_metrics(str(out / "metrics.json"))[-1]
     assert (out / "last_checkpoint").read_text() == "model_final.pth"
     again = torch.load(out / "model_final.pth", weights_only=True)
     assert again["iteration"] == 3 and (out / "inference").exists()
@@ -465,6 +470,32 @@ def test_neither_an_evaluation_nor_a_refused_run_changes_the_trainings_config(fi
     assert yaml.safe_load((out / "config.yaml").read_text())["SOLVER"]["BASE_LR"] == 0.002
     log = (out / "log.txt").read_text()
     assert re.search("(?s)goes on with other settings:.*SOLVER.BASE_LR +0.001 +0.002", log)
+
+
+def test_weights_whose_classes_have_changed_places_are_refused(files, tmp_path):
+    config, out = write_config(files, tmp_path, "SOLVER.MAX_ITER", 1)
+    run(config)
+    file = out / "model_final.pth"
+    content = torch.load(file, weights_only=True)
+    assert content["config"]["classes"] == list(CLASSES)
+    content["config"]["classes"][1:3] = CLASSES[2], CLASSES[1]  # as if the data had changed since
+    torch.save(content, file)
+    weights = ("MODEL.WEIGHTS", file)
+    teacher = (
+        *("MODEL.CROSSKD.TEACHER.CONFIG_FILE", out / "config.yaml"),
+        *("MODEL.CROSSKD.TEACHER.WEIGHTS", file, "OUTPUT_DIR", tmp_path / "other"),
+    )
+    uses = {
+        "evaluation": lambda: run(config, "--eval-only", *weights),
+        "resumed": lambda: run(config, "--resume", "SOLVER.MAX_ITER", 2),
+        "teacher": lambda: run(config, *teacher),
+        "prediction": lambda: load_detector(str(out)),
+        "export": lambda: export_student(str(file), str(tmp_path / "exported")),
+    }
+    told = f"class '{CLASSES[2]}' had the index 1 in the training of these weights and has 2 in"
+    for use in uses.values():
+        with pytest.raises(ConfigError, match=told):
+            use()
 
 
 def test_a_run_begun_again_without_a_checkpoint_keeps_its_first_log_apart(files, tmp_path):

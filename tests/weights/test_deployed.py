@@ -24,6 +24,7 @@ from crosskd_ifc import ConfigError
 from crosskd_ifc.weights import export, graphs
 from crosskd_ifc.weights.deployed import DeployedModel, difference
 from crosskd_ifc.weights.export import export_student
+from crosskd_ifc.weights.held_config import classes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MASK = (
@@ -129,12 +130,16 @@ def test_a_file_says_what_goes_in_and_comes_out(tmp_path, images):
     assert info["classes"] == ["0", "1", "2"]  # the data set has eight: not the student's
 
 
-def test_a_file_has_the_class_names_of_a_card_that_nobody_has_registered(tmp_path):
+def test_a_file_has_the_class_names_of_an_unregistered_card_or_of_its_weights(tmp_path):
     splits = "{train: {json: gone.json, images: .}}"
     card = f"{{name: exported, format: coco, root: ., splits: {splits}, classes: [a, ß, c]}}"
     (tmp_path / "card.yaml").write_text(card)
     data = ("DATASETS.CARDS", (str(tmp_path / "card.yaml"),), "DATASETS.TRAIN", ("exported_train",))
-    assert graphs.describe(tiny_cfg(*data), "onnx", None).classes == ("a", "ß", "c")
+    assert classes_of({}, tiny_cfg(*data), "weights") == ["a", "ß", "c"]
+    held = {"config": {"classes": ["a", "d", "c"]}}
+    assert classes_of(held, tiny_cfg(*data), "weights") == ["a", "ß", "c"]  # renamed since
+    assert classes_of(held, tiny_cfg(), "weights") == ["a", "d", "c"]
+    assert graphs.describe(tiny_cfg(), ("a", "d", "c"), "onnx", None).classes == ("a", "d", "c")
 
 
 @pytest.mark.parametrize("kind", ["Faster R-CNN", "Mask R-CNN", "FCOS"])

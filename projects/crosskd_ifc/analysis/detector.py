@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ..modeling.attach import load_teacher_config
 from ..training.run_folder import last_checkpoint
 from ..weights.deployed import INFO_NAME
 from ..weights.export import is_exported
+from ..weights.held_config import classes_of
 from ..weights.lazy_student import build_lazy_student, check_is_of_run
 from ..weights.metadata import read_metadata
 from ..weights.reading import WeightsError, load_weights
@@ -104,10 +105,11 @@ def load_detector(
         merge_from_list(cfg, opts, key="--opts")
         return _build(cfg, file, names)
     try:
-        cfg, _ = load_config_of(load_weights(file), file, config_file, opts)
+        content = load_weights(file)
+        cfg, _ = load_config_of(content, file, config_file, opts)
     except (FileNotFoundError, WeightsError) as error:
         raise ConfigError(str(error)) from error
-    return _build(cfg, file, names)
+    return _build(cfg, file, names or classes_of(content, cfg, file))
 
 
 def load_configured_teacher(detector: Detector, opts: Sequence = ()) -> Detector:
@@ -155,13 +157,15 @@ def _find(weights: str) -> str:
     return file
 
 
-def _build(cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
+def _build(cfg: CfgNode, weights: str, names: Optional[Sequence[str]]) -> Detector:
     _check_device(cfg)
     model = build_detector(cfg, what=f"{weights}: its config")
     return _loaded(model, cfg, weights, names)
 
 
-def _loaded(model: nn.Module, cfg: CfgNode, weights: str, names: Optional[List[str]]) -> Detector:
+def _loaded(
+    model: nn.Module, cfg: CfgNode, weights: str, names: Optional[Sequence[str]]
+) -> Detector:
     cfg.MODEL.WEIGHTS = weights
     cfg.freeze()
     load_strictly(model, weights)

@@ -138,6 +138,11 @@ def _collect(run: Run) -> Dict[str, Any]:
         points = {min(line["iteration"] + 1, steps): line for line in lines if key in line}
         if not points:
             raise RunFailed(f"{run.name}: no {key} in {run.path('metrics.json')}")
+        if max(points) < steps:
+            raise RunFailed(
+                f"{run.name}: {run.path('metrics.json')} has no {key} after the last step, as if a "
+                "disk had been full; start this again to evaluate it"
+            )
         last = points[max(points)]
         splits[name] = {
             "AP": ap_or_zero(last[key]),

@@ -33,7 +33,7 @@ from ..config import ConfigError, error_prefix, teacher_configs
 from ..data.class_names import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
-from ..weights.held_config import differing_keys
+from ..weights.held_config import classes_of, differing_keys
 from ..weights.state_dicts import is_missing
 from ..weights.strict import load_strictly
 from .student import TeacherCandidate
@@ -220,7 +220,10 @@ def _load(model: nn.Module, weights: str, cfg: Optional[CfgNode]) -> None:
     check_teacher_weights(weights)
     source, key = "TEACHER.CONFIG_FILE (with TEACHER.OPTS)", "MODEL.CROSSKD.TEACHER.WEIGHTS"
     held = load_strictly(model, weights, key=key, source=source)
-    keys = [] if cfg is None else differing_keys(held, cfg, evaluation=False)
+    if cfg is None:
+        return
+    classes_of(held, cfg, f"{key} {weights!r}", cards=False)
+    keys = differing_keys(held, cfg, evaluation=False)
     if keys:
         logger.warning(
             f"{key} {weights!r}: the weights were trained with other values of {', '.join(keys)} "

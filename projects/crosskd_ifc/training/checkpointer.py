@@ -16,6 +16,7 @@ from ..common.errors import one_line
 from ..common.files import replacing
 from ..config import ConfigError
 from ..modeling.student import adapter_prefixes
+from ..weights.held_config import classes_of
 from ..weights.reading import SafeReader, load_weights, unreadable
 from ..weights.state_dicts import is_state_dict
 from ..weights.strict import describe_misfit
@@ -165,7 +166,7 @@ class SafeCheckpointer(SafeReader):
         Raises:
             CheckpointError: in every process, if there are checkpoints, and none can be read, or if
                 the processes see different ones, or if the run's config doesn't fit.
-            ConfigError: if nothing of ``path`` is in the model.
+            ConfigError: if nothing of ``path`` is in the model, or classes have changed places.
         """
         if not resume or not self.all_have_checkpoint():
             content = super().resume_or_load(path, resume=False)
@@ -230,6 +231,7 @@ class SafeCheckpointer(SafeReader):
         """Load all of a checkpoint that :meth:`_read` has found good."""
         changed = []
         if self._cfg is not None and "config" in content:
+            classes_of(content, self._cfg, file, cards=False)
             changed = changed_settings(content["config"], self._cfg)
         elif self._cfg is not None:
             self.logger.warning(f"{file} doesn't say its config: no setting can be compared")

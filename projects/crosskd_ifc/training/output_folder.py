@@ -48,6 +48,18 @@ def set_metrics_aside(folder: str) -> None:
         move_aside(os.path.join(folder, WANDB_ID))
 
 
+def end_last_line(folder: str) -> None:
+    """End the last line of a ``metrics.json`` that a full disk or a kill has cut off; the next one
+    would be added to it, and be lost with it."""
+    path = os.path.join(folder, "metrics.json")
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    with open(path, "rb+") as f:
+        f.seek(-1, os.SEEK_END)
+        if f.read() != b"\n":
+            f.write(b"\n")
+
+
 @contextlib.contextmanager
 def training_alone_in(
     folder: str, *, key: str = "OUTPUT_DIR", what: str = "training"

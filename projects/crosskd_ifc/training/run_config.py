@@ -12,6 +12,7 @@ from tabulate import tabulate
 from ..common.config_files import LAZY_CONFIG, default_config, flat, map_files
 from ..common.safe_yaml import load_yaml
 from ..config import ConfigError
+from ..data.class_names import class_names
 
 # Where things lie, how they are evaluated, how often something is written, how data are read: what
 # may change without changing the experiment. The teacher's weights have a digest of their own.
@@ -29,7 +30,9 @@ _FILES = ("MODEL.CROSSKD.TEACHERS", "MODEL.CROSSKD.IMPORTS", LAZY_CONFIG)
 
 def describe_run(cfg: CfgNode) -> Dict[str, Any]:
     """What a checkpoint keeps of the run that writes it: plain values."""
-    return {"yaml": cfg.dump(), "processes": comm.get_world_size()}
+    names = class_names(cfg)
+    classes = None if names is None else list(names)
+    return {"yaml": cfg.dump(), "processes": comm.get_world_size(), "classes": classes}
 
 
 def changed_settings(kept: Mapping[str, Any], cfg: CfgNode) -> List[Tuple[str, Any, Any]]:

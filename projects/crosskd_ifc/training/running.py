@@ -16,11 +16,16 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
-from ..weights.held_config import differing_keys
+from ..weights.held_config import classes_of, differing_keys
 from ..weights.strict import load_strictly
 from .checkpointer import SafeCheckpointer
 from .errors import one_line_errors
-from .output_folder import check_output_folder, set_metrics_aside, training_alone_in
+from .output_folder import (
+    check_output_folder,
+    end_last_line,
+    set_metrics_aside,
+    training_alone_in,
+)
 from .preflight import check_evaluation_config, check_training_config, check_weights
 from .preflight_data import check_classes, check_test_data
 from .run_folder import check_tag, has_checkpoint
@@ -86,8 +91,10 @@ def train(
 
     with one_line_errors(cfg, is_over), training_alone_in(cfg.OUTPUT_DIR):
         start_logging(cfg, args, config)
-        if comm.is_main_process() and not has_checkpoint(cfg.OUTPUT_DIR):
-            set_metrics_aside(cfg.OUTPUT_DIR)
+        if comm.is_main_process():
+            if not has_checkpoint(cfg.OUTPUT_DIR):
+                set_metrics_aside(cfg.OUTPUT_DIR)
+            end_last_line(cfg.OUTPUT_DIR)
         trainer = build()
         trainer.resume_or_load(resume=args.resume)
         if comm.is_main_process() and trainer.start_iter < trainer.max_iter:
@@ -135,6 +142,8 @@ def evaluate(
             raise ConfigError("MODEL.WEIGHTS is empty: --eval-only would score random weights")
         else:
             held = load_strictly(model, cfg.MODEL.WEIGHTS)
+        source = "the last checkpoint" if args.resume else f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}"
+        classes_of(held, cfg, source, cards=False)
         keys = differing_keys(held, cfg, evaluation=False)
         if keys:
             logger.warning(

@@ -122,7 +122,7 @@ def export_student(
         if format == "detectron2":
             export = _write_stock(found, folder, out, safetensors=safetensors)
         else:
-            info = describe(found.cfg, format, size)
+            info = describe(found.cfg, found.classes, format, size)
             samples = sample_images(found.cfg, info, images)
             export = _write_one_file(found, folder, out, info, samples)
             if int8:
@@ -142,7 +142,7 @@ def _write_stock(found: LoadedStudent, folder: str, out: str, *, safetensors: bo
     state, stock = found.model.state_dict(), found.stock_config(os.path.join(out, _WEIGHTS))
     torch.save({"model": state}, os.path.join(folder, _WEIGHTS))
     write_config(stock, os.path.join(folder, _CONFIG))
-    is_lazy, about = not isinstance(stock, CfgNode), describe_detector(found.cfg)
+    is_lazy, about = not isinstance(stock, CfgNode), describe_detector(found.cfg, found.classes)
     if is_lazy and found.node is None:  # of FCOS; predict.py reads this, and runs nothing
         about["config"] = yacs_settings(found.cfg)
     write_json(os.path.join(folder, METADATA_NAME), about)

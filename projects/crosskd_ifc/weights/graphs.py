@@ -9,7 +9,7 @@ Shape shorthand: (H, W) size of the network's input, M detections, K keypoints.
 import logging
 import os
 import warnings
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 from unittest import mock
 
 import torch
@@ -20,8 +20,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
 from ..common.files import write_json
-from ..config import ConfigError
-from ..data.class_names import class_names_or_numbers
+from ..config import ConfigError, class_count
 from .deployed import INFO_NAME, KEYPOINTS, Info
 
 # Format -> name of the file.
@@ -86,11 +85,14 @@ def _no_keypoints(maps: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
     return maps.new_zeros(len(rois), maps.shape[1], 4)
 
 
-def describe(cfg: CfgNode, format: str, size: Optional[Tuple[int, int]]) -> Info:
+def describe(
+    cfg: CfgNode, classes: Optional[Sequence[str]], format: str, size: Optional[Tuple[int, int]]
+) -> Info:
     """What is to know of a graph's input and output, but for the names of its outputs.
 
     Args:
         cfg: of the detector.
+        classes: their names; None: numbers.
         format: "torchscript" or "onnx".
         size: the fixed (H, W); None for any.
     """
@@ -103,7 +105,7 @@ def describe(cfg: CfgNode, format: str, size: Optional[Tuple[int, int]]) -> Info
         padding=tuple(cfg.MODEL.PIXEL_MEAN),
         precision="float32",
         outputs=(),
-        classes=class_names_or_numbers(cfg),
+        classes=tuple(classes or map(str, range(class_count(cfg)[1]))),
         keypoint_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
     )
 

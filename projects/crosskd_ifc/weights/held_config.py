@@ -1,13 +1,16 @@
-"""The config that a checkpoint of this project holds, beside one that is named for its weights."""
+"""What a checkpoint of this project holds of its run, beside the config that is named for its
+weights."""
 
 import re
-from typing import Any, List
+from typing import Any, List, Optional, Sequence
 
 import yaml
 from detectron2.config import CfgNode
 
 from ..common.config_files import LAZY_CONFIG, flat
 from ..common.safe_yaml import load_yaml
+from ..config import ConfigError
+from ..data.class_names import class_names
 
 # Keys that weights fit with any value of, and that change what a model finds.
 _OF_PREDICTIONS = re.compile(
@@ -45,3 +48,33 @@ def differing_keys(checkpoint: Any, cfg: CfgNode, *, evaluation: bool) -> List[s
         if key in then and now[key] != then[key] and not key.startswith("MODEL.CROSSKD.")
         if _OF_PREDICTIONS.fullmatch(key) or (evaluation and _OF_EVALUATION.fullmatch(key))
     ]
+
+
+def classes_of(
+    checkpoint: Any, cfg: CfgNode, source: str, *, cards: bool = True
+) -> Optional[Sequence[str]]:
+    """The names of a model's classes: those of its config's data sets, or else those in the
+    checkpoint; None where neither knows them.
+
+    Args:
+        checkpoint: its content.
+        cfg: the config that is used with it.
+        source: of the weights, for the error.
+        cards: also register the config's dataset cards.
+
+    Raises:
+        ConfigError: if a class of the training has another index now.
+    """
+    try:
+        held = [str(name) for name in checkpoint["config"]["classes"]]
+    except (AttributeError, KeyError, TypeError):
+        held = []
+    names = list(class_names(cfg, cards=cards) or ())
+    for i, name in enumerate(held):
+        if name in names and names.index(name) != i:
+            raise ConfigError(
+                f"{source}: class {name!r} had the index {i} in the training of these weights and "
+                f"has {names.index(name)} in DATASETS.TRAIN and DATASETS.TEST now. Take the data "
+                f"set as it was, with the classes {', '.join(held)}, or train anew"
+            )
+    return names or held or None

@@ -2,23 +2,21 @@
 
 import json
 import os
-from typing import Any, Dict
+from typing import Any, Dict, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError, head_section
-from ..data.class_names import class_names
 
 METADATA_NAME = "metadata.json"
 _KEYS = {"classes", "score_threshold", "nms_threshold"}
 
 
-def describe_detector(cfg: CfgNode) -> Dict[str, Any]:
-    """ "classes", their names in the model's order (null where no data set of the config knows
-    them), "score_threshold" and "nms_threshold", which its detections have passed."""
+def describe_detector(cfg: CfgNode, names: Optional[Sequence[str]]) -> Dict[str, Any]:
+    """ "classes", their names in the model's order (null where they aren't known),
+    "score_threshold" and "nms_threshold", which its detections have passed."""
     head = cfg.MODEL[head_section(cfg)]
-    names = class_names(cfg, cards=True)
     return {
         "classes": None if names is None else list(names),
         "score_threshold": head.SCORE_THRESH_TEST,

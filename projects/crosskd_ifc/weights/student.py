@@ -17,7 +17,7 @@ from ..common.lazy_config import is_lazy
 from ..common.user_code import refuse_user_code
 from ..config import ConfigError
 from ..data.class_names import fill_in_class_count
-from .held_config import differing_keys
+from .held_config import classes_of, differing_keys
 from .lazy_student import build_lazy_student, check_is_of_run, written_config
 from .reading import load_weights
 from .state_dicts import ADAPTER_PREFIX, describe_mismatch, is_state_dict
@@ -28,12 +28,14 @@ logger = logging.getLogger(__name__)
 
 class LoadedStudent(NamedTuple):
     """What :func:`load_student` found: the student's config, the file that it is from, the model,
-    what the checkpoint holds beside it, and of a LazyConfig its ``model`` of stock classes."""
+    what the checkpoint holds beside it, the names of the classes if they are known, and of a
+    LazyConfig its ``model`` of stock classes."""
 
     cfg: CfgNode
     config_path: str
     model: nn.Module
     dropped: List[str]
+    classes: Optional[Sequence[str]] = None
     node: Optional[DictConfig] = None
 
     def stock_config(self, weights: str) -> Union[CfgNode, DictConfig]:
@@ -72,7 +74,8 @@ def load_student(
         model = build_student(cfg)
     state, dropped = _student_state(content, model, checkpoint)
     model.load_state_dict(state)
-    return LoadedStudent(cfg, config_path, model, dropped, node)
+    names = classes_of(content, cfg, checkpoint)
+    return LoadedStudent(cfg, config_path, model, dropped, names, node)
 
 
 def load_config_of(
