@@ -1,5 +1,6 @@
 """Odd folders of photos: which annotation is of which photo, and which split is its own."""
 
+import errno
 import json
 import os
 import unicodedata
@@ -506,6 +507,39 @@ def test_a_column_tells_the_split_and_other_words_in_it_are_told(tmp_path):
     assert [*splits(tmp_path).values()] == ["train", "val", "test", "", ""]
     told = "split other than train, val and test, not used"
     assert read(tmp_path)[1] == {told: ["a.csv row 4: 'holdout'"]}
+
+
+def test_rows_of_one_photo_in_two_splits_are_told_and_the_first_counts(tmp_path):
+    photo(tmp_path / "1.jpg")
+    rows = "".join(f"1.jpg,cat,1,1,20,20,{split}\n" for split in ("test", "", "train"))
+    write(tmp_path / "a.csv", f"filename,class,xmin,ymin,xmax,ymax,split\n{rows}")
+    assert splits(tmp_path) == {"1.jpg": "test"}
+    told = "rows of one photo in two splits; it is in the first"
+    assert read(tmp_path)[1] == {told: ["a.csv row 3: 1.jpg"]}
+
+
+def test_difficult_objects_are_told(tmp_path):
+    photo(tmp_path / "1.jpg")
+    voc(tmp_path / "1.xml", "1.jpg", "cat")
+    marked = (tmp_path / "1.xml").read_text().replace("</name>", "</name><difficult>1</difficult>")
+    write(tmp_path / "1.xml", marked)
+    told = {"difficult object, trained on and evaluated as any other": ["1.xml: cat"]}
+    assert read(tmp_path) == ({"1.jpg": ["cat"]}, told)
+
+
+def test_a_folder_that_cant_be_read_is_told(tmp_path, monkeypatch):
+    def scan(path):
+        if os.path.basename(path) == "private":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    photo(tmp_path / "1.jpg")
+    voc(tmp_path / "1.xml", "1.jpg", "cat")
+    (tmp_path / "private").mkdir()
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", scan)
+    told = {"file that can't be read, left out": ["private: Permission denied"]}
+    assert read(tmp_path) == ({"1.jpg": ["cat"]}, told)
 
 
 def test_columns_that_are_not_known_are_told_with_those_that_are(tmp_path):

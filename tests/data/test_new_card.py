@@ -1,6 +1,8 @@
 """``tools/prepare_data.py init``: folders of photos in each layout, and their split."""
 
+import contextlib
 import csv
+import errno
 import json
 import os
 import shutil
@@ -12,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import load_tool
 from PIL import Image, ImageDraw
 
+from crosskd_ifc.common.files import replacing
 from crosskd_ifc.data import near_duplicates
 from crosskd_ifc.data.card import load_card
 from crosskd_ifc.data.cards import register_card
@@ -265,6 +268,26 @@ def test_what_cant_be_used_is_told_and_left_out(tmp_path, tool, capsys):
     ):
         assert part in out
     assert check_card(load_card(str(tmp_path / "c.yaml"))).total("error") == 0
+
+
+def test_a_card_made_anew_is_whole_or_the_old_one(tmp_path, tool, monkeypatch):
+    coco(tmp_path, count=9)
+    card, seed = tmp_path / "c.yaml", ("--split", "0.6/0.2/0.2", "--seed")
+    command = ["init", str(tmp_path), "--output", str(card), "--force", *seed]
+    assert tool([*command, "0"]) == 0
+    before = listing(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    @contextlib.contextmanager
+    def replacing_on_a_full_disk(path):
+        with replacing(path) as f:
+            if path.endswith("test.json"):
+                raise full
+            yield f
+
+    monkeypatch.setattr("crosskd_ifc.data.new_card.replacing", replacing_on_a_full_disk)
+    assert tool([*command, "1"]) != 0
+    assert listing(tmp_path) == before
 
 
 def test_errors_of_init_say_what_to_do(tmp_path, tool, capsys, monkeypatch):

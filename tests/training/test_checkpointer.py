@@ -205,6 +205,21 @@ def test_what_doesnt_change_the_experiment_is_not_told(tmp_path, caplog):
     assert not [x for x in caplog.records if x.levelname == "WARNING"]
 
 
+def test_steps_of_another_number_of_processes_are_not_counted_where_it_scales_the_schedule(
+    tmp_path,
+):
+    go_on(tmp_path)
+    file = tmp_path / "model_0000001.pth"
+    content = torch.load(file, weights_only=True)
+    content["config"]["processes"] = 8
+    torch.save(content, file)
+    go_on(tmp_path)
+    with pytest.raises(
+        CheckpointError, match="is of 8 processes, and this run has 1: with SOLVER.R"
+    ):
+        go_on(tmp_path, "SOLVER.REFERENCE_WORLD_SIZE", 1)
+
+
 def test_a_checkpoint_that_doesnt_fit_shows_what_has_changed(tmp_path):
     go_on(tmp_path)
     with pytest.raises(CheckpointError, match="(?s)another shape: weight.*RESNETS.DEPTH +50 +18"):

@@ -1,6 +1,7 @@
 """A dataset card for a folder of photos: its annotations as COCO json beside the card, split so
 that photos that look alike stay together. The photos stay where they are, as they are."""
 
+import contextlib
 import json
 import os
 import random
@@ -101,13 +102,13 @@ def make_card(
     os.makedirs(annotations, exist_ok=True)
     near = found.root == base or found.root.startswith(base + os.sep)
     entries = {}
+    written: Dict[str, str] = {}
     for split_name, photos in splits.items():
         path = os.path.join(annotations, f"{split_name}.json")
-        with replacing(path) as f:
-            f.write(json.dumps(_coco(found, photos, os.path.basename(output))).encode())
+        written[path] = json.dumps(_coco(found, photos, os.path.basename(output)))
         path = os.path.relpath(path, found.root) if near else path
         entries[split_name] = {"json": path, "images": "."}
-    content = {
+    card = {
         "name": name,
         "format": "coco",
         "root": os.path.relpath(found.root, base) if near else found.root,
@@ -116,9 +117,12 @@ def make_card(
     }
     header = f"# {len(found.photos)} photos, split {how}. Made from {found.layout.upper()}: after a"
     header += " change of\n# the annotations or photos, make it again.\n"
-    text = header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    with replacing(os.path.realpath(output)) as f:
-        f.write(text.encode())
+    text = header + yaml.safe_dump(card, sort_keys=False, allow_unicode=True)
+    with contextlib.ExitStack() as stack:  # all or none: of two splits, photos could be in both
+        for path, content in {os.path.realpath(output): text, **written}.items():
+            file = stack.enter_context(replacing(path))
+            file.write(content.encode())
+            file.flush()  # a full disk is told before one is replaced
     load_card(output)
     return f"{_describe(found, splits)}\nSplit: {how}\nWrote {output} and {annotations}/"
 

@@ -233,6 +233,7 @@ class SafeCheckpointer(SafeReader):
         if self._cfg is not None and "config" in content:
             classes_of(content, self._cfg, file, cards=False)
             changed = changed_settings(content["config"], self._cfg)
+            self._check_processes(file, content["config"])
         elif self._cfg is not None:
             self.logger.warning(f"{file} doesn't say its config: no setting can be compared")
         table = f" What has changed:\n{as_table(changed)}" if changed else ""
@@ -261,6 +262,16 @@ class SafeCheckpointer(SafeReader):
         if changed:
             self.logger.warning(f"This run goes on with other settings:\n{as_table(changed)}")
         self.resumed_from = file
+
+    def _check_processes(self, file: str, kept: Mapping[str, Any]) -> None:
+        then, now = kept["processes"], comm.get_world_size()
+        if self._cfg.SOLVER.REFERENCE_WORLD_SIZE and then != now:
+            raise CheckpointError(
+                f"{file} is of {then} processes, and this run has {now}: with "
+                "SOLVER.REFERENCE_WORLD_SIZE a step is not worth the same in both, so the steps "
+                f"that are done can't be counted. Go on with {then} processes, or set it to 0, "
+                "with a batch, a learning rate and a schedule for this number"
+            )
 
     def last_good(self) -> str:
         """The best checkpoint in the folder that can be read, or ""."""

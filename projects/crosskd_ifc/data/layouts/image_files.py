@@ -36,7 +36,7 @@ class Files:
     """The files below a folder, by suffix, and the images by name.
 
     Attributes:
-        unreadable: annotation files that can't be read at all -> why.
+        unreadable: annotation files and folders that can't be read at all -> why.
     """
 
     def __init__(self, root: str):
@@ -46,7 +46,11 @@ class Files:
         self._by_name: Dict[str, List[str]] = defaultdict(list)
         self._linked: Set[str] = set()
         self.images: List[str] = []
-        for folder, folders, names in os.walk(root, followlinks=True):
+
+        def note(error: OSError) -> None:
+            self.unreadable[error.filename] = f"{error.filename}: {error.strerror}"
+
+        for folder, folders, names in os.walk(root, onerror=note, followlinks=True):
             folders[:] = sorted(name for name in folders if self._is_new(folder, name))
             for name in sorted(names):
                 stem, suffix = os.path.splitext(folded(name))

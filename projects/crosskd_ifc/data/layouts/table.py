@@ -98,7 +98,9 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
         for number, row in enumerate(rows, 1):
             name = row.get(columns["image"], "")
             said = row.get("split", "").lower()
-            splits[name] = SPLITS.get(said, split_of(path))
+            if said in SPLITS and splits.setdefault(name, SPLITS[said]) != SPLITS[said]:
+                what = "rows of one photo in two splits; it is in the first"
+                result.tell(what, f"{path} row {number}: {name}")
             if said and said not in SPLITS:
                 where = f"{path} row {number}: {said!r}"
                 result.tell("split other than train, val and test, not used", where)
@@ -125,7 +127,7 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
                 files.matches(name, path),
                 things,
                 where=f"{path}: {name!r}",
-                split=splits[name],
+                split=splits.get(name) or split_of(path),
                 said_size=sizes[name],
                 relative=is_relative,
             )

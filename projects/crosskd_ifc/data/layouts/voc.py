@@ -39,11 +39,16 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
     for path in found:
         try:
             tree = parse_xml(path)
-            things = [_voc_thing(element) for element in tree.iter("object")]
+            objects = list(tree.iter("object"))
+            things = [_voc_thing(element) for element in objects]
         except (TypeError, ValueError) as error:
             said = str(error).replace(f"{path}: ", "")
             result.tell("annotation that can't be read, left out", f"{path}: {said}")
             continue
+        for element in objects:
+            if (element.findtext("difficult") or "").strip() == "1":
+                what = "difficult object, trained on and evaluated as any other"
+                result.tell(what, f"{path}: {element.findtext('name')}")
         name = (tree.findtext("filename") or "").strip()
         images = files.matches(name, path) if name else []
         is_clear = images and os.path.splitext(name)[0] == _stem(path)
