@@ -613,6 +613,11 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]>' + _xml([BOX])
         (_objects(("rod", 1, 1, 41, 5)), "box outside image", r"\[1, 1, 41, 5\] in 40x30"),
         (_objects(("virus", 1, 1, 4, 5)), "unknown class", "object 3, virus"),
         (_objects(BOX), "duplicate box", "object 3, cell"),
+        (
+            _objects(*(("rod", 1 + i % 30, 1 + i // 30, 33, 9) for i in range(101))),
+            "more than 100 objects",
+            A_XML + ": 103",
+        ),
         (_put(A_JPG, b""), "unreadable image", A_JPG + ": the file is empty"),
         (_put(A_JPG, b"GIF?"), "unreadable image", A_JPG + ": not an image"),
         (_put(A_JPG, _image(0)[:-200]), "truncated image", A_JPG),

@@ -315,7 +315,7 @@ def test_an_entry_has_both_splits_and_what_it_was_made_with(case):
     scores = {key: entry[key] for key in ("AP", "AP50", "AP_val", "AP50_val")}
     assert scores == {"AP": 11, "AP50": 22, "AP_val": 11, "AP50_val": 22}
     assert entry["config_sha256"] == case.runs["student", 1].digest()
-    assert entry["curve"] == [[11, 11]] and entry["seconds_per_step"] == 0.5
+    assert entry["curve"] == [[220, 11]] and entry["seconds_per_step"] == 0.5
     assert {"seconds", "versions", "hardware", "iterations"} <= set(entry)
     case.do(case.todo(seeds=[1], arms=["crosskd_ifc"]))
     logged = case.recorded()["crosskd_ifc", 1]["statistics"]

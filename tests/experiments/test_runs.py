@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 from test_cards import Coco, Voc
@@ -510,6 +511,35 @@ def test_a_stopped_run_ends_its_process_and_goes_on_later(train, tmp_path):
     first = json.loads((tmp_path / "run" / "started.json").read_text())["seconds"]
     assert 0 < first < 30
     assert train(run)["seconds"] > first
+
+
+def test_ctrl_c_in_a_terminal_lets_a_training_save(tmp_path):
+    """A terminal sends it to all processes of its foreground group."""
+    (tmp_path / "train.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "def end(number, _):\n"
+        "    (here / 'ended').write_text(signal.Signals(number).name)\n"
+        "    sys.exit()\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, end)\n"
+        "(here / 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    tool = os.fork()
+    if not tool:
+        try:
+            os.setsid()
+            with open(os.devnull, "wb") as log:
+                command = [sys.executable, str(tmp_path / "train.py")]
+                supervise(command, log, 0, None, every_second=lambda: None, grace=lambda: 30)
+        finally:
+            os._exit(0)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    os.killpg(tool, signal.SIGINT)
+    os.waitpid(tool, 0)
+    assert (tmp_path / "ended").read_text() == "SIGTERM"
 
 
 def test_two_processes_do_not_train_in_one_folder(train, tmp_path, caplog):

@@ -72,6 +72,16 @@ def test_a_run_that_fails_ends_the_search_and_is_tried_again(tmp_path):
     assert again.seen[0] == objective.seen[2] and len(again.seen) == 4
 
 
+def test_a_journal_that_a_full_disk_has_cut_off_goes_on(tmp_path):
+    path = str(tmp_path / "study.journal")
+    search(open_study(path, SPACE), SPACE, Objective(), trials=2)
+    with open(path, "a") as f:
+        f.write('{"op_code": 5, "worker_id": "a')
+    for trials in (2, 3):
+        assert len(open_study(path, SPACE).trials) == trials
+        search(open_study(path, SPACE), SPACE, Objective(), trials=3)
+
+
 def test_settings_whose_run_diverges_are_bad_ones_unless_the_first_does(tmp_path):
     lines, objective = [], Objective(diverging=(2,))
     study = open_study(str(tmp_path / "a.journal"), SPACE)
@@ -146,7 +156,7 @@ if fault:
 evaluate(109, ap / 2)
 if ap < 20 and os.environ.get("SLOW"):
     time.sleep(60)
-evaluate(220, ap)
+evaluate(100000, ap)  # beyond SOLVER.MAX_ITER: the last
 open(os.path.join(folder, "model_final.pth"), "w").close()
 """
 

@@ -4,15 +4,20 @@ import json
 import shlex
 
 import pytest
+import torch
 import yaml
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from helpers import tiny_cfg
 from PIL import Image
 
-from crosskd_ifc import ConfigError, add_crosskd_ifc_config
+from crosskd_ifc import ConfigError, CrossKDTrainer, add_crosskd_ifc_config
 from crosskd_ifc.common.config_files import merge_from_file
 from crosskd_ifc.config import class_count, distillation_requested, fusion_name
+from crosskd_ifc.data.card import load_card
+from crosskd_ifc.data.check import check_card
 from crosskd_ifc.data.class_names import fill_in_class_count
 from crosskd_ifc.modeling.attach import load_teacher_config
 from crosskd_ifc.training.preflight import check_training_config
@@ -97,6 +102,38 @@ def test_the_configs_of_each_detector_load_and_fit_together(detector, pretrained
     assert f"CrossKD-IFC, {'the mean of layers' if is_dense else 'a loss for each'}" in told
     stock = cfgs["student"]
     assert sum(p.numel() for p in build_model(stock).parameters()) > 10**6
+
+
+def test_photos_of_more_than_100_objects_are_detected_and_counted_in_full(tmp_path):
+    card = make_card(tmp_path, images=2, classes=("cell",))
+    content = json.loads((tmp_path / "data.json").read_text())
+    (one, _), boxes = content["annotations"], [(4 * (i % 50), 4 * (i // 50)) for i in range(150)]
+    content["annotations"] = [
+        {**one, "id": i + 1, "bbox": [x, y, 3, 3], "area": 9} for i, (x, y) in enumerate(boxes)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    (tmp_path / "card.yaml").write_text(open(card).read().replace("name: recipe", "name: crowded"))
+    (found,) = check_card(load_card(card)).found["more than 100 objects"]
+    assert found.endswith("0.png: 150")
+    told = write_configs(card, str(tmp_path / "c"), teacher="R50", student="R18", detector="fcos")
+    assert "Up to 150 objects in an image: a detector gives up to 300 detections" in told
+    cfg = load(tmp_path / "c" / "student.yaml")
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 300
+
+    def ap_of_the_truth():
+        evaluator = CrossKDTrainer.build_evaluator(cfg, "crowded_val", str(tmp_path))
+        evaluator.reset()
+        for record in DatasetCatalog.get("crowded_val"):
+            truth = [a["bbox"] for a in record["annotations"]]
+            all_ = Instances((480, 640), scores=torch.ones(len(truth)))
+            all_.pred_boxes = Boxes(torch.tensor([(x, y, x + w, y + h) for x, y, w, h in truth]))
+            all_.pred_classes = torch.zeros(len(truth), dtype=torch.int64)
+            evaluator.process([record], [{"instances": all_}])
+        return evaluator.evaluate()["bbox"]["AP"]
+
+    assert ap_of_the_truth() == pytest.approx(100)
+    cfg.TEST.DETECTIONS_PER_IMAGE = 100
+    assert ap_of_the_truth() < 70
 
 
 def test_sizes_schedule_and_anchors_follow_the_data(tmp_path):

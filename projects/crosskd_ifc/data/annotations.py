@@ -35,7 +35,7 @@ from .fields import (
     voc_list_fault,
 )
 from .files import read_coco_json, read_voc_annotation, read_voc_split
-from .findings import Findings, quoted
+from .findings import COUNTED, Findings, quoted
 from .outlines import is_drawable, outline_fault
 
 _COCO_SLACK = 0.05  # COCO files round x and width on their own
@@ -84,6 +84,7 @@ def check_voc(report: Findings, split: str) -> List[ListedImage]:
             else:
                 report.add("missing annotation", path)
         pictures.append(ListedImage(image, size))
+        _check_number(report, path, len(objects))
         for number, (name, box, element) in enumerate(objects, 1):
             where = f"{path} object {number}, {quoted(name)} {_numbers(box)}"
             counts["boxes"] += 1
@@ -146,7 +147,13 @@ def check_coco(report: Findings, split: str) -> List[ListedImage]:
         pictures.append(ListedImage(path, (record["width"], record["height"])))
         if "annotations" in content and not boxes[image_id]:
             report.add("image without boxes", path)
+        _check_number(report, path, len(boxes[image_id]))
     return pictures
+
+
+def _check_number(report: Findings, path: str, objects: int) -> None:
+    if objects > COUNTED:
+        report.add("more than 100 objects", f"{path}: {objects}")
 
 
 def _check_categories(report: Findings, records: _CocoRecords, categories: list) -> Dict[Any, str]:

@@ -22,6 +22,7 @@ from ..common.paths import resolve_path
 from ..config import ConfigError
 from .card import Card, load_card
 from .files import voc_files
+from .findings import COUNTED
 from .loading import load_split
 from .mapper import SampleError
 
@@ -86,6 +87,17 @@ def register_card(path: str) -> List[str]:
             meta.set(json_file=files["json"], image_root=files["images"])
         DatasetCatalog.register(name, partial(load_split, card, split, name))
     return list(names)
+
+
+def counted_detections(name: str, limit: int) -> Optional[int]:
+    """How many detections of an image COCO's AP is to count: all that a model may give, where a
+    card's data set is evaluated, whose photos may have more objects; else COCO's 100, told as None.
+
+    Args:
+        name: of the data set.
+        limit: of the model, ``TEST.DETECTIONS_PER_IMAGE``.
+    """
+    return limit if limit > COUNTED and card_of(name) else None
 
 
 def card_of(name: str) -> Optional[Tuple[Card, str]]:

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from .card import Card
 
+COUNTED = 100  # detections of an image by detectron2, and of an image and class by COCO's AP
 # What is looked for: kind -> (severity, what it means for a run).
 KINDS: Dict[str, Tuple[str, str]] = {
     "unreadable split": ("error", "the list of images is missing or broken; nothing of it is used"),
@@ -42,6 +43,10 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "box of no image": ("warning", "these boxes are never used"),
     "not for the VOC evaluator": ("warning", "refused in DATASETS.TEST; training reads it"),
     "class without boxes": ("warning", "no AP for this class on this split"),
+    "more than 100 objects": (
+        "warning",
+        "TEST.DETECTIONS_PER_IMAGE is 100 and limits the AP; `configs` of prepare_data raises it",
+    ),
     "EXIF orientation": (
         "warning",
         "detectron2 turns the image; the boxes must fit the turned one",

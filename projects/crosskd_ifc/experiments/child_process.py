@@ -102,9 +102,9 @@ def supervise(
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     memory = 0.0
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-    )
+    # In a session of its own: a Ctrl-C in the terminal is for this process, which ends it well.
+    quiet = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, **quiet)
     try:
         while process.poll() is None and not (stop is not None and stop.is_set()):
             every_second()

@@ -62,6 +62,7 @@ def open_study(
             settings.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _end_last_record(path)
     study = optuna.create_study(
         study_name="search",
         storage=JournalStorage(JournalFileBackend(path)),
@@ -153,3 +154,12 @@ def _suggest(trial: optuna.Trial, key: str, distribution: BaseDistribution) -> A
     is_float = isinstance(distribution, FloatDistribution)
     suggest = trial.suggest_float if is_float else trial.suggest_int
     return suggest(key, distribution.low, distribution.high, log=distribution.log)
+
+
+def _end_last_record(path: str) -> None:
+    """Cut off what a full disk has left unfinished at the end of a journal: Optuna couldn't read
+    what is added to it."""
+    if os.path.exists(path):
+        with open(path, "rb+") as f:
+            whole = f.read()
+            f.truncate(whole.rfind(b"\n") + 1)

@@ -15,6 +15,7 @@ from ..common.files import replacing
 from ..common.paths import REPO_CONFIGS, resolve_path
 from ..data.card import load_card
 from ..data.cards import drop_degenerate_boxes, register_card
+from ..data.findings import COUNTED
 from ..data.mapper import SampleError
 from ..data.outlines import check_outlines
 
@@ -196,6 +197,13 @@ def _base(
         "MAX_SIZE_TEST": long,
     }
     cfg["TEST"] = {"EVAL_PERIOD": max(steps // 5, 1)}
+    most = max(len(record["annotations"]) for record in records)
+    if most > COUNTED:
+        cfg["TEST"]["DETECTIONS_PER_IMAGE"] = limit = -(-3 * most // 200) * 100
+        notes.append(
+            f"Up to {most} objects in an image: a detector gives up to {limit} detections, and the "
+            "AP counts as many (COCO's own counts 100)."
+        )
     if not gpus:
         model["DEVICE"] = "cpu"
         cfg["DATALOADER"] = {"NUM_WORKERS": 0}

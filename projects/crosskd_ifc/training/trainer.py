@@ -19,6 +19,7 @@ from torch import nn
 from ..common.files import write_json
 from ..common.random_state import same_random_state
 from ..config import distillation_requested, teacher_configs
+from ..data.cards import counted_detections
 from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
 from ..modeling.student import unwrap
@@ -269,7 +270,11 @@ class CrossKDTrainer(DefaultTrainer):
         # A VOC card is converted each time: a cached file of an earlier run could be stale.
         sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
         return COCOEvaluator(
-            dataset_name, output_dir=folder, allow_cached_coco=False, kpt_oks_sigmas=sigmas
+            dataset_name,
+            output_dir=folder,
+            max_dets_per_image=counted_detections(dataset_name, cfg.TEST.DETECTIONS_PER_IMAGE),
+            allow_cached_coco=False,
+            kpt_oks_sigmas=sigmas,
         )
 
     @classmethod
