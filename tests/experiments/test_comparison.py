@@ -14,8 +14,10 @@ import portalocker
 import pytest
 import yaml
 from helpers import load_tool
+from test_recipe import make_card
 
 from crosskd_ifc import ConfigError
+from crosskd_ifc.config import class_count
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.child_process import RunFailed
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, plan, select
@@ -26,6 +28,7 @@ from crosskd_ifc.experiments.results import Results
 from crosskd_ifc.experiments.run_training import train
 from crosskd_ifc.experiments.stability import stability
 from crosskd_ifc.experiments.tables import Table
+from crosskd_ifc.modeling.attach import load_teacher_config
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
 PLAIN, DISTILLED = "quick/faster_rcnn_R_18_shapes.yaml", "quick/crosskd_ifc_R_18_shapes.yaml"
@@ -244,12 +247,52 @@ def test_fewer_teachers_than_seeds_are_taken_in_turn(tmp_path):
     assert "share the others'" in report_text(case.results.content())
 
 
+def test_a_report_tells_which_arms_have_one_given_teacher_for_all_seeds(tmp_path):
+    case = Case(tmp_path, ablations=None)
+    assert case.do() == {}
+    content = case.results.content()
+    assert "Each seed has its own teacher.\n" in report_text(content)
+    for arm in content["arms"]:
+        arm["opts"] += ["MODEL.CROSSKD.TEACHER.WEIGHTS", "x.pth"] * (arm["arm"] == "crosskd_ifc")
+    told = "Each seed has its own teacher, but that of crosskd_ifc is one for all seeds."
+    assert told in report_text(content)
+
+
 def test_what_changes_the_teachers_model_is_told_to_its_students(tmp_path):
     opts = {"MODEL.FPN.OUT_CHANNELS": 32, "SOLVER.MAX_ITER": 10}
     teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "opts": {"MODEL.RESNETS.DEPTH": 50}}
     protocol = Case(tmp_path, opts=opts, teacher=teacher).protocol
     told = protocol.run("crosskd_ifc", 1, "x").cfg().MODEL.CROSSKD.TEACHER.OPTS
     assert told == ("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.RESNETS.DEPTH", "50")
+
+
+def test_a_teacher_has_the_classes_of_the_data_that_a_protocol_names(tmp_path):
+    card = Path(make_card(tmp_path))
+    card.write_text(card.read_text().replace("name: recipe", "name: of_a_protocol"))
+    opts = {"DATASETS.CARDS": [str(card)], "DATASETS.TRAIN": ["of_a_protocol_train"]}
+    teacher = {"config": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "opts": {}}
+    arms = {"crosskd": {"config": "COCO-Detection/crosskd_R_18_FPN_1x.yaml"}}
+    names = dict(test="of_a_protocol_test", validation="of_a_protocol_val")
+    options = dict(arms=arms, teacher=teacher, ablations=None, **names)
+    student = Case(tmp_path, opts=opts, **options).protocol.run("crosskd", 1, "x").cfg()
+    loaded, _ = load_teacher_config(student)
+    assert class_count(student)[1] == class_count(loaded)[1] == 3
+
+
+def test_a_report_needs_no_photos(tmp_path):
+    card = Path(make_card(tmp_path))
+    text = card.read_text().replace("name: recipe", "name: gone").replace("root: .", "root: photos")
+    card.write_text(f"{text}classes: [a, b, c]\n")
+    shutil.copytree(tmp_path, tmp_path / "photos")
+    opts = {"DATASETS.CARDS": [str(card)], "DATASETS.TRAIN": ["gone_train"]}
+    arms = {"plain": {"config": "COCO-Detection/faster_rcnn_R_18_FPN_1x.yaml"}}
+    options = dict(opts=opts, arms=arms, teacher=None, ablations=None)
+    before = Case(tmp_path, **options)
+    assert before.do() == {}
+    shutil.rmtree(tmp_path / "photos")
+    after = Case(tmp_path, **options)
+    assert after.protocol.run("plain", 1, "x").cfg().MODEL.ROI_HEADS.NUM_CLASSES == 3
+    assert not any(entry.get("outdated") for entry in after.results.content()["runs"])
 
 
 def test_a_teacher_of_the_model_zoo_or_given_weights_needs_no_run(tmp_path):

@@ -37,3 +37,15 @@ def test_what_hasnt_changed_stays_as_it_was_loaded():
     assert group == loaded
     go_on_with([{**settings[0], "momentum": 0.5}], settings, optimizer, None)
     assert group == {**loaded, "momentum": 0.5}
+
+
+def test_a_scheduler_of_ones_own_keeps_its_rate_and_that_is_told(caplog):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    kept = settings_of(optimizer.param_groups)
+    wanted = [{**kept[0], "initial_lr": 0.01, "momentum": 0.5}]
+    go_on_with(wanted, kept, optimizer, scheduler)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["initial_lr"], group["momentum"]) == (0.1, 0.1, 0.5)
+    assert "optimizer.lr" not in caplog.text and "optimizer.momentum" in caplog.text
+    assert "The new learning rate has no effect: CosineAnnealingLR goes on with" in caplog.text

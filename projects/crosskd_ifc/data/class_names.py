@@ -12,7 +12,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError, class_count
 from .cards import card_of, register_cards
-from .files import read_coco_json
+from .files import read_coco_json, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _names_in_json(path: str, *changed: float) -> Optional[Tuple[str, ...]]:
         return None  # loading it says what is wrong
 
 
-def fill_in_class_count(cfg: CfgNode) -> None:
+def fill_in_class_count(cfg: CfgNode, *, without_data: bool = False) -> None:
     """Sets the number of classes of a config's detector to that of its data set's card, unless it
     was set by hand: left at detectron2's default, 80.
 
@@ -82,6 +82,7 @@ def fill_in_class_count(cfg: CfgNode) -> None:
 
     Args:
         cfg: changed in place.
+        without_data: whether a card whose data aren't there will do, if it names its classes.
 
     Raises:
         ConfigError: a card can't be found or is wrong.
@@ -89,11 +90,28 @@ def fill_in_class_count(cfg: CfgNode) -> None:
     key, count = class_count(cfg)
     if count != _DEFAULT_COUNT or not cfg.DATASETS.CARDS:
         return
-    register_cards(cfg.DATASETS.CARDS)
     first = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[:1]
-    classes = dataset_class_names(first[0]) if first and card_of(first[0]) else None
+    try:
+        register_cards(cfg.DATASETS.CARDS)
+        classes = dataset_class_names(first[0]) if first and card_of(first[0]) else None
+    except ConfigError:
+        classes = _classes_in_cards(cfg.DATASETS.CARDS, first) if without_data else None
+        if not classes:
+            raise
     if classes:
         cfg.merge_from_list([key, len(classes)])
+
+
+def _classes_in_cards(cards: Sequence[str], names: Sequence[str]) -> Optional[Sequence[str]]:
+    """What a card itself says of the classes of the data set that ``names`` begins with."""
+    for path in map(os.path.realpath, cards):
+        try:
+            card = read_yaml(path)
+            if names[0] in {f"{card['name']}_{split}" for split in card["splits"]}:
+                return card["classes"]
+        except (IndexError, KeyError, OSError, TypeError, ValueError):
+            continue
+    return None
 
 
 def first_difference(

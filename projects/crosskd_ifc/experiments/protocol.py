@@ -42,7 +42,7 @@ from .protocol_file import ArmEntry, ProtocolEntry, read_protocol_file
 from .runs import Run
 
 TEACHER = "teacher"  # the name of the teacher's arm
-_WEIGHTS, _OPTS = "MODEL.CROSSKD.TEACHER.WEIGHTS", "MODEL.CROSSKD.TEACHER.OPTS"
+TEACHER_WEIGHTS, _OPTS = "MODEL.CROSSKD.TEACHER.WEIGHTS", "MODEL.CROSSKD.TEACHER.OPTS"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +119,11 @@ class Protocol:
         if taught_by:
             teacher = self.run(*taught_by, folder, device=device)
             run.needs = (teacher,)
-            run.opts += [_WEIGHTS, teacher.weights]
-            # Whatever changed the teacher's architecture or input must change it here, too.
+            run.opts += [TEACHER_WEIGHTS, teacher.weights]
+            # Whatever changed the teacher's architecture, input or classes must do so here, too.
             changed = _pairs([*self.opts, *self.arms[TEACHER].opts])
-            changed = [(k, v) for k, v in changed if k.startswith(("MODEL.", "INPUT."))]
+            of_model = ("MODEL.", "INPUT.", "DATASETS.CARDS", "DATASETS.TRAIN")
+            changed = [(k, v) for k, v in changed if k.startswith(of_model)]
             if changed:
                 theirs = run.cfg().MODEL.CROSSKD.TEACHER.OPTS
                 ours = [x for pair in changed for x in pair]
@@ -235,7 +236,7 @@ def _needs_teacher(protocol: Protocol, name: str) -> bool:
     arm = protocol.arms[name]
     cfg = protocol.run(name, arm.seeds[0], "").cfg()
     try:
-        if not distillation_requested(cfg) or _WEIGHTS in arm.opts[::2]:
+        if not distillation_requested(cfg) or TEACHER_WEIGHTS in arm.opts[::2]:
             return False
         if cfg.MODEL.CROSSKD.TEACHERS:
             return False
@@ -252,7 +253,7 @@ def _needs_teacher(protocol: Protocol, name: str) -> bool:
     given = protocol.arms[TEACHER].config if TEACHER in protocol.arms else "missing"
     raise ConfigError(
         f"{name}: its config's teacher is {teacher_config!r}, but teacher.config is {given!r}; "
-        f"make them the same, or set {_WEIGHTS} in the arm's opts"
+        f"make them the same, or set {TEACHER_WEIGHTS} in the arm's opts"
     )
 
 

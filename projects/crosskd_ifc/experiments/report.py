@@ -13,7 +13,7 @@ from tabulate import tabulate
 from ..common.files import replacing
 from ..config import ConfigError
 from .figures import draw_curves, draw_differences, has_curves
-from .protocol import TEACHER
+from .protocol import TEACHER, TEACHER_WEIGHTS
 from .stability import stability
 from .statistics import (
     Difference,
@@ -262,7 +262,9 @@ def _provenance(content: dict) -> List[str]:
     if any(run["arm"] == TEACHER for run in runs):
         current = [run for run in runs if not run.get("outdated")]
         if all(seed_of_teacher(run) == run["seed"] for run in current):
-            lines.append("Each seed has its own teacher.")
+            given = [arm["arm"] for arm in content["arms"] if TEACHER_WEIGHTS in arm["opts"]]
+            but = f", but that of {', '.join(given)} is one for all seeds" if given else ""
+            lines.append(f"Each seed has its own teacher{but}.")
         else:
             lines += [
                 "Seeds without a teacher of their own share the others', in turn",

@@ -66,7 +66,7 @@ class Run:
                 f"{self.name}: SOLVER.REFERENCE_WORLD_SIZE is {cfg.SOLVER.REFERENCE_WORLD_SIZE}; "
                 "in a comparison the number of GPUs must not change the settings: set it to 0"
             )
-        fill_in_class_count(cfg)
+        fill_in_class_count(cfg, without_data=True)  # a training asks for them
         cfg.freeze()
         return cfg
 

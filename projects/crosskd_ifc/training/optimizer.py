@@ -67,19 +67,26 @@ def go_on_with(
         kept: of the run that has written the checkpoint.
         optimizer: has as many groups.
         scheduler: detectron2's; its learning rates become those of this iteration. One of another
-            kind is left as it is.
+            kind goes on with the rates of the checkpoint, which is told.
     """
-    told = []
+    told, is_stock, keeps_rate = [], isinstance(scheduler, LRMultiplier), False
     for group, then, now in zip(optimizer.param_groups, kept, settings):
         changed = {k: v for k, v in now.items() if then.get(k) != v}
+        if not is_stock:
+            keeps_rate |= changed.pop(_BASE, None) is not None
         group.update(changed)
         rows = [
             (f"optimizer.{k.removeprefix('initial_')}", then.get(k), v) for k, v in changed.items()
         ]
         told += [row for row in rows if row not in told]
-    if isinstance(scheduler, LRMultiplier):
+    if is_stock:
         scheduler.base_lrs = [group[_BASE] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, scheduler.get_lr()):
             group["lr"] = rate
     if told:
         logger.warning(f"The optimizer goes on with other settings:\n{as_table(told)}")
+    if keeps_rate:
+        logger.warning(
+            f"The new learning rate has no effect: {type(scheduler).__name__} goes on with that of "
+            "the checkpoint"
+        )
