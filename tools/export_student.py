@@ -28,6 +28,7 @@ Use it wherever detectron2 is installed{own}:
 
     cfg = get_cfg()
     cfg.merge_from_file({config!r})
+    cfg.MODEL.WEIGHTS = {weights!r}
     cfg.MODEL.DEVICE = "cpu"  # or "cuda"; else the training's
     detections = DefaultPredictor(cfg)(image)["instances"]  # image as from cv2.imread
 
@@ -36,13 +37,22 @@ Or look at what it finds: {predict}
 LAZY = """\
 Use it wherever detectron2 is installed{own}:
 
+    import torch
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import LazyConfig, instantiate
+    from detectron2.data.detection_utils import read_image
+    from detectron2.data.transforms import ResizeShortestEdge
 
     cfg = LazyConfig.load({config!r})
     model = instantiate(cfg.model).eval()
-    DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
-    detections = model([{{"image": image}}])[0]["instances"]  # resized as cfg.input says
+    DetectionCheckpointer(model).load({weights!r})
+    image = read_image("photo.jpg", format=cfg.input.format)
+    resize = ResizeShortestEdge([cfg.input.min_size] * 2, cfg.input.max_size)
+    small = resize.get_transform(image).apply_image(image).transpose(2, 0, 1)
+    inputs = {{"image": torch.as_tensor(small.astype("float32").copy())}}
+    inputs.update(height=image.shape[0], width=image.shape[1])  # boxes in pixels of the photo
+    with torch.no_grad():
+        detections = model([inputs])[0]["instances"]
 
 Or look at what it finds: {predict}
 """
@@ -82,7 +92,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         print("In int8 it finds something else: measure its AP by tools/evaluate_export.py\n")
     usage = FILE if same != "exactly" else LAZY if done.is_lazy else YACS
     own = f", with code of your own: {', '.join(done.own_code)}" if done.own_code else ""
-    print(usage.format(config=done.config, own=own, predict=_predict(out, **options)))
+    files = dict(config=done.config, weights=done.weights)
+    print(usage.format(**files, own=own, predict=_predict(out, **options)))
     return 0
 
 

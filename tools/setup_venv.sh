@@ -48,7 +48,12 @@ fi
 if [ ! -e .venv ]; then
     without_venv=
     found=
-    for python in ${PYTHON:-python3.11 python3 python3.12 python3.13 python}; do
+    if [ -n "${PYTHON:-}" ]; then
+        set -- "$PYTHON" # its path may have spaces
+    else
+        set -- python3.11 python3 python3.12 python3.13 python
+    fi
+    for python in "$@"; do
         is_recent "$python" || continue
         if "$python" -c 'import ensurepip, venv' 2>/dev/null; then
             found=$python

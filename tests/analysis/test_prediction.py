@@ -281,6 +281,39 @@ def test_an_input_that_cannot_be_read_does_not_stop_the_others(files, tmp_path, 
     assert len(find_sources([str(tmp_path / "in")], excluded=str(tmp_path / "in" / "out"))) == 3
 
 
+def test_an_image_too_thin_for_the_network_does_not_stop_the_others(files, tmp_path, caplog):
+    Image.new("RGB", (3000, 1)).save(tmp_path / "a.png")
+    shutil.copy(files / "photos" / "b.png", tmp_path)
+    with pytest.raises(SystemExit):
+        run(
+            files / "student", tmp_path, "--json", tmp_path / "r.json", "--output", tmp_path / "out"
+        )
+    assert "a.png: 3000x1 pixels, too thin to be resized" in caplog.text
+    assert {x["file_name"] for x in json.loads((tmp_path / "r.json").read_text())} == {"b.png"}
+
+
+def test_what_was_found_before_an_error_of_the_model_is_kept(files, tmp_path, monkeypatch):
+    detect, seen = Detector.detect, []
+
+    def fail_the_second_time(self, image):
+        seen.append(image)
+        if len(seen) == 2:
+            raise RuntimeError("out of memory")
+        return detect(self, image)
+
+    monkeypatch.setattr(Detector, "detect", fail_the_second_time)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(files / "student", files / "v.avi", "--json", tmp_path / "r.json", "--output", tmp_path)
+    assert json.loads((tmp_path / "r.json").read_text())
+
+
+def test_linked_folders_are_looked_through_once(files, tmp_path):
+    os.symlink(files / "photos", tmp_path / "linked")
+    os.symlink(tmp_path, tmp_path / "round")
+    found = find_sources([str(tmp_path)])
+    assert sorted(x.name for x in found) == ["linked/a.JPG", "linked/b.png", "linked/more/a.webp"]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crosskd_ifc.common.command_line import run_tool
+from crosskd_ifc.common.command_line import as_started, run_tool
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -31,6 +31,17 @@ def test_help_shows_every_default(tool, monkeypatch, capsys):
     for action in parsers[0]._actions:
         if action.default not in (None, False, "", argparse.SUPPRESS) and action.default != []:
             assert f"(default: {action.default})" in shown, action.option_strings
+
+
+def test_commands_are_those_that_work_where_they_are_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(TOOLS.parent)
+    text = "    python tools/train_net.py X\n    torchrun --nproc-per-node 8 tools/train_net.py X"
+    assert as_started(text) == text
+    monkeypatch.chdir(tmp_path)
+    assert as_started(text) == text.replace("tools/", f"{TOOLS}/")
+    monkeypatch.setattr("crosskd_ifc.common.command_line.CHECKOUT", "")
+    said = "    crosskd-train X\n    torchrun --nproc-per-node 8 -m crosskd_ifc.tools.train_net X"
+    assert as_started(text) == said
 
 
 def test_a_file_in_the_place_of_a_folder_is_one_line_and_the_other_way_round(tmp_path):

@@ -321,6 +321,7 @@ def test_cards_are_found_from_the_current_folder_then_in_configs(tmp_path, monke
     assert names[:2] == ["tiny_train", "tiny_val"] and "bccd_trainval" in names
     found = resolve_path("datasets/bccd.yaml", what="dataset card", key="DATASETS.CARDS")
     assert found == str(REPO / "configs/datasets/bccd.yaml")
+    assert found == resolve_path("configs/datasets/bccd.yaml", what="dataset card", key="X")
     with pytest.raises(FileNotFoundError) as error:
         resolve_path("no.yaml", what="config", key="SOME.KEY", extra_tried=["model zoo: no.yaml"])
     for part in ("SOME.KEY", f"{tmp_path}/no.yaml", str(REPO / "configs/no.yaml"), "model zoo: no"):

@@ -138,11 +138,12 @@ def test_processes_share_the_samples_among_them(monkeypatch):
     for rank in range(2):
         sampler = TrainingSampler(11, seed=0)
         sampler._rank, sampler._world_size = rank, 2
-        samples = SampleStream(sampler, batch_size=3, num_workers=0)
         with monkeypatch.context() as context:
             context.setattr("detectron2.utils.comm.get_rank", lambda: rank)
             context.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
-            taken.append([(x.position, int(x)) for x in itertools.islice(samples, 11)])
+            samples = SampleStream(sampler, batch_size=3, num_workers=0)
+        # A worker that isn't forked has no process group.
+        taken.append([(x.position, int(x)) for x in itertools.islice(samples, 11)])
     numbers, indices = zip(*sorted(taken[0] + taken[1]))
     assert numbers == tuple(range(22))
     assert list(indices) == list(itertools.islice(TrainingSampler(11, seed=0), 22))

@@ -437,6 +437,18 @@ def test_code_of_the_users_own_is_named_where_the_model_needs_it(tmp_path, capsy
     assert f"# It needs code of your own: {files[0]!r}.\n" in (out / "config.yaml").read_text()
 
 
+def test_an_exported_config_has_no_key_that_detectron2s_release_0_6_lacks(run, tmp_path):
+    """Unless it says something."""
+    export.export_student(run, str(tmp_path / "a"))
+    head = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["MODEL"]["ROI_BOX_HEAD"]
+    assert "FC_DIM" in head and not [key for key in head if "FED_LOSS" in key or "SIGMOID" in key]
+    config = tmp_path / "sigmoid.yaml"
+    config.write_text(tiny_cfg("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True).dump())
+    export.export_student(run, str(tmp_path / "b"), config_file=str(config))
+    head = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())["MODEL"]["ROI_BOX_HEAD"]
+    assert head["USE_SIGMOID_CE"] is True
+
+
 def test_script_prints_what_was_written_and_how_to_use_it(run, tmp_path, capsys):
     out = tmp_path / "student"
     assert main(run, out) == 0

@@ -54,12 +54,18 @@ class Detector:
 
         Args:
             image: (H, W, 3) uint8 BGR.
+
+        Raises:
+            OSError: if nothing of it would be left in the network's size.
         """
         height, width = image.shape[:2]
         # As detectron2's mapper converts what it reads.
         rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
         image = convert_PIL_to_numpy(rgb, self.cfg.INPUT.FORMAT)
-        resized = self._resize.get_transform(image).apply_image(np.ascontiguousarray(image))
+        transform = self._resize.get_transform(image)
+        if min(getattr(transform, "new_h", 1), getattr(transform, "new_w", 1)) < 1:
+            raise OSError(f"{width}x{height} pixels, too thin to be resized")
+        resized = transform.apply_image(np.ascontiguousarray(image))
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1).copy())
         start = self._clock()
         (found,) = self.model([{"image": tensor, "height": height, "width": width}])

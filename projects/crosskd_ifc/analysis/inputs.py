@@ -87,8 +87,15 @@ def find_sources(words: Sequence[str], *, excluded: str = "") -> List[Source]:
 
 
 def _walk(folder: str, excluded: str) -> Iterator[Source]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [x for x in folders if os.path.abspath(os.path.join(parent, x)) != excluded]
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        paths = {name: os.path.join(parent, name) for name in folders}
+        folders[:] = [
+            name
+            for name, path in paths.items()
+            if os.path.abspath(path) != excluded and os.path.realpath(path) not in seen
+        ]
         for name in files:
             # macOS puts ._a.jpg beside a.jpg on other systems' disks.
             if name.lower().endswith(IMAGES + VIDEOS) and not name.startswith("._"):

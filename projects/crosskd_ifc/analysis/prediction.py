@@ -91,7 +91,7 @@ def predict(
     entries: List[dict] = []
     start, images, drawn, unreadable = time.perf_counter(), 0, 0, []
     files: List[str] = []
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         for source in tqdm(sources, unit="input", disable=None):
             try:
                 with _writer(outputs.get(source), files) as write:
@@ -107,12 +107,16 @@ def predict(
             except OSError as error:
                 if error.errno:  # not of the input, but of the disk that is written to
                     raise
-                logger.warning(str(error))
+                told = str(error)
+                logger.warning(told if source.path in told else f"{source.path}: {told}")
                 unreadable.append(source.path)
-    if results:
-        with replacing(results) as f:
-            f.write(json.dumps(entries).encode())
-        files.append(results)
+    except KeyboardInterrupt:
+        pass
+    finally:  # also of an error of the model, such as a full GPU
+        if results:
+            with replacing(results) as f:
+                f.write(json.dumps(entries).encode())
+            files.append(results)
     seconds = time.perf_counter() - start
     return Done(images, len(entries) if results else drawn, seconds, files, unreadable)
 

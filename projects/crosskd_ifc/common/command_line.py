@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 from typing import Any, Callable
@@ -21,6 +22,7 @@ _COMMANDS = {
     "lazyconfig_train_net": "crosskd-train-lazyconfig",
     "train_net": "crosskd-train",
 }
+_TOOLS = "crosskd_ifc.tools"  # where an installed package has them
 # It is full, or may not be written to; or a file lies where a folder is needed, or a folder where a
 # file is.
 _OF_THE_DISK = (*DISK_FULL, errno.EROFS, errno.EACCES)
@@ -38,13 +40,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def tool_command(name: str) -> str:
-    """How a tool is started: ``python tools/NAME.py`` in a checkout, else the installed command.
+    """How a tool is started from here: ``python tools/NAME.py`` in a checkout, with the path of
+    ``tools/`` elsewhere, or, installed without the repository, its command.
 
     Args:
         name: of its file in ``tools/``, without ``.py``.
     """
     if CHECKOUT:
-        return f"python tools/{name}.py"
+        return f"python {_tool_file(name)}"
     return _COMMANDS.get(name, f"crosskd-{name.replace('_', '-')}")
 
 
@@ -63,7 +66,17 @@ def tool_parser(file: str, description: str) -> argparse.ArgumentParser:
 
 def as_started(text: str) -> str:
     """A text with its tools named as they are started here: in a checkout, or as commands."""
-    return re.sub(r"python tools/(\w+)\.py", lambda match: tool_command(match[1]), text)
+    text = re.sub(r"python tools/(\w+)\.py", lambda match: tool_command(match[1]), text)
+    return re.sub(
+        r"(torchrun .*)\btools/(\w+)\.py",
+        lambda match: match[1] + (_tool_file(match[2]) if CHECKOUT else f"-m {_TOOLS}.{match[2]}"),
+        text,
+    )
+
+
+def _tool_file(name: str) -> str:
+    here = os.path.realpath(os.getcwd()) == CHECKOUT
+    return f"tools/{name}.py" if here else shlex.quote(os.path.join(CHECKOUT, f"tools/{name}.py"))
 
 
 def run_tool(main: Callable[[], Any], *, resumes: bool = False, tells_more: bool = False) -> Any:

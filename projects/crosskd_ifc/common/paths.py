@@ -64,7 +64,9 @@ def resolve_path(path: str, *, what: str, key: str, extra_tried: Sequence[str] =
     local = os.path.expanduser(path)
     candidates = [os.path.abspath(local)]
     if not os.path.isabs(local):
-        candidates.append(os.path.normpath(os.path.join(REPO_CONFIGS, local)))
+        # From elsewhere, configs/... is found as from the repository's root.
+        names = dict.fromkeys((local, local.removeprefix("configs/")))
+        candidates += [os.path.normpath(os.path.join(REPO_CONFIGS, name)) for name in names]
     for candidate in candidates:
         if path and PathManager.isfile(candidate):
             return candidate

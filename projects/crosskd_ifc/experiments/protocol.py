@@ -148,7 +148,7 @@ def load_protocol(path: str) -> Protocol:
     Raises:
         ConfigError: naming the file and the key.
     """
-    known = os.path.join(PROTOCOLS, path)
+    known = os.path.join(PROTOCOLS, path.removeprefix("benchmarks/protocols/"))
     path = known if os.path.isfile(known) and not os.path.exists(path) else path
     try:
         return _load(path)

@@ -62,13 +62,14 @@ class SampleStream(Sampler):
                 that; else None.
         """
         self.sampler, self._is_wide = sampler, is_wide
+        # Here: a worker that isn't forked has no process group.
+        self._first, self._step = comm.get_rank(), comm.get_world_size()
         self.batch_size, self._num_workers = batch_size, num_workers
         self.num_batches = 0
 
     def __iter__(self) -> Iterator[StreamIndex]:
         numbered = (
-            StreamIndex(index, k * comm.get_world_size() + comm.get_rank())
-            for k, index in enumerate(self.sampler)
+            StreamIndex(index, k * self._step + self._first) for k, index in enumerate(self.sampler)
         )
         if self._is_wide is None:
             yield from itertools.islice(numbered, self.num_batches * self.batch_size, None)

@@ -67,7 +67,7 @@ class Info(NamedTuple):
         """As it stands in ``model.json``, with what is the same for all files."""
         return {
             **self._asdict(),
-            "input": "image: float32 (3, height, width), 0 to 255; one image",
+            "input": f"image: float32 ({len(self.padding)}, height, width), 0 to 255; one image",
             "normalization": "inside",
             "resizing": "bilinear, antialiased when it shrinks",
             "boxes": "x0, y0, x1, y1 in pixels of the input",

@@ -6,6 +6,7 @@ Resizing, scaling boxes back, pasting masks and finding keypoints in their heatm
 Shape shorthand: (H, W) size of the network's input, M detections, K keypoints.
 """
 
+import inspect
 import logging
 import os
 import warnings
@@ -14,7 +15,6 @@ from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
@@ -66,6 +66,9 @@ class Graph(nn.Module):
             masks (M, 1, 28, 28), probabilities inside the box, and of Keypoint R-CNN keypoint
             heatmaps (M, K, 56, 56), logits inside the box.
         """
+        # Of an older detectron2, this module needs caffe2.
+        from detectron2.export.torchscript_patch import patch_builtin_len
+
         model, inputs = self.detector, [{"image": image}]
         with patch_builtin_len(), mock.patch(_HEATMAPS_TO_KEYPOINTS, _no_keypoints):
             if isinstance(model, GeneralizedRCNN):
@@ -149,7 +152,9 @@ def _write_onnx(graph: Graph, image: torch.Tensor, path: str, *, is_fixed: bool)
     names = dict(input_names=["image"], output_names=list(graph.outputs), dynamic_axes=dynamic)
     logging.disable(logging.WARNING)
     try:
-        # torch.export, which dynamo=True takes, can't follow detectron2's code.
-        torch.onnx.export(graph, (image,), path, dynamo=False, opset_version=_OPSET, **names)
+        # torch.export, which dynamo=True takes (torch 2.5), can't follow detectron2's code.
+        knows_dynamo = "dynamo" in inspect.signature(torch.onnx.export).parameters
+        options = {"dynamo": False} if knows_dynamo else {}
+        torch.onnx.export(graph, (image,), path, opset_version=_OPSET, **options, **names)
     finally:
         logging.disable(logging.NOTSET)

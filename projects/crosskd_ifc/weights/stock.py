@@ -41,6 +41,13 @@ _FCOS_SETTINGS = (
     *("focal_loss_gamma", "test_score_thresh", "test_topk_candidates", "test_nms_thresh"),
     "max_detections_per_image",
 )
+# Keys that detectron2's release 0.6 of 2021 doesn't know; at their defaults they aren't written.
+_SINCE_0_6 = (
+    *(f"MODEL.ROI_BOX_HEAD.USE_{name}" for name in ("FED_LOSS", "SIGMOID_CE")),
+    *(f"MODEL.ROI_BOX_HEAD.FED_LOSS_{name}" for name in ("FREQ_WEIGHT_POWER", "NUM_CLASSES")),
+    *(f"SOLVER.{name}" for name in ("BASE_LR_END", "NUM_DECAYS", "RESCALE_INTERVAL")),
+    "DATALOADER.REPEAT_SQRT",
+)
 _HEADER = """\
 # A student exported by CrossKD-IFC: a model of stock detectron2.
 # {} is an absolute path: change it if you move the files.
@@ -102,7 +109,7 @@ def stock_config(cfg: CfgNode, weights: str) -> Union[CfgNode, DictConfig]:
 def write_config(stock: Union[CfgNode, DictConfig], path: str) -> None:
     """Write the file that :func:`load_stock` reads."""
     if isinstance(stock, CfgNode):
-        key, text = "MODEL.WEIGHTS", stock.dump()
+        key, text = "MODEL.WEIGHTS", _for_any_version(stock).dump()
     else:
         LazyConfig.save(stock, path)
         with PathManager.open(path) as f:
@@ -112,6 +119,16 @@ def write_config(stock: Union[CfgNode, DictConfig], path: str) -> None:
         header += f"# It needs code of your own: {', '.join(map(ascii, files))}.\n"
     with PathManager.open(path, "w") as f:
         f.write(header + text)
+
+
+def _for_any_version(stock: CfgNode) -> CfgNode:
+    kept, defaults = stock.clone(), get_cfg()
+    for name in _SINCE_0_6:
+        *nodes, leaf = name.split(".")
+        node, default = (functools.reduce(operator.getitem, nodes, x) for x in (kept, defaults))
+        if leaf in node and node[leaf] == default[leaf]:
+            del node[leaf]
+    return kept
 
 
 def load_stock(config: str, weights: str, *, lazy: bool) -> nn.Module:
