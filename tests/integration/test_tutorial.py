@@ -47,6 +47,7 @@ def follow(part, run_tool, *, training=(), exact=False):
     for tool, words, lines in steps(part):
         output = run_tool(tool, *words, *(training if tool == "train_net.py" else ()))
         output = re.sub(r"\x1b\[\d+m", "", output)  # colours
+        output = output.replace(f"{REPO}/tools/", "tools/")  # as in the repository
         missing = [line for line in lines if not is_printed(line, output, exact=exact)]
         assert not missing, f"{tool} {words}\nnot printed: {missing}\nbut:\n{output[-9000:]}"
         seen.append(tool)
