@@ -15,11 +15,11 @@ import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor, default_argument_parser
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from helpers import load_tool, tiny_cfg, tiny_model
 from test_cards import Voc
 
-from crosskd_ifc import ConfigError
+from crosskd_ifc import ConfigError, CrossKDRCNN, CrossKDTrainer
 from crosskd_ifc.analysis.curves import read_metrics
 from crosskd_ifc.analysis.detector import load_detector
 from crosskd_ifc.analysis.run_record import RunRecord
@@ -275,6 +275,18 @@ def test_a_plain_config_trains_with_the_same_script(files, tmp_path):
     )
     run(config, *stock, "MODEL.CROSSKD.TEACHER.CONFIG_FILE", "", "SOLVER.MAX_ITER", 1)
     assert not any("kd" in key for key in metrics(out)[-1])
+
+
+def test_code_of_ones_own_that_would_train_undistilled_is_refused(files, tmp_path, monkeypatch):
+    config, _ = write_config(files, tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(CrossKDRCNN, "forward", GeneralizedRCNN.forward)
+        with pytest.raises(ConfigError, match="CrossKDRCNN.forward gives none of the losses"):
+            run(config, "OUTPUT_DIR", tmp_path / "a")
+    plain = classmethod(lambda cls, cfg: build_model(cfg))
+    monkeypatch.setattr(CrossKDTrainer, "build_model", plain)
+    with pytest.raises(ConfigError, match="CrossKDTrainer.build_model attaches no teacher"):
+        run(config, "OUTPUT_DIR", tmp_path / "b")
 
 
 def test_expected_results_are_honoured(files, tmp_path):

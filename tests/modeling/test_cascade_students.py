@@ -289,3 +289,11 @@ def test_targets_have_no_gradient():
     for part, seen in zip(student.distiller.box.parts, recorded(student, batch)):
         found, _ = part.predict(TeacherPass(student.teacher, batch), seen.boxes)
         assert not found.logits.requires_grad and not found.deltas.requires_grad
+
+
+def test_stages_that_share_a_box_head_are_refused():
+    cfg = student_cfg()
+    student = tiny_model(cfg, seed=1)
+    student.roi_heads.box_head[1] = student.roi_heads.box_head[0]
+    with pytest.raises(ConfigError, match="runs one box head in several stages"):
+        attach_teacher(student, cfg, teacher=cascade())

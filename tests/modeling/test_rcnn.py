@@ -6,12 +6,13 @@ import itertools
 import pytest
 import torch
 from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 from torchvision.ops import generalized_box_iou
 
-from crosskd_ifc import FEATURE_FUSION_REGISTRY, ConfigError, attach_teacher
+from crosskd_ifc import FEATURE_FUSION_REGISTRY, ConfigError, CrossKDROIHeads, attach_teacher
 from crosskd_ifc.distillation import losses
 from crosskd_ifc.distillation.teacher import TeacherPass
 
@@ -483,3 +484,25 @@ def test_a_distillation_that_reaches_nothing_is_told_once(taps, told, caplog):
     for _ in range(2):
         train_losses(student, tiny_batch())
     assert caplog.text.count("The distillation changes nothing") == told
+
+
+def test_adapters_that_learn_alone_are_told_as_well(caplog):
+    opts, wide = ("MODEL.CROSSKD.FUSION.IN_FEATURES", ("pool",)), ("MODEL.FPN.OUT_CHANNELS", 12)
+    student, _ = distilling(*opts, teacher_opts=wide)
+    train_losses(student, tiny_batch())
+    assert "changes nothing" not in caplog.text
+    student, _ = distilling(*opts, teacher_opts=wide)
+    student.backbone.requires_grad_(False)
+    train_losses(student, tiny_batch())
+    assert "The distillation changes nothing" in caplog.text
+
+
+def test_heads_whose_boxes_arent_seen_are_refused_naming_the_method():
+    class Own(CrossKDROIHeads):
+        def _forward_box(self, features, proposals):
+            return StandardROIHeads._forward_box(self, features, proposals)
+
+    student, _ = distilling()
+    student.roi_heads.__class__ = Own
+    with pytest.raises(ConfigError, match="_forward_box .* that doesn't call super"):
+        train_losses(student, tiny_batch())

@@ -66,7 +66,7 @@ class FeatureDistiller:
         """The weighted loss of one step, a scalar."""
         wanted = step.teacher.features
         device = next(iter(step.features.values())).device
-        boxes = [x["instances"].gt_boxes.tensor.to(device) for x in step.inputs]
+        boxes = [x["instances"].gt_boxes.tensor.to(device, non_blocking=True) for x in step.inputs]
         total = sum(
             loss(combine_levels(step.features, level, self.sources), wanted[level], boxes)
             for level, loss in self.adapters.items()

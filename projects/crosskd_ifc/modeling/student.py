@@ -71,7 +71,7 @@ class Student(nn.Module):
     _diagnostics: Optional[GradientDiagnostics] = None
     _inheritance: Optional[WeightInheritance] = None
     _has_fusion = False
-    _is_told = False  # that the losses reach no parameter
+    _is_looked_at = False  # whether the losses reach a parameter
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> Distiller:
         """The distiller that ``cfg`` asks for.
@@ -103,16 +103,28 @@ class Student(nn.Module):
 
     def _tell_if_nothing_learns(self, losses: Dict[str, torch.Tensor]) -> None:
         """Once, where nothing that trains lies before the taps: a frozen backbone, say."""
-        reaches = any(x.requires_grad for x in losses.values())
-        if reaches or self._is_told or self.kd_factor == 0 or not torch.is_grad_enabled():
+        if self._is_looked_at or self.kd_factor == 0 or not torch.is_grad_enabled():
             return
-        self._is_told = True
-        if any(float(x) for x in losses.values()):  # else all weights are 0, beside INHERIT
+        self._is_looked_at = True
+        if not any(float(x) for x in losses.values()):  # all weights are 0, beside INHERIT
+            return
+        if not self._reaches_the_student(losses):
             logger.warning(
                 "The distillation changes nothing: no parameter that trains lies before its taps "
                 "(MODEL.CROSSKD.FUSION.IN_FEATURES); take later layers, or freeze less of the "
                 "student"
             )
+
+    def _reaches_the_student(self, losses: Dict[str, torch.Tensor]) -> bool:
+        found = [x for x in losses.values() if x.requires_grad]
+        if not found or not self._has_fusion:  # then all that trains is the student's
+            return bool(found)
+        learned = {id(x) for x in self.fusion.parameters()}
+        ours = [x for x in self.parameters() if x.requires_grad and id(x) not in learned]
+        if not ours:
+            return False
+        gradients = torch.autograd.grad(sum(found), ours, retain_graph=True, allow_unused=True)
+        return any(gradient is not None for gradient in gradients)
 
     def set_teachers(self, candidates: Sequence[TeacherCandidate], *, loss: str = "mean") -> None:
         """Distil from these teachers; call it through :func:`crosskd_ifc.attach_teacher`.

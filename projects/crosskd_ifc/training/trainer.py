@@ -18,7 +18,7 @@ from torch import nn
 
 from ..common.files import write_json
 from ..common.random_state import same_random_state
-from ..config import distillation_requested, teacher_configs
+from ..config import ConfigError, distillation_requested, teacher_configs
 from ..data.cards import counted_detections
 from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
@@ -77,6 +77,7 @@ class CrossKDTrainer(DefaultTrainer):
         if cfg.MODEL.CROSSKD.DIAGNOSTICS.GRAD_NORM:
             self._trainer.register_hooks([GradientNorm()])
         self._watch = LastStepRecorder(self.model, passes=cfg.SOLVER.ACCUMULATE)
+        self.model.register_forward_hook(_check_distils)
 
     def check_config(self, cfg: CfgNode) -> None:
         """Refuse what can't work, before anything is built.
@@ -314,6 +315,11 @@ class CrossKDTrainer(DefaultTrainer):
             after.append(BestWeights(periods[1], self.checkpointer, metric, weights, on))
         _insert_after(hooks, EvalHook, after)
         if getattr(student, "teacher", None) is None:
+            if distillation_requested(self.cfg):
+                raise ConfigError(
+                    f"{type(self).__name__}.build_model attaches no teacher, though the config "
+                    "names one: call super().build_model(cfg), or attach_teacher(model, cfg)"
+                )
             return hooks
         if any(x.MODEL.CROSSKD.TEACHER.EVAL_AT_START for _, x in teacher_configs(self.cfg)):
             _insert_after(hooks, EvalHook, [TeacherEvaluation()])
@@ -327,6 +333,16 @@ class CrossKDTrainer(DefaultTrainer):
         """detectron2's, and one for Weights & Biases if ``WANDB.PROJECT`` names a project."""
         ours = [WandbWriter(self.cfg)] if self.cfg.WANDB.PROJECT else []
         return [*super().build_writers(), *ours]
+
+
+def _check_distils(model: nn.Module, inputs: Any, losses: Dict[str, torch.Tensor]) -> None:
+    student = unwrap(model)
+    distils = getattr(student, "distiller", None) is not None and student.kd_factor > 0
+    if distils and model.training and not any(name.endswith("_kd") for name in losses):
+        raise ConfigError(
+            f"{type(student).__name__}.forward gives none of the losses ..._kd, so nothing is "
+            "distilled: let it call super().forward, which adds them"
+        )
 
 
 def _insert_before(hooks: list, kinds: tuple, hook: HookBase) -> None:

@@ -103,6 +103,11 @@ def check_pair(student: nn.Module, teacher: Teacher, *, own_predictions: bool) -
         ours = box_stages(heads)
     except TypeError as error:
         raise ConfigError(f"MODEL.ROI_BOX_HEAD.NAME: the student's {error}") from None
+    if len({id(stage.head) for stage in ours}) < len(ours):
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NAME: {type(heads).__name__} of the student runs one box head in "
+            "several stages, whose layers can't be told apart; give each a head of its own"
+        )
     for stage in ours:
         problem = _predictor_problem(stage.predictor)
         if problem and (own_predictions or not isinstance(stage.predictor, FastRCNNOutputLayers)):

@@ -76,10 +76,10 @@ def combine_levels(
     """
     target = at_least_float32(features[level])
     size = target.shape[-2:]
-    maps: List[torch.Tensor] = []
+    total = None
     for name in sources or (level,):
         x = at_least_float32(features[name])
         if x.shape[-2:] != size:
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        maps.append(x)
-    return torch.stack(maps).sum(dim=0) if len(maps) > 1 else maps[0]
+        total = x if total is None else total + x
+    return total

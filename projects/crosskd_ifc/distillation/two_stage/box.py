@@ -115,6 +115,11 @@ class BoxDistiller:
         trace = step.heads.stages[self.stages.student]
         if self.cls_weight == self.box_weight == 0:
             return {key: self.zero(step.heads) for key in self.keys}
+        if not trace.proposals:
+            raise ConfigError(
+                "MODEL.ROI_HEADS.NAME: the student's ROI heads have a _forward_box (of a cascade, "
+                "a _run_stage) that doesn't call super()'s, so its boxes aren't known"
+            )
         targets, layers = self._targets(step.teacher, trace.boxes)
         terms, wanted = self.mimic.terms(trace, layers), self.mimic.targets(targets)
         loss_cls = sum(

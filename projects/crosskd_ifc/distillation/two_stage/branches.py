@@ -137,7 +137,8 @@ class BranchDistiller:
         trace = getattr(step.heads, self.branch)
         pooled = trace.pooled
         if not self._same_pooler:
-            pooled = self._pooler([step.features[f] for f in self._levels], trace.boxes)
+            levels = [L.at_least_float32(step.features[f]) for f in self._levels]
+            pooled = self._pooler(levels, trace.boxes)  # which takes boxes in the maps' precision
         return self._head.layers(self.adapters(pooled))  # PxKxHxW
 
 
