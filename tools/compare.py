@@ -54,7 +54,8 @@ def parse_args(argv=None):
 def reproduction(args):
     """The command that does all runs again in the same way."""
     file = os.path.relpath(args.protocol, CHECKOUT)
-    words = [*tool_command("compare").split(), args.protocol if file.startswith("..") else file]
+    protocol = args.protocol if file.startswith("..") else file
+    words = [*shlex.split(tool_command("compare")), protocol]
     names = ("jobs", "threads", "device", "num_gpus", "num_machines", "executor", "cluster")
     for name in (*names, "runs", "output"):
         value = getattr(args, name)

@@ -82,7 +82,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             raise ValueError(f"EXPORTED are {', '.join(kinds)}; give one of each kind")
         found = _speeds(args) if args.speed else _aps(args, problems)
         if args.json:
-            command = shlex.join([*tool_command("evaluate_export").split(), *args.command])
+            command = shlex.join([*shlex.split(tool_command("evaluate_export")), *args.command])
             threads = torch.get_num_threads()
             about = dict(versions=versions(), hardware=hardware("cpu", threads))
             write_json(args.json, {"command": command, **about, "dataset": args.dataset, **found})

@@ -104,7 +104,7 @@ def search_in(folder, protocol, args):
         runs=runs_folder,
         seeds=seeds,
         device=args.device or ("cuda" if torch.cuda.is_available() else ""),
-        command=shlex.join([*tool_command("tune").split(), *args.command]),
+        command=shlex.join([*shlex.split(tool_command("tune")), *args.command]),
         jobs=args.jobs,
         threads=threads_of(args),
         train=train_by(args, runs_folder),

@@ -310,8 +310,11 @@ def test_what_was_found_before_an_error_of_the_model_is_kept(files, tmp_path, mo
 def test_linked_folders_are_looked_through_once(files, tmp_path):
     os.symlink(files / "photos", tmp_path / "linked")
     os.symlink(tmp_path, tmp_path / "round")
+    os.symlink(files / "photos", tmp_path / "again")
     found = find_sources([str(tmp_path)])
-    assert sorted(x.name for x in found) == ["linked/a.JPG", "linked/b.png", "linked/more/a.webp"]
+    assert len(found) == 3 and len({os.path.realpath(x.path) for x in found}) == 3
+    os.symlink(files / "photos" / "more", files / "photos" / "more again")
+    assert len(find_sources([str(files / "photos")])) == 3
 
 
 @pytest.mark.parametrize(

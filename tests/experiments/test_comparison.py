@@ -286,6 +286,12 @@ def test_a_report_needs_no_photos(tmp_path):
     shutil.copytree(tmp_path, tmp_path / "photos")
     opts = {"DATASETS.CARDS": [str(card)], "DATASETS.TRAIN": ["gone_train"]}
     arms = {"plain": {"config": "COCO-Detection/faster_rcnn_R_18_FPN_1x.yaml"}}
+    given = [str(card)], ["gone_train"], str(tmp_path / "script.py")
+    keys = ("CONFIG_FILE", "OPTS", "WEIGHTS")
+    opts_of_teacher = ["DATASETS.CARDS", repr(given[0]), "DATASETS.TRAIN", repr(given[1])]
+    values = ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", opts_of_teacher, given[2])
+    distilled = {f"MODEL.CROSSKD.TEACHER.{k}": v for k, v in zip(keys, values)}
+    arms["distilled"] = {"config": "COCO-Detection/crosskd_R_18_FPN_1x.yaml", "opts": distilled}
     options = dict(opts=opts, arms=arms, teacher=None, ablations=None)
     before = Case(tmp_path, **options)
     assert before.do() == {}

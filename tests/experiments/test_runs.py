@@ -535,7 +535,9 @@ def test_ctrl_c_in_a_terminal_lets_a_training_save(tmp_path):
                 supervise(command, log, 0, None, every_second=lambda: None, grace=lambda: 30)
         finally:
             os._exit(0)
-    while not (tmp_path / "started").exists():
+    for _ in range(1200):
+        if (tmp_path / "started").exists():
+            break
         time.sleep(0.05)
     os.killpg(tool, signal.SIGINT)
     os.waitpid(tool, 0)

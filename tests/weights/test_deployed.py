@@ -22,7 +22,7 @@ from test_dense import dense_cfg, telling
 from test_export import write_run
 
 from crosskd_ifc import ConfigError
-from crosskd_ifc.weights import export, graphs
+from crosskd_ifc.weights import export, graphs, held_config
 from crosskd_ifc.weights.deployed import DeployedModel, difference
 from crosskd_ifc.weights.export import export_student
 from crosskd_ifc.weights.held_config import classes_of
@@ -141,6 +141,19 @@ def test_a_file_has_the_class_names_of_an_unregistered_card_or_of_its_weights(tm
     assert classes_of(held, tiny_cfg(*data), "weights") == ["a", "ß", "c"]  # renamed since
     assert classes_of(held, tiny_cfg(), "weights") == ["a", "d", "c"]
     assert graphs.describe(tiny_cfg(), ("a", "d", "c"), "onnx", None).classes == ("a", "d", "c")
+
+
+def test_classes_have_changed_places_only_where_a_name_is_gone_from_its_own(monkeypatch):
+    def check(held, now):
+        monkeypatch.setattr(held_config, "class_names", lambda *_, **__: now)
+        held_config.check_class_order({"config": {"classes": held}}, tiny_cfg(), "weights")
+
+    check(["fruit", "apple", "fruit"], ["fruit", "apple", "fruit"])
+    check(["cat", "dog"], ["Cat", "dog"])
+    check(["cat", "dog"], None)
+    for now in (["dog", "zebra"], ["a", "cat", "dog"]):
+        with pytest.raises(ConfigError, match="^weights: class '(dog|cat)' had the index"):
+            check(["cat", "dog"], now)
 
 
 @pytest.mark.parametrize("kind", ["Faster R-CNN", "Mask R-CNN", "FCOS"])

@@ -440,8 +440,11 @@ def test_code_of_the_users_own_is_named_where_the_model_needs_it(tmp_path, capsy
 def test_an_exported_config_has_no_key_that_detectron2s_release_0_6_lacks(run, tmp_path):
     """Unless it says something."""
     export.export_student(run, str(tmp_path / "a"))
-    head = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["MODEL"]["ROI_BOX_HEAD"]
+    written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    head, solver = written["MODEL"]["ROI_BOX_HEAD"], written["SOLVER"]
     assert "FC_DIM" in head and not [key for key in head if "FED_LOSS" in key or "SIGMOID" in key]
+    assert "BASE_LR" in solver
+    assert not {"BASE_LR_END", "NUM_DECAYS", "RESCALE_INTERVAL"} & solver.keys()
     config = tmp_path / "sigmoid.yaml"
     config.write_text(tiny_cfg("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True).dump())
     export.export_student(run, str(tmp_path / "b"), config_file=str(config))

@@ -87,15 +87,20 @@ def find_sources(words: Sequence[str], *, excluded: str = "") -> List[Source]:
 
 
 def _walk(folder: str, excluded: str) -> Iterator[Source]:
-    seen = set()
+    root, linked = os.path.realpath(folder), set()
+
+    def is_new(path: str) -> bool:  # not what is written to, nor what is seen anyway
+        target = os.path.realpath(path)
+        if target == os.path.realpath(excluded):
+            return False
+        if os.path.islink(path):
+            if target in linked or os.path.commonpath([target, root]) in (target, root):
+                return False
+            linked.add(target)
+        return True
+
     for parent, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(parent))
-        paths = {name: os.path.join(parent, name) for name in folders}
-        folders[:] = [
-            name
-            for name, path in paths.items()
-            if os.path.abspath(path) != excluded and os.path.realpath(path) not in seen
-        ]
+        folders[:] = [name for name in folders if is_new(os.path.join(parent, name))]
         for name in files:
             # macOS puts ._a.jpg beside a.jpg on other systems' disks.
             if name.lower().endswith(IMAGES + VIDEOS) and not name.startswith("._"):

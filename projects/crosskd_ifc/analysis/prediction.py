@@ -91,6 +91,7 @@ def predict(
     entries: List[dict] = []
     start, images, drawn, unreadable = time.perf_counter(), 0, 0, []
     files: List[str] = []
+    is_over = False
     try:
         for source in tqdm(sources, unit="input", disable=None):
             try:
@@ -110,10 +111,11 @@ def predict(
                 told = str(error)
                 logger.warning(told if source.path in told else f"{source.path}: {told}")
                 unreadable.append(source.path)
+        is_over = True
     except KeyboardInterrupt:
-        pass
+        is_over = True
     finally:  # also of an error of the model, such as a full GPU
-        if results:
+        if results and (is_over or entries):
             with replacing(results) as f:
                 f.write(json.dumps(entries).encode())
             files.append(results)

@@ -45,7 +45,7 @@ KINDS: Dict[str, Tuple[str, str]] = {
     "class without boxes": ("warning", "no AP for this class on this split"),
     "more than 100 objects": (
         "warning",
-        "TEST.DETECTIONS_PER_IMAGE is 100 and limits the AP; `configs` of prepare_data raises it",
+        "TEST.DETECTIONS_PER_IMAGE, 100 by default, limits the AP; `configs` raises it",
     ),
     "EXIF orientation": (
         "warning",

@@ -122,7 +122,8 @@ def make_card(
         for path, content in {os.path.realpath(output): text, **written}.items():
             file = stack.enter_context(replacing(path))
             file.write(content.encode())
-            file.flush()  # a full disk is told before one is replaced
+            file.flush()
+            os.fsync(file.fileno())  # a full disk is told before one is replaced
     load_card(output)
     return f"{_describe(found, splits)}\nSplit: {how}\nWrote {output} and {annotations}/"
 

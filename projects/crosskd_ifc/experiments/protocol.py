@@ -122,8 +122,9 @@ class Protocol:
             run.opts += [TEACHER_WEIGHTS, teacher.weights]
             # Whatever changed the teacher's architecture, input or classes must do so here, too.
             changed = _pairs([*self.opts, *self.arms[TEACHER].opts])
-            of_model = ("MODEL.", "INPUT.", "DATASETS.CARDS", "DATASETS.TRAIN")
-            changed = [(k, v) for k, v in changed if k.startswith(of_model)]
+            has_card = any(key == "DATASETS.CARDS" for key, _ in changed)
+            of_data = ("DATASETS.CARDS", "DATASETS.TRAIN") if has_card else ()
+            changed = [(k, v) for k, v in changed if k.startswith(("MODEL.", "INPUT.", *of_data))]
             if changed:
                 theirs = run.cfg().MODEL.CROSSKD.TEACHER.OPTS
                 ours = [x for pair in changed for x in pair]

@@ -91,7 +91,8 @@ class Run:
         start = cfg.MODEL.WEIGHTS
         teachers = []
         if not self.needs and distillation_requested(cfg):
-            teachers = [(one, *load_teacher_config(one)) for _, one in teacher_configs(cfg)]
+            named = [one for _, one in teacher_configs(cfg)]
+            teachers = [(one, *load_teacher_config(one, without_data=True)) for one in named]
         if any(file and is_missing(file) for file in (start, *(x[2] for x in teachers))):
             return None
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)

@@ -33,7 +33,7 @@ from ..config import ConfigError, error_prefix, teacher_configs
 from ..data.class_names import fill_in_class_count
 from ..distillation.compatibility.settings import check_crosskd_config
 from ..distillation.teacher import Teacher, padded_square
-from ..weights.held_config import classes_of, differing_keys
+from ..weights.held_config import check_class_order, differing_keys
 from ..weights.state_dicts import is_missing
 from ..weights.strict import load_strictly
 from .student import TeacherCandidate
@@ -169,11 +169,14 @@ def _build_teacher(
     return Teacher(model, description=description, **options), weights
 
 
-def load_teacher_config(cfg: CfgNode) -> Tuple[Union[CfgNode, DictConfig], str]:
+def load_teacher_config(
+    cfg: CfgNode, *, without_data: bool = False
+) -> Tuple[Union[CfgNode, DictConfig], str]:
     """The teacher's full config, and the file or URL of its weights.
 
     Args:
         cfg: the student's config; of several teachers the first is meant.
+        without_data: as for :func:`fill_in_class_count`.
 
     Returns:
         A yacs config or, where TEACHER.CONFIG_FILE is a ``.py`` file, what that defines.
@@ -190,7 +193,7 @@ def load_teacher_config(cfg: CfgNode) -> Tuple[Union[CfgNode, DictConfig], str]:
         teacher_cfg = default_config()
         merge_from_file(teacher_cfg, path, key="MODEL.CROSSKD.TEACHER.CONFIG_FILE")
         merge_from_list(teacher_cfg, kd.OPTS, key=f"MODEL.CROSSKD.TEACHER.OPTS {tuple(kd.OPTS)}")
-        fill_in_class_count(teacher_cfg)
+        fill_in_class_count(teacher_cfg, without_data=without_data)
     if kd.WEIGHTS:
         return teacher_cfg, kd.WEIGHTS
     try:
@@ -222,7 +225,7 @@ def _load(model: nn.Module, weights: str, cfg: Optional[CfgNode]) -> None:
     held = load_strictly(model, weights, key=key, source=source)
     if cfg is None:
         return
-    classes_of(held, cfg, f"{key} {weights!r}", cards=False)
+    check_class_order(held, cfg, f"{key} {weights!r}")
     keys = differing_keys(held, cfg, evaluation=False)
     if keys:
         logger.warning(

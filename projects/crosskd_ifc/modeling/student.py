@@ -71,6 +71,7 @@ class Student(nn.Module):
     _diagnostics: Optional[GradientDiagnostics] = None
     _inheritance: Optional[WeightInheritance] = None
     _has_fusion = False
+    has_distilled = False  # a forward with distillation losses
     _is_looked_at = False  # whether the losses reach a parameter
 
     def build_distiller(self, cfg: CfgNode, teacher: Teacher) -> Distiller:
@@ -96,6 +97,7 @@ class Student(nn.Module):
             losses = super().forward(batched_inputs)
         found = self.distiller.losses(step)
         losses.update(found)
+        self.has_distilled = True
         self._tell_if_nothing_learns(found)
         if self._diagnostics is not None:
             self._diagnostics.measure(losses)
@@ -106,7 +108,7 @@ class Student(nn.Module):
         if self._is_looked_at or self.kd_factor == 0 or not torch.is_grad_enabled():
             return
         self._is_looked_at = True
-        if not any(float(x) for x in losses.values()):  # all weights are 0, beside INHERIT
+        if not any(float(x.detach()) for x in losses.values()):  # all weights are 0, beside INHERIT
             return
         if not self._reaches_the_student(losses):
             logger.warning(
@@ -123,7 +125,10 @@ class Student(nn.Module):
         ours = [x for x in self.parameters() if x.requires_grad and id(x) not in learned]
         if not ours:
             return False
-        gradients = torch.autograd.grad(sum(found), ours, retain_graph=True, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(sum(found), ours, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # activation checkpoints of the older kind can't be asked
+            return True
         return any(gradient is not None for gradient in gradients)
 
     def set_teachers(self, candidates: Sequence[TeacherCandidate], *, loss: str = "mean") -> None:

@@ -16,7 +16,7 @@ from ..common.errors import one_line
 from ..common.files import replacing
 from ..config import ConfigError
 from ..modeling.student import adapter_prefixes
-from ..weights.held_config import classes_of
+from ..weights.held_config import check_class_order
 from ..weights.reading import SafeReader, load_weights, unreadable
 from ..weights.state_dicts import is_state_dict
 from ..weights.strict import describe_misfit
@@ -231,7 +231,7 @@ class SafeCheckpointer(SafeReader):
         """Load all of a checkpoint that :meth:`_read` has found good."""
         changed = []
         if self._cfg is not None and "config" in content:
-            classes_of(content, self._cfg, file, cards=False)
+            check_class_order(content, self._cfg, file)
             changed = changed_settings(content["config"], self._cfg)
             self._check_processes(file, content["config"])
         elif self._cfg is not None:

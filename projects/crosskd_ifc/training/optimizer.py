@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..modeling.student import learned_by_distillation
 from .run_config import as_table
@@ -66,13 +67,14 @@ def go_on_with(
         settings: of this run.
         kept: of the run that has written the checkpoint.
         optimizer: has as many groups.
-        scheduler: detectron2's; its learning rates become those of this iteration. One of another
-            kind goes on with the rates of the checkpoint, which is told.
+        scheduler: detectron2's; its learning rates become those of this iteration. Another one of
+            torch's goes on with the rates of the checkpoint, which is told.
     """
-    told, is_stock, keeps_rate = [], isinstance(scheduler, LRMultiplier), False
+    told, keeps_rate, is_stock = [], False, isinstance(scheduler, LRMultiplier)
+    is_own = isinstance(scheduler, LRScheduler) and not is_stock
     for group, then, now in zip(optimizer.param_groups, kept, settings):
         changed = {k: v for k, v in now.items() if then.get(k) != v}
-        if not is_stock:
+        if is_own:
             keeps_rate |= changed.pop(_BASE, None) is not None
         group.update(changed)
         rows = [

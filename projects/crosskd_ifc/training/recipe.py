@@ -84,6 +84,13 @@ def write_configs(
     base, notes = _base(records, detector, pretrained=pretrained, gpus=gpus)
     base["DATASETS"] = {"CARDS": [path], "TRAIN": [train], "TEST": [test]}
     notes += [f"Evaluations: on {test}, {why}."] if why else []
+    most = max(len(x["annotations"]) for name in (train, test) for x in DatasetCatalog.get(name))
+    if most > COUNTED:
+        base["TEST"]["DETECTIONS_PER_IMAGE"] = limit = -(-3 * most // 200) * 100
+        notes.append(
+            f"Up to {most} objects in an image: a detector gives up to {limit} detections, and the "
+            "AP counts as many (COCO's own counts 100)."
+        )
     for section, settings in masks.items():
         base[section].update(settings)
     outputs = {name: os.path.join(folder, "output", name) for name in _NAMES}
@@ -197,13 +204,6 @@ def _base(
         "MAX_SIZE_TEST": long,
     }
     cfg["TEST"] = {"EVAL_PERIOD": max(steps // 5, 1)}
-    most = max(len(record["annotations"]) for record in records)
-    if most > COUNTED:
-        cfg["TEST"]["DETECTIONS_PER_IMAGE"] = limit = -(-3 * most // 200) * 100
-        notes.append(
-            f"Up to {most} objects in an image: a detector gives up to {limit} detections, and the "
-            "AP counts as many (COCO's own counts 100)."
-        )
     if not gpus:
         model["DEVICE"] = "cpu"
         cfg["DATALOADER"] = {"NUM_WORKERS": 0}

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..common.files import replacing
 from ..config import ConfigError
-from ..weights.held_config import classes_of, differing_keys
+from ..weights.held_config import check_class_order, differing_keys
 from ..weights.strict import load_strictly
 from .checkpointer import SafeCheckpointer
 from .errors import one_line_errors
@@ -143,7 +143,7 @@ def evaluate(
         else:
             held = load_strictly(model, cfg.MODEL.WEIGHTS)
         source = "the last checkpoint" if args.resume else f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}"
-        classes_of(held, cfg, source, cards=False)
+        check_class_order(held, cfg, source)
         keys = differing_keys(held, cfg, evaluation=False)
         if keys:
             logger.warning(

@@ -315,7 +315,8 @@ class CrossKDTrainer(DefaultTrainer):
             after.append(BestWeights(periods[1], self.checkpointer, metric, weights, on))
         _insert_after(hooks, EvalHook, after)
         if getattr(student, "teacher", None) is None:
-            if distillation_requested(self.cfg):
+            parts = (getattr(part, "teacher", None) for part in student.modules())
+            if distillation_requested(self.cfg) and all(x is None for x in parts):
                 raise ConfigError(
                     f"{type(self).__name__}.build_model attaches no teacher, though the config "
                     "names one: call super().build_model(cfg), or attach_teacher(model, cfg)"
@@ -337,10 +338,10 @@ class CrossKDTrainer(DefaultTrainer):
 
 def _check_distils(model: nn.Module, inputs: Any, losses: Dict[str, torch.Tensor]) -> None:
     student = unwrap(model)
-    distils = getattr(student, "distiller", None) is not None and student.kd_factor > 0
-    if distils and model.training and not any(name.endswith("_kd") for name in losses):
+    distils = getattr(student, "distiller", None) is not None
+    if distils and model.training and not student.has_distilled:
         raise ConfigError(
-            f"{type(student).__name__}.forward gives none of the losses ..._kd, so nothing is "
+            f"{type(student).__name__}.forward adds no distillation losses, so nothing is "
             "distilled: let it call super().forward, which adds them"
         )
 

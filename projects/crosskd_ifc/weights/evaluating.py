@@ -12,8 +12,9 @@ from detectron2.data import (
 )
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 
-from ..config import ConfigError
-from ..data.class_names import class_names_or_numbers, dataset_class_names
+from ..config import ConfigError, class_count
+from ..data.cards import counted_detections
+from ..data.class_names import dataset_class_names
 from ..data.fields import coco_evaluator_fault
 from ..data.files import read_coco_json
 from ..data.mapper import CheckedMapper
@@ -22,6 +23,9 @@ from .student import load_student
 
 Results = Dict[str, Dict[str, float]]
 _PERSON = 17  # keypoints of COCO's person, whose sigmas pycocotools knows
+
+
+_MOST = 10_000  # detections of an image: more than a model gives
 
 
 class _Asked(NamedTuple):
@@ -74,7 +78,8 @@ def evaluate_checkpoint(
     """
     student = load_student(checkpoint, config_file, overrides)
     cfg = student.cfg
-    _check_classes(dataset, checkpoint, class_names_or_numbers(cfg))
+    names = student.classes or map(str, range(class_count(cfg)[1]))
+    _check_classes(dataset, checkpoint, tuple(names))
     asked = _Asked(cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON, list(cfg.TEST.KEYPOINT_OKS_SIGMAS))
     return _evaluate(student.model, dataset, student.mapper(), asked)
 
@@ -131,6 +136,7 @@ def _evaluator(dataset: str, folder: str, asked: _Asked) -> COCOEvaluator:
     metadata = MetadataCatalog.get(dataset)
     is_converted = metadata.get("json_file") is None
     options = dict(distributed=False, output_dir=folder, kpt_oks_sigmas=asked.sigmas)
+    options["max_dets_per_image"] = counted_detections(dataset, _MOST)
     evaluator = COCOEvaluator(dataset, **options)
     path = metadata.json_file
     if is_converted:

@@ -1,6 +1,7 @@
 """What a checkpoint of this project holds of its run, beside the config that is named for its
 weights."""
 
+import logging
 import re
 from typing import Any, List, Optional, Sequence
 
@@ -11,6 +12,8 @@ from ..common.config_files import LAZY_CONFIG, flat
 from ..common.safe_yaml import load_yaml
 from ..config import ConfigError
 from ..data.class_names import class_names
+
+logger = logging.getLogger(__name__)
 
 # Keys that weights fit with any value of, and that change what a model finds.
 _OF_PREDICTIONS = re.compile(
@@ -50,31 +53,56 @@ def differing_keys(checkpoint: Any, cfg: CfgNode, *, evaluation: bool) -> List[s
     ]
 
 
-def classes_of(
-    checkpoint: Any, cfg: CfgNode, source: str, *, cards: bool = True
-) -> Optional[Sequence[str]]:
-    """The names of a model's classes: those of its config's data sets, or else those in the
-    checkpoint; None where neither knows them.
+def check_class_order(checkpoint: Any, cfg: CfgNode, source: str) -> None:
+    """Refuse a config whose data sets have a class of the checkpoint at another index.
+
+    Args:
+        checkpoint: its content; what it doesn't say isn't compared.
+        cfg: whose data sets are registered.
+        source: of the weights, for the error.
+
+    Raises:
+        ConfigError: naming the class.
+    """
+    held = _held_classes(checkpoint)
+    moved = _moved(held, class_names(cfg) or ())
+    if moved:
+        raise ConfigError(
+            f"{source}: {moved}. Take the data set as it was, with the classes {', '.join(held)}, "
+            "or train anew"
+        )
+
+
+def classes_of(checkpoint: Any, cfg: CfgNode, source: str) -> Optional[Sequence[str]]:
+    """The names of a model's classes: those of its config's data sets, unless they have changed
+    places, or else those in the checkpoint; None where neither knows them.
 
     Args:
         checkpoint: its content.
-        cfg: the config that is used with it.
-        source: of the weights, for the error.
-        cards: also register the config's dataset cards.
-
-    Raises:
-        ConfigError: if a class of the training has another index now.
+        cfg: the config that is used with it; its dataset cards are registered.
+        source: of the weights, for the log.
     """
+    held, names = _held_classes(checkpoint), class_names(cfg, cards=True) or ()
+    moved = _moved(held, names)
+    if moved:
+        logger.warning(f"{source}: {moved}; the names of the training are taken")
+        return held
+    return list(names) or held or None
+
+
+def _held_classes(checkpoint: Any) -> List[str]:
     try:
-        held = [str(name) for name in checkpoint["config"]["classes"]]
+        return [str(name) for name in checkpoint["config"]["classes"]]
     except (AttributeError, KeyError, TypeError):
-        held = []
-    names = list(class_names(cfg, cards=cards) or ())
+        return []
+
+
+def _moved(held: Sequence[str], names: Sequence[str]) -> str:
+    """The first class that has another index now, in words, or ""."""
     for i, name in enumerate(held):
-        if name in names and names.index(name) != i:
-            raise ConfigError(
-                f"{source}: class {name!r} had the index {i} in the training of these weights and "
-                f"has {names.index(name)} in DATASETS.TRAIN and DATASETS.TEST now. Take the data "
-                f"set as it was, with the classes {', '.join(held)}, or train anew"
+        if name in names and list(names[i : i + 1]) != [name]:
+            return (
+                f"class {name!r} had the index {i} in the training of these weights and has "
+                f"{list(names).index(name)} in DATASETS.TRAIN and DATASETS.TEST now"
             )
-    return names or held or None
+    return ""
