@@ -10,12 +10,11 @@ figures) lies beside it.
 """
 
 import os
-import shlex
 import sys
 
 import torch
 
-from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
+from crosskd_ifc.common.command_line import recorded_command, run_tool, tool_parser
 from crosskd_ifc.common.paths import CHECKOUT, TOOLS
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, select
 from crosskd_ifc.experiments.executors import add_executor_options, threads_of, train_by
@@ -55,14 +54,14 @@ def reproduction(args):
     """The command that does all runs again in the same way."""
     file = os.path.relpath(args.protocol, CHECKOUT)
     protocol = args.protocol if file.startswith("..") else file
-    words = [*shlex.split(tool_command("compare")), protocol]
+    words = [protocol]
     names = ("jobs", "threads", "device", "num_gpus", "num_machines", "executor", "cluster")
     for name in (*names, "runs", "output"):
         value = getattr(args, name)
         if value not in (None, PARSER.get_default(name)):
             several = value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, several)]
-    return shlex.join(words)
+    return recorded_command("compare", *words)
 
 
 def main(args):

@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from crosskd_ifc.analysis.curves import plot_curves
 from crosskd_ifc.analysis.pictures import inspect_pair
-from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
+from crosskd_ifc.common.command_line import recorded_command, run_tool, tool_parser
 from crosskd_ifc.common.paths import TOOLS
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, has_weights
 from crosskd_ifc.experiments.protocol import TEACHER, load_protocol
@@ -67,7 +67,7 @@ def main(argv=None, protocol_file=""):
     on_gpu = torch.cuda.is_available()
     by_key = all_runs(protocol, output, device="cuda" if on_gpu else "cpu")
     report = os.path.join(output, "results.json")
-    command = tool_command("demo") + (" --quick" if args.quick else "")
+    command = recorded_command("demo", *(["--quick"] if args.quick else []))
     results = Results(protocol, report, by_key, command=command)
     # Two side by side use a CPU's cores better than one after the other.
     jobs = 1 if on_gpu else min(os.cpu_count() or 1, 2)

@@ -13,14 +13,13 @@ With --speed all run in turns instead, image by image, on the first images of th
 """
 
 import os
-import shlex
 import sys
 from typing import Any, Dict, List, Optional
 
 import torch
 from tabulate import tabulate
 
-from crosskd_ifc.common.command_line import tool_command, tool_parser
+from crosskd_ifc.common.command_line import recorded_command, tool_parser
 from crosskd_ifc.common.environment import hardware, versions
 from crosskd_ifc.common.files import claim_output, write_json
 from crosskd_ifc.data.cards import register_cards
@@ -82,7 +81,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             raise ValueError(f"EXPORTED are {', '.join(kinds)}; give one of each kind")
         found = _speeds(args) if args.speed else _aps(args, problems)
         if args.json:
-            command = shlex.join([*shlex.split(tool_command("evaluate_export")), *args.command])
+            command = recorded_command("evaluate_export", *args.command)
             threads = torch.get_num_threads()
             about = dict(versions=versions(), hardware=hardware("cpu", threads))
             write_json(args.json, {"command": command, **about, "dataset": args.dataset, **found})

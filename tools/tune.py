@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-from crosskd_ifc.common.command_line import run_tool, tool_command, tool_parser
+from crosskd_ifc.common.command_line import recorded_command, run_tool, tool_parser
 from crosskd_ifc.common.paths import TOOLS
 from crosskd_ifc.experiments.child_process import RunFailed
 from crosskd_ifc.experiments.executors import add_executor_options, threads_of, train_by
@@ -104,7 +104,7 @@ def search_in(folder, protocol, args):
         runs=runs_folder,
         seeds=seeds,
         device=args.device or ("cuda" if torch.cuda.is_available() else ""),
-        command=shlex.join([*shlex.split(tool_command("tune")), *args.command]),
+        command=recorded_command("tune", *args.command),
         jobs=args.jobs,
         threads=threads_of(args),
         train=train_by(args, runs_folder),

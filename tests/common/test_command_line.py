@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crosskd_ifc.common.command_line import as_started, run_tool
+from crosskd_ifc.common.command_line import as_started, recorded_command, run_tool
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -37,7 +37,9 @@ def test_commands_are_those_that_work_where_they_are_shown(tmp_path, monkeypatch
     monkeypatch.chdir(TOOLS.parent)
     text = "    python tools/train_net.py X\n    torchrun --nproc-per-node 8 tools/train_net.py X"
     assert as_started(text) == text
+    assert recorded_command("tune", "a b") == "python tools/tune.py 'a b'"
     monkeypatch.chdir(tmp_path)
+    assert recorded_command("tune", "a b") == "python tools/tune.py 'a b'"
     assert as_started(text) == text.replace("tools/", f"{TOOLS}/")
     monkeypatch.setattr("crosskd_ifc.common.command_line.CHECKOUT", "")
     said = "    crosskd-train X\n    torchrun --nproc-per-node 8 -m crosskd_ifc.tools.train_net X"

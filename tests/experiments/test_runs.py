@@ -532,11 +532,12 @@ def test_ctrl_c_in_a_terminal_lets_a_training_save(tmp_path):
             os.setsid()
             with open(os.devnull, "wb") as log:
                 command = [sys.executable, str(tmp_path / "train.py")]
-                supervise(command, log, 0, None, every_second=lambda: None, grace=lambda: 30)
+                look = (tmp_path / "looked").touch
+                supervise(command, log, 0, None, every_second=look, grace=lambda: 30)
         finally:
             os._exit(0)
     for _ in range(1200):
-        if (tmp_path / "started").exists():
+        if (tmp_path / "started").exists() and (tmp_path / "looked").exists():
             break
         time.sleep(0.05)
     os.killpg(tool, signal.SIGINT)

@@ -51,6 +51,18 @@ def tool_command(name: str) -> str:
     return _COMMANDS.get(name, f"crosskd-{name.replace('_', '-')}")
 
 
+def recorded_command(name: str, *words: str) -> str:
+    """A command for a record: as it is given in the repository, wherever it was started.
+
+    Args:
+        name: of a tool.
+        words: behind it.
+    """
+    return shlex.join(
+        [*(["python", f"tools/{name}.py"] if CHECKOUT else [tool_command(name)]), *words]
+    )
+
+
 def tool_parser(file: str, description: str) -> argparse.ArgumentParser:
     """The parser of a tool, whose description names tools as they are started in a checkout.
 

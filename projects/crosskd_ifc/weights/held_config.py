@@ -3,7 +3,7 @@ weights."""
 
 import logging
 import re
-from typing import Any, List, Optional, Sequence
+from typing import Any, List, Mapping, Optional, Sequence
 
 import yaml
 from detectron2.config import CfgNode
@@ -91,10 +91,9 @@ def classes_of(checkpoint: Any, cfg: CfgNode, source: str) -> Optional[Sequence[
 
 
 def _held_classes(checkpoint: Any) -> List[str]:
-    try:
-        return [str(name) for name in checkpoint["config"]["classes"]]
-    except (AttributeError, KeyError, TypeError):
-        return []
+    config = checkpoint.get("config") if isinstance(checkpoint, Mapping) else None
+    held = config.get("classes") if isinstance(config, Mapping) else None
+    return [str(name) for name in held] if isinstance(held, list) else []
 
 
 def _moved(held: Sequence[str], names: Sequence[str]) -> str:
