@@ -530,6 +530,7 @@ def test_ctrl_c_in_a_terminal_lets_a_training_save(tmp_path):
     if not tool:
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
             with open(os.devnull, "wb") as log:
                 command = [sys.executable, str(tmp_path / "train.py")]
                 look = (tmp_path / "looked").touch
