@@ -45,7 +45,12 @@ def class_names(cfg: Optional[CfgNode], *, cards: bool = False) -> Optional[Sequ
 
 def class_names_or_numbers(cfg: CfgNode) -> Tuple[str, ...]:
     """As :func:`class_names` with its cards; numbers where no data set knows the names."""
-    return tuple(class_names(cfg, cards=True) or map(str, range(class_count(cfg)[1])))
+    return names_or_numbers(class_names(cfg, cards=True), cfg)
+
+
+def names_or_numbers(names: Optional[Sequence[str]], cfg: CfgNode) -> Tuple[str, ...]:
+    """The names of a model's classes, or their numbers where they aren't known."""
+    return tuple(names or map(str, range(class_count(cfg)[1])))
 
 
 def dataset_class_names(dataset: str) -> Optional[Tuple[str, ...]]:

@@ -12,9 +12,9 @@ from detectron2.data import (
 )
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 
-from ..config import ConfigError, class_count
+from ..config import ConfigError
 from ..data.cards import counted_detections
-from ..data.class_names import dataset_class_names
+from ..data.class_names import dataset_class_names, names_or_numbers
 from ..data.fields import coco_evaluator_fault
 from ..data.files import read_coco_json
 from ..data.mapper import CheckedMapper
@@ -23,8 +23,6 @@ from .student import load_student
 
 Results = Dict[str, Dict[str, float]]
 _PERSON = 17  # keypoints of COCO's person, whose sigmas pycocotools knows
-
-
 _MOST = 10_000  # detections of an image: more than a model gives
 
 
@@ -78,8 +76,7 @@ def evaluate_checkpoint(
     """
     student = load_student(checkpoint, config_file, overrides)
     cfg = student.cfg
-    names = student.classes or map(str, range(class_count(cfg)[1]))
-    _check_classes(dataset, checkpoint, tuple(names))
+    _check_classes(dataset, checkpoint, names_or_numbers(student.classes, cfg))
     asked = _Asked(cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON, list(cfg.TEST.KEYPOINT_OKS_SIGMAS))
     return _evaluate(student.model, dataset, student.mapper(), asked)
 

@@ -20,7 +20,8 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
 from ..common.files import write_json
-from ..config import ConfigError, class_count
+from ..config import ConfigError
+from ..data.class_names import names_or_numbers
 from .deployed import INFO_NAME, KEYPOINTS, Info
 
 # Format -> name of the file.
@@ -108,7 +109,7 @@ def describe(
         padding=tuple(cfg.MODEL.PIXEL_MEAN),
         precision="float32",
         outputs=(),
-        classes=tuple(classes or map(str, range(class_count(cfg)[1]))),
+        classes=names_or_numbers(classes, cfg),
         keypoint_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
     )
 
