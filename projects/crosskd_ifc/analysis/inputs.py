@@ -9,6 +9,7 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 
 from ..common.errors import one_line
+from ..common.paths import is_seen_anyway
 from ..config import ConfigError
 from ..data.mapper import check_image
 
@@ -89,15 +90,9 @@ def find_sources(words: Sequence[str], *, excluded: str = "") -> List[Source]:
 def _walk(folder: str, excluded: str) -> Iterator[Source]:
     root, linked = os.path.realpath(folder), set()
 
-    def is_new(path: str) -> bool:  # not what is written to, nor what is seen anyway
-        target = os.path.realpath(path)
-        if target == os.path.realpath(excluded):
-            return False
-        if os.path.islink(path):
-            if target in linked or os.path.commonpath([target, root]) in (target, root):
-                return False
-            linked.add(target)
-        return True
+    def is_new(path: str) -> bool:
+        is_output = os.path.realpath(path) == os.path.realpath(excluded)
+        return not is_output and not is_seen_anyway(path, root, linked)
 
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if is_new(os.path.join(parent, name))]

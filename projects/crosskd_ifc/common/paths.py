@@ -1,7 +1,7 @@
 """Where files that a user named are looked for."""
 
 import os
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Set
 
 from detectron2.utils.file_io import PathManager
 
@@ -35,6 +35,22 @@ def beside(path: str, config_file: str) -> str:
     places = _not_beside.setdefault(path, [])
     places += [found] if found not in places else []
     return path
+
+
+def is_seen_anyway(path: str, root: str, linked: Set[str]) -> bool:
+    """Whether a subfolder is a link to what a walk through ``root`` sees without it; the targets of
+    other links are noted in ``linked``.
+
+    Args:
+        root: a real path.
+    """
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    if target in linked or os.path.commonpath([target, root]) in (target, root):
+        return True
+    linked.add(target)
+    return False
 
 
 def tried(path: str) -> List[str]:

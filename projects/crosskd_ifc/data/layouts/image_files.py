@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 
 from PIL import Image
 
+from ...common.paths import is_seen_anyway
 from ..files import read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in any case
@@ -68,13 +69,7 @@ class Files:
         """Whether to look through a subfolder: not a hidden one, nor a link to what is seen
         anyway."""
         path = os.path.join(folder, name)
-        if name.startswith(".") or not os.path.islink(path):
-            return not name.startswith(".")
-        target = os.path.realpath(path)
-        if target in self._linked or os.path.commonpath([target, self.root]) in (target, self.root):
-            return False
-        self._linked.add(target)
-        return True
+        return not name.startswith(".") and not is_seen_anyway(path, self.root, self._linked)
 
     def read(self, read: Callable[[str], Any], path: str) -> Any:
         """What ``read`` makes of a file; None if it can't, which is noted."""
