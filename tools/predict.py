@@ -41,9 +41,6 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--output", default="output/predictions", help="folder for the pictures")
     parser.add_argument("--no-pictures", action="store_true", help="write none")
     parser.add_argument("--json", default="", metavar="FILE", help="COCO results to write")
-    parser.add_argument(
-        "--annotations", default="", metavar="FILE", help="COCO file whose ids --json takes"
-    )
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
     parser.add_argument(
         "--frames", type=int, default=0, help="most of a video or camera; 0: all, until Ctrl-C"
@@ -61,8 +58,6 @@ def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.no_pictures and not args.json:
         parser.error("--no-pictures without --json would write nothing")
-    if args.annotations and not args.json:
-        parser.error("--annotations gives the ids of --json")
     return args
 
 
@@ -88,7 +83,6 @@ def main(args: argparse.Namespace) -> int:
         sources,
         folder=folder,
         results=args.json,
-        annotations=args.annotations,
         threshold=args.threshold,
         frames=args.frames,
         force=args.force,

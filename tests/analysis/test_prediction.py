@@ -162,66 +162,6 @@ def test_a_folder_makes_pictures_and_coco_results(files, tmp_path, capsys):
     assert f"3 images, {len(found)} detections" in printed and "images/s" in printed
 
 
-def test_results_take_the_ids_of_annotations(files, tmp_path):
-    content = {
-        "images": [{"id": 70 + i, "file_name": n} for i, n in enumerate(("b.png", "a.webp"))],
-        "categories": [{"id": 5 + i, "name": n} for i, n in enumerate(reversed(NAMES))],
-    }
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    inputs = (files / "photos" / "b.png", files / "photos" / "more")
-    options = ("--no-pictures", "--json", tmp_path / "r.json", "--annotations", tmp_path / "a.json")
-    run(files / "student", *inputs, *options)
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert {x["image_id"] for x in found} == {70, 71}
-    assert all(x["category_id"] == 7 - NAMES.index(x["category"]) for x in found)
-    with pytest.raises(SystemExit, match="error: --annotations .*: no image is called a.JPG"):
-        run(files / "student", files / "photos" / "a.JPG", *options, "--force")
-    with pytest.raises(SystemExit, match="error: --annotations .*: no category is called '0'"):
-        run(files / "run", *inputs, *options, "--force")
-
-
-def test_annotations_may_list_pictures_from_a_folder_above(files, tmp_path):
-    listed = [{"id": 7, "file_name": "photos/b.png"}, {"id": 8, "file_name": "other/b.png"}]
-    content = {"images": listed, "categories": [{"id": i, "name": n} for i, n in enumerate(NAMES)]}
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    options = ("--no-pictures", "--json", tmp_path / "r.json", "--annotations", tmp_path / "a.json")
-    run(files / "student", files / "photos" / "b.png", *options)
-    assert {x["image_id"] for x in json.loads((tmp_path / "r.json").read_text())} == {7}
-    with pytest.raises(SystemExit, match="no image is called a.JPG; the first one is photos/b.png"):
-        run(files / "student", files / "photos" / "a.JPG", *options, "--force")
-
-
-def test_of_listed_pictures_of_one_name_the_one_in_the_folder_is_meant(files, tmp_path):
-    names = ("b.png", "cam2/b.png")
-    listed = [{"id": i, "file_name": name} for i, name in enumerate(names, 1)]
-    content = {"images": listed, "categories": [{"id": i, "name": n} for i, n in enumerate(NAMES)]}
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    (tmp_path / "in" / "cam2").mkdir(parents=True)
-    for name in names:
-        shutil.copy(files / "photos" / "b.png", tmp_path / "in" / name)
-    options = ("--no-pictures", "--json", tmp_path / "r.json", "--annotations", tmp_path / "a.json")
-    for folder, ids in (("in/cam2", {2}), ("in", {1, 2}), ("in/b.png", {1})):
-        run(files / "student", tmp_path / folder, *options, "--force")
-        assert {x["image_id"] for x in json.loads((tmp_path / "r.json").read_text())} == ids
-    os.symlink(tmp_path / "in" / "cam2" / "b.png", tmp_path / "in" / "link.png")
-    content["images"].append({"id": 3, "file_name": "link.png"})
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    run(files / "student", tmp_path / "in" / "link.png", *options, "--force")
-    assert {x["image_id"] for x in json.loads((tmp_path / "r.json").read_text())} == {3}
-
-
-def test_two_pictures_are_never_results_of_one_image(files, tmp_path):
-    content = {"images": [{"id": 1, "file_name": "b.png"}], "categories": []}
-    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(NAMES)]
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    for folder in ("x", "y"):
-        (tmp_path / "in" / folder).mkdir(parents=True)
-        os.symlink(files / "photos" / "b.png", tmp_path / "in" / folder / "b.png")
-    options = ("--no-pictures", "--json", tmp_path / "r.json", "--annotations", tmp_path / "a.json")
-    with pytest.raises(SystemExit, match="error: --annotations .*: x/b.png and y/b.png .* b.png"):
-        run(files / "student", tmp_path / "in", *options)
-
-
 @pytest.mark.parametrize("names", [("v.avi", "v.mov"), ("b.bmp", "b.bmp.png")])
 def test_two_inputs_are_never_written_to_one_file(names, files, tmp_path):
     for name in names:
@@ -377,12 +317,6 @@ def test_nothing_is_overwritten_without_force(files, tmp_path):
         run(files / "student", photo, *results)
     with pytest.raises(SystemExit, match="this would overwrite the input"):
         run(files / "student", photo, "--output", photo.parent, "--force")
-    content = {"images": [{"file_name": "b.png", "id": 1}], "categories": []}
-    content["categories"] = [{"name": name, "id": i} for i, name in enumerate(NAMES)]
-    (tmp_path / "truth.json").write_text(json.dumps(content))
-    same = ("--annotations", tmp_path / "truth.json", "--json", tmp_path / "truth.json")
-    with pytest.raises(SystemExit, match="--json: .*truth.json: this would overwrite the input"):
-        run(files / "student", photo, "--no-pictures", *same, "--force")
 
 
 def test_an_input_named_twice_is_done_once(files, tmp_path):

@@ -104,22 +104,16 @@ def test_features_are_those_of_torchvision(source, tmp_path, depth):
     rgb = torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8)
     wanted = torchvision_features(original, rgb, size=(64, 96))
     assert all(feature.std() > 0.01 for feature in wanted.values())
-    for fold_input in (False, True):
-        out = str(tmp_path / f"{fold_input}.pth")
-        done = convert.convert_file(path, out, fold_input=fold_input)
-        assert done.depth == depth
-        assert done.config.INPUT.FORMAT == ("BGR" if fold_input else "RGB")
-        assert (done.config.MODEL.PIXEL_STD == [1.0] * 3) == fold_input
-        model = detector(done.config).eval()
-        incompatible = load(model, out)
-        assert not [k for k in incompatible.missing_keys if "bottom_up" in k]
-        with torch.no_grad():
-            images = model.preprocess_image([{"image": rgb.flip(0) if fold_input else rgb}])
-            found = model.backbone.bottom_up(images.tensor)
-        assert found.keys() == wanted.keys()
-        for name, feature in wanted.items():
-            error = (found[name] - feature).abs().max() / feature.abs().max()
-            assert error < 1e-5, (name, fold_input)
+    done = convert.convert_file(path, str(tmp_path / "out.pth"))
+    assert done.depth == depth and done.config.INPUT.FORMAT == "RGB"
+    model = detector(done.config).eval()
+    incompatible = load(model, tmp_path / "out.pth")
+    assert not [k for k in incompatible.missing_keys if "bottom_up" in k]
+    with torch.no_grad():
+        found = model.backbone.bottom_up(model.preprocess_image([{"image": rgb}]).tensor)
+    assert found.keys() == wanted.keys()
+    for name, feature in wanted.items():
+        assert (found[name] - feature).abs().max() / feature.abs().max() < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "c4"])
@@ -156,20 +150,16 @@ def test_depth_is_recognised_and_every_shape_fits(depth):
     assert found == depth
     with torch.device("meta"):
         cfg = get_cfg()
-        cfg.merge_from_other_cfg(convert.required_config(depth, fold_input=False))
+        cfg.merge_from_other_cfg(convert.required_config(depth))
         cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
         backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     assert not convert.describe_mismatch(weights, backbone.state_dict())
 
 
 def test_means_and_stds_are_torchvisions_on_the_scale_of_bytes():
-    rgb = convert.required_config(18, fold_input=False)
+    rgb = convert.required_config(18)
     assert rgb.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
     assert rgb.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
-    # The model zoo's own mean is the same one in BGR.
-    zoo = get_cfg().MODEL
-    assert convert.required_config(18, fold_input=True).MODEL.PIXEL_MEAN == zoo.PIXEL_MEAN
-    assert convert.required_config(18, fold_input=True).MODEL.PIXEL_STD == zoo.PIXEL_STD
 
 
 def test_other_networks_are_refused_with_the_differences():
@@ -234,13 +224,13 @@ def test_script_prints_depth_and_the_keys_to_set(source, tmp_path, capsys):
     _, path = source(18)
     main = runpy.run_path(str(SCRIPT))["main"]
     out = tmp_path / "new" / "R-18.pth"
-    assert main([path, str(out), "--fold-input"]) == 0
+    assert main([path, str(out)]) == 0
     printed = capsys.readouterr().out
     assert "Found a torchvision ResNet-18" in printed and str(out) in printed
     (tmp_path / "keys.yaml").write_text(printed[printed.index("INPUT:") :])
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "keys.yaml"), allow_unsafe=False)
     assert cfg.MODEL.RESNETS.RES2_OUT_CHANNELS == 64 and not cfg.MODEL.RESNETS.STRIDE_IN_1X1
-    assert (cfg.INPUT.FORMAT, cfg.MODEL.WEIGHTS) == ("BGR", str(out))
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.WEIGHTS) == ("RGB", str(out))
     assert main([path, str(out)]) == 1
     assert capsys.readouterr().err.startswith("convert_weights: ")

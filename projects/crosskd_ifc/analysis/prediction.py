@@ -5,14 +5,12 @@ import json
 import logging
 import os
 import time
-from collections import defaultdict
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from ..common.files import claim_output, file_identity, replacing
@@ -48,7 +46,6 @@ def predict(
     *,
     folder: str = "",
     results: str = "",
-    annotations: str = "",
     threshold: float = 0.5,
     frames: int = 0,
     force: bool = False,
@@ -64,29 +61,27 @@ def predict(
         sources: from :func:`find_sources`.
         folder: for pictures, named and nested as the inputs; a video makes an .mp4. "":
             none.
-        results: JSON file for the detections as COCO results, all that the model gives. "": none.
-        annotations: COCO JSON file whose image ids (by file name) and category ids (by name) the
-            results take. Without it both are counted from 1; each result also names its file.
+        results: JSON file for the detections as COCO results, all that the model gives; image and
+            category ids count from 1, and each names its file and class. "": none.
         threshold: lowest score that is drawn.
         frames: the most of each video or camera; 0: all of them.
         force: replace existing files.
 
     Raises:
-        ConfigError: before anything is detected, for outputs that exist and for annotations that
-            don't fit the images or classes; for two inputs that would be written to one file.
+        ConfigError: before anything is detected, for outputs that exist and for two inputs that
+            would be written to one file.
         OSError: for a disk that can't be written to.
     """
     last = list(detectors.values())[-1]
     outputs = {source: _output(source, folder) for source in sources} if folder else {}
     _refuse_same({source.path: path for source, path in outputs.items()})
-    inputs = [*(source.path for source in sources), annotations]
+    inputs = [source.path for source in sources]
     inputs += [d.cfg.MODEL.WEIGHTS for d in detectors.values()]
     read = {file_identity(path) for path in inputs} - {None}
     for out, option in [*((x, "--output") for x in outputs.values()), (results, "--json")]:
         if out:
             same = [out] if file_identity(out) in read else []
             claim_output(out, sources=same, force=force, option=option)
-    ids = CocoIds(last.class_names, annotations, sources if results else ())
     draw = _Drawing(detectors, threshold)
     entries: List[dict] = []
     start, images, drawn, unreadable = time.perf_counter(), 0, 0, []
@@ -102,7 +97,7 @@ def predict(
                         images += 1
                         drawn += int((ours.scores >= threshold).sum())
                         if results:
-                            entries += ids.entries(ours, frame)
+                            entries += _coco_results(ours, frame, images, last.class_names)
                         if write is not None:
                             write(draw(frame.image, found), frame.fps)
             except OSError as error:
@@ -123,85 +118,16 @@ def predict(
     return Done(images, len(entries) if results else drawn, seconds, files, unreadable)
 
 
-class CocoIds:
-    """The image and category ids of COCO results."""
-
-    def __init__(self, class_names: Sequence[str], annotations: str, sources: Sequence[Source]):
-        """
-        Args:
-            class_names: of the model.
-            annotations: COCO JSON file; "" counts both from 1.
-            sources: that will be asked for.
-
-        Raises:
-            ConfigError: if the annotations can't be read, or lack a class or an image.
-        """
-        self._names, self._images = list(class_names), {}
-        self._categories = {name: i + 1 for i, name in enumerate(self._names)}
-        self._next = 1
-        self._listed = bool(annotations)
-        self._last: Dict[str, List[str]] = defaultdict(list)
-        if not annotations:
-            return
-        try:
-            with PathManager.open(annotations) as f:
-                content = json.load(f)
-            self._categories = {c["name"]: c["id"] for c in content["categories"]}
-            self._images = {image["file_name"]: image["id"] for image in content["images"]}
-            for name in self._images:
-                self._last[os.path.basename(name)].append(name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__} {error}"
-            raise ConfigError(f"--annotations {annotations}: not COCO's JSON ({reason})") from None
-        for name in self._names:
-            if name not in self._categories:
-                raise ConfigError(
-                    f"--annotations {annotations}: no category is called {name!r}, as the model's "
-                    f"class is; there are {', '.join(self._categories)}"
-                )
-        names: Dict[int, str] = {}
-        for source in sources:
-            number = self._listed_id(source)
-            if number is None:
-                listed = next(iter(self._images), "none")
-                raise ConfigError(
-                    f"--annotations {annotations}: no image is called {source.name}; the first one "
-                    f"is {listed}"
-                )
-            other = names.setdefault(number, source.name)
-            if other != source.name:
-                raise ConfigError(
-                    f"--annotations {annotations}: {other} and {source.name} can't both be its "
-                    f"{os.path.basename(source.name)}"
-                )
-
-    def entries(self, found: Instances, frame: Frame) -> List[Dict[str, Any]]:
-        """The results of one picture, with "file_name" and "category" besides COCO's fields."""
-        if self._listed:
-            image_id = self._listed_id(frame.source)
-        else:
-            image_id, self._next = self._next, self._next + 1
-        results = instances_to_coco_json(found, image_id)
-        for one in results:
-            name = self._names[one["category_id"]]
-            one.update(category_id=self._categories[name], category=name)
-            one["file_name"] = frame.source.name
-        return results
-
-    def _listed_id(self, source: Source) -> Optional[int]:
-        # It may be listed from a folder above the one that was given.
-        paths = os.path.abspath(source.path), os.path.realpath(source.path)
-        longest = [name for path in paths for name in self._ends_of(path)[:1]]
-        for name in (*longest, source.name, os.path.basename(source.name)):
-            if name in self._images:
-                return self._images[name]
-        return None
-
-    def _ends_of(self, path: str) -> List[str]:
-        """The listed names that a path ends with, the longest first."""
-        named = self._last[os.path.basename(path)]
-        ends = [name for name in named if f"{os.sep}{path}".endswith(f"{os.sep}{name}")]
-        return sorted(ends, key=len, reverse=True)
+def _coco_results(
+    found: Instances, frame: Frame, image_id: int, names: Sequence[str]
+) -> List[Dict[str, Any]]:
+    """The results of one picture, with "file_name" and "category" besides COCO's fields."""
+    results = instances_to_coco_json(found, image_id)
+    for one in results:
+        one["category"] = names[one["category_id"]]
+        one["category_id"] += 1
+        one["file_name"] = frame.source.name
+    return results
 
 
 class _Drawing:

@@ -215,8 +215,8 @@ class SafeCheckpointer(SafeReader):
         if len(missing) == len(list(self.model.parameters())):
             raise ConfigError(
                 f"MODEL.WEIGHTS {path!r}: none of its weights is one of this model's. "
-                f"`{tool_command('convert_weights')}` turns torchvision's and mmdetection's files "
-                "into detectron2's; MODEL.WEIGHTS '' starts from random weights"
+                f"`{tool_command('convert_weights')}` turns torchvision's files into "
+                "detectron2's; MODEL.WEIGHTS '' starts from random weights"
             )
         frozen = [name for name, parameter in missing if not parameter.requires_grad]
         inherits = self._cfg is not None and self._cfg.MODEL.CROSSKD.INHERIT
