@@ -407,7 +407,7 @@ def test_runs_that_diverge_are_counted_where_the_protocol_asks(tmp_path):
             run["AP"] = scores[run["arm"]][run["seed"] - 1]
     told["runs"][-1]["diverged"] = 7
     text = " ".join(report_text(told).split())
-    assert "AP is below 4.0, a third of the median" in text
+    assert "AP is below 4.0, a third of the main arms' median" in text
     assert "| `student` | 1 of 4 | 2.00 | |" in text
     # Of three values each: F(2, 2) at 97.5 % is 39, its root 6.24.
     assert "| `crosskd_ifc` | 1 of 4 | 1.00 | 0.50 (0.08 to 3.12) of `student` |" in text
@@ -817,6 +817,15 @@ def test_diverged_runs_count_each_and_stay_out_of_curves_and_of_the_median():
     # An arm that differences are taken to has a ratio, also from another table.
     lines = stability(table, section._replace(arms=["a"]))
     assert "of `b`" in " ".join(lines)
+
+
+def test_where_most_runs_fail_the_usual_settings_say_which():
+    """Of "b", two runs learn nothing; the median of its own group is 0.1."""
+    runs = [("a", seed, 1, 30.0 + seed) for seed in (1, 2, 3)]
+    table = table_of(*runs, ("b", 1, 1, 0.1), ("b", 2, 1, 0.0), ("b", 3, 1, 29.0))
+    table.arms["b"]["group"] = "learning rate times 4"
+    text = "\n".join(stability(table, table.sections()[1]))
+    assert "below 10.7, a third" in text and "| `b`   | 2 of 3 " in text
 
 
 def test_a_replicate_of_one_seed_leaves_the_ratio_of_deviations_nearly_as_it_was():

@@ -13,15 +13,26 @@ from .tables import Section, Table
 
 def stability(table: Table, section: Section) -> List[str]:
     """How often the students of a section diverge, and how much the AP of the others varies; lines
-    of the report."""
+    of the report.
+
+    The median that tells a failed run is that of the main arms: in a section where most runs fail
+    its own says nothing.
+    """
     arms = [arm for arm in section.arms if arm != TEACHER]
     runs = {
         arm: [run for found in table.current(arm).values() for run in found]
         for arm in dict.fromkeys([*arms, *section.references])
     }
-    ended = [run["AP"] for arm in arms for run in runs[arm] if "diverged" not in run]
     if not any(runs[arm] for arm in arms):
         return []
+    main = [arm for arm, entry in table.arms.items() if not entry["group"] and arm != TEACHER]
+    ended = [
+        run["AP"]
+        for arm in main or arms
+        for found in table.current(arm).values()
+        for run in found
+        if "diverged" not in run
+    ]
     least = float(np.median(ended)) / 3 if ended else 0.0
     sound = {
         arm: [run for run in found if "diverged" not in run and run["AP"] >= least]
@@ -43,8 +54,8 @@ def stability(table: Table, section: Section) -> List[str]:
     return [
         "Stability: a run has diverged if a loss was not finite, or its AP is below "
         f"{least:.1f}, a third",
-        "of the median of the others here. The deviation is that of runs that haven't diverged, in",
-        "the ratio about the mean of each teacher's students where seeds share teachers.",
+        "of the main arms' median. The deviation is that of runs that haven't diverged, in the",
+        "ratio about the mean of each teacher's students where seeds share teachers.",
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
