@@ -23,7 +23,7 @@ from crosskd_ifc.experiments.child_process import RunFailed
 from crosskd_ifc.experiments.comparison import Comparison, all_runs, plan, select
 from crosskd_ifc.experiments.figures import _common_points
 from crosskd_ifc.experiments.protocol import load_protocol
-from crosskd_ifc.experiments.report import report_text, write_report
+from crosskd_ifc.experiments.report import _power, report_text, write_report
 from crosskd_ifc.experiments.results import Results
 from crosskd_ifc.experiments.run_training import train
 from crosskd_ifc.experiments.stability import stability
@@ -817,6 +817,37 @@ def test_diverged_runs_count_each_and_stay_out_of_curves_and_of_the_median():
     # An arm that differences are taken to has a ratio, also from another table.
     lines = stability(table, section._replace(arms=["a"]))
     assert "of `b`" in " ".join(lines)
+
+
+def test_planned_runs_that_are_not_there_are_told(case, monkeypatch):
+    monkeypatch.setenv("FAILING", "crosskd_ifc_2")
+    case.do()
+    report = " ".join(report_text(case.results.content()).split())
+    planned = len(case.results.protocol.arms["crosskd_ifc"].seeds)
+    assert f"Planned runs that aren't there: `crosskd_ifc` 1 of {planned}. If they" in report
+    monkeypatch.delenv("FAILING")
+    case.do()
+    assert "aren't there" not in report_text(case.results.content())
+
+
+def test_weights_of_runs_that_ended_earlier_are_discarded_too(case):
+    case.do()
+    case.do([], discard_weights=True)
+    left = {key for key, run in case.runs.items() if os.path.exists(run.weights)}
+    assert left == {key for key in case.runs if key[0] == "teacher"}
+
+
+def test_power_is_that_of_all_differences_with_independent_units():
+    runs = [(arm, seed, 1, 30.0 + seed * (arm == "a")) for arm in "abc" for seed in range(1, 7)]
+    table = table_of(*runs, versus=["b"])
+    for found in table.runs.values():
+        for seed, entries in found.items():
+            entries[0].update(teacher_seed=1 + seed % 3)
+    # Of "c", four seeds with two teachers: its units aren't independent.
+    for seed in (3, 6):
+        del table.runs["c"][seed]
+    text = "\n".join(_power(table, table.sections()[0]))
+    assert "from teacher to teacher" in text and "2 of 3 pooled" in text
 
 
 def test_where_most_runs_fail_the_usual_settings_say_which():

@@ -108,6 +108,28 @@ def test_contrasts_come_to_one_of_four_verdicts():
     assert judge([("c", "x", flat)], None)[0].verdict == "unresolved"
 
 
+def test_a_difference_that_is_real_but_smaller_than_the_margin_is_told_as_both():
+    small = difference(0.2, 0.3, 0.25, 0.3)
+    (found,) = judge([("a", "x", small)], 0.5)
+    assert found.verdict == "helps, less than the margin"
+    (found,) = judge([("x", "a", difference(*(-x for x in small.units)))], 0.5)
+    assert found.verdict == "hurts, less than the margin"
+    assert judge([("a", "x", small)], None)[0].verdict == "helps"
+
+
+def test_a_verdict_over_one_or_two_shared_teachers_holds_for_these_only():
+    values = {1: 2.0, 2: 2.1, 3: 2.2, 4: 2.1}
+    for teachers, verdict in (
+        ({1: 1, 2: 1, 3: 1, 4: 1}, "helps, for 1 teacher only"),
+        ({1: 1, 2: 2, 3: 1, 4: 2}, "helps, for 2 teachers only"),
+        ({1: 1, 2: 2, 3: 3, 4: 1}, "helps"),
+        ({1: 1, 2: 2, 3: 3, 4: 4}, "helps"),
+        (None, "helps"),
+    ):
+        (found,) = judge([("a", "x", summarize(values, teachers))], 0.5)
+        assert found.verdict == verdict
+
+
 def test_a_contrast_that_lacks_seeds_makes_no_other_look_better():
     complete = summarize({1: 0.0, 2: 0.4, 3: 0.5, 4: 0.6})
     sure = summarize({1: 5.0, 2: 5.1, 3: 5.2})

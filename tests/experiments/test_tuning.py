@@ -94,6 +94,16 @@ def test_settings_whose_run_diverges_are_bad_ones_unless_the_first_does(tmp_path
     assert len(objective.seen) == 1
 
 
+def test_drawn_settings_that_diverge_first_do_not_end_the_search(tmp_path):
+    study = open_study(str(tmp_path / "a.journal"), SPACE)
+    best = search(study, SPACE, Objective(diverging=(1, 2)), trials=4)
+    assert best.state.name == "COMPLETE"
+    assert [t.state.name for t in study.trials] == ["PRUNED", "PRUNED", "COMPLETE", "COMPLETE"]
+    study = open_study(str(tmp_path / "b.journal"), SPACE)
+    with pytest.raises(RunFailed, match="None of the 2 trials"):
+        search(study, SPACE, Objective(diverging=(1, 2)), trials=2)
+
+
 def test_a_folder_with_a_search_of_something_else_is_refused(tmp_path):
     path = str(tmp_path / "study.journal")
     other = {WEIGHT: FloatDistribution(0.01, 10, log=True)}

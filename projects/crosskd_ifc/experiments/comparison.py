@@ -138,7 +138,10 @@ class Comparison:
     def collect(self) -> None:
         """Record the runs that are finished in their folders."""
         found = {key: run.result() for key, run in self.runs.items() if os.path.isdir(run.folder)}
-        self.results.add({key: done for key, done in found.items() if done is not None})
+        finished = {key: done for key, done in found.items() if done is not None}
+        self.results.add(finished)
+        for key in finished:
+            self._discard_weights(key)
 
     def check(self, todo: Iterable[Key]) -> None:
         """Refuse what can't run here, before anything runs.
@@ -244,11 +247,14 @@ class Comparison:
     def _finish(self, key: Key, result: dict) -> None:
         self.results.look_again(self._taught_by(key))
         self.results.add({key: result})
+        self._discard_weights(key)
+        minutes = result["seconds"] / 60
+        self.say(f"{self.runs[key].name}: AP {result['AP']:.1f} in {minutes:.1f} min")
+
+    def _discard_weights(self, key: Key) -> None:
         if self.discard_weights and not self._teaches(key):
             for path in glob.glob(os.path.join(glob.escape(self.runs[key].folder), "*.pth")):
                 os.remove(path)
-        minutes = result["seconds"] / 60
-        self.say(f"{self.runs[key].name}: AP {result['AP']:.1f} in {minutes:.1f} min")
 
 
 def _count(todo: Sequence[Key]) -> str:

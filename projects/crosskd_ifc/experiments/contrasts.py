@@ -16,9 +16,11 @@ class Contrast(NamedTuple):
         corrected: its interval at the level of Holm's procedure (:func:`.statistics.holm`).
         equivalence: the 90 % interval. That it lies inside of +-margin is the same as that two
             one-sided tests at 5 % each (TOST; Schuirmann, 1987) refuse a difference beyond it.
-        verdict: "helps" or "hurts" where ``corrected`` leaves out 0; else "no effect worth having"
-            where ``equivalence`` lies inside of the margin; else "unresolved". As long as planned
-            seeds are missing there is none: who looks after each seed finds an effect too often.
+        verdict: "helps" or "hurts" where ``corrected`` leaves out 0, with "less than the margin"
+            where ``equivalence`` lies inside of it; else "no effect worth having" where it lies
+            there; else "unresolved". One that holds only for the one or two teachers that the seeds
+            share says so. As long as planned seeds are missing there is none: who looks after each
+            seed finds an effect too often.
     """
 
     arm: str
@@ -60,7 +62,7 @@ def judge(
             equivalence = t_interval(difference.units, 2 * LEVEL)
         there = len(difference.values)
         verdict = f"{there} of {seeds} seeds" if there < seeds else ""
-        verdict = verdict or _verdict(corrected, equivalence, margin)
+        verdict = verdict or _verdict(corrected, equivalence, margin) + _only_for(difference)
         found.append(Contrast(arm, reference, difference, corrected, equivalence, verdict))
     return found
 
@@ -68,11 +70,16 @@ def judge(
 def _verdict(
     corrected: Optional[Interval], equivalence: Optional[Interval], margin: Optional[float]
 ) -> str:
-    if corrected is not None and corrected[0] > 0:
-        return "helps"
-    if corrected is not None and corrected[1] < 0:
-        return "hurts"
-    if equivalence is not None and margin is not None:
-        if -margin < equivalence[0] and equivalence[1] < margin:
-            return "no effect worth having"
-    return "unresolved"
+    is_small = equivalence is not None and margin is not None
+    is_small = is_small and -margin < equivalence[0] and equivalence[1] < margin
+    if corrected is not None and not corrected[0] <= 0 <= corrected[1]:
+        found = "helps" if corrected[0] > 0 else "hurts"
+        return f"{found}, less than the margin" if is_small else found
+    return "no effect worth having" if is_small else "unresolved"
+
+
+def _only_for(difference: Difference) -> str:
+    teachers = difference.teachers
+    if difference.units_are_independent:
+        return ""
+    return f", for {teachers} teacher{'s' * (teachers > 1)} only"

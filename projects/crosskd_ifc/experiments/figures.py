@@ -33,10 +33,11 @@ def draw_curves(table: Table, path: str) -> None:
     for axis, section in zip(axes.flat, sections):
         _curves(axis, table, section)
     content = table.content
+    sound = " that haven't diverged" if content.get("stability") else ""
     set_title(
         figure,
         literal(f"{content['title']}\nAP on {content['validation'] or content['test']}: ")
-        + "mean of the seeds; bands: lowest to highest",
+        + f"mean of the seeds{sound}; bands: lowest to highest",
     )
     save_figure(figure, path)
 

@@ -5,6 +5,7 @@ the difference of two arms is taken seed by seed.
 """
 
 import os
+import textwrap
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -82,6 +83,7 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
             "are any.",
             "",
         ]
+    lines += _missing(table)
     outdated = sum(bool(run.get("outdated")) for run in content["runs"])
     if outdated:
         lines += [
@@ -95,6 +97,21 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
     for title, file in figures.items():
         lines += [f"![{title}]({file})", ""]
     return "\n".join([*lines, "## How", "", *_provenance(content), ""])
+
+
+def _missing(table: Table) -> List[str]:
+    """Which planned runs aren't there."""
+    missing = []
+    for name, arm in table.arms.items():
+        planned = arm.get("seeds", [])  # earlier versions didn't write them
+        there = len(set(planned) & set(table.current(name)))
+        if there < len(planned):
+            missing.append(f"`{name}` {len(planned) - there} of {len(planned)}")
+    if not missing:
+        return []
+    text = f"Planned runs that aren't there: {', '.join(missing)}. If they failed, the mean of the "
+    text += "arm's other runs favours it."
+    return [*textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False), ""]
 
 
 def _introduction(content: dict) -> List[str]:
@@ -132,8 +149,9 @@ def _contrasts(table: Table) -> List[str]:
     lines += ['"helps" and "hurts": the corrected interval leaves out 0.']
     if margin is not None:
         lines += [
-            '"no effect worth having": else, the 90 % interval (not corrected) lies inside of '
-            f"±{margin:g} AP."
+            '"less than the margin": the 90 % interval (not corrected) also lies inside of '
+            f"±{margin:g} AP;",
+            '"no effect worth having": only this one does.',
         ]
     if any(c.verdict.endswith(" seeds") for c in table.contrasts()):
         lines += ["There is no verdict as long as planned seeds are missing."]
@@ -175,17 +193,19 @@ def _differences(table: Table, section: Section) -> str:
 
 def _power(table: Table, section: Section) -> List[str]:
     """What differences these seeds, or the teachers that they share, can show at all."""
-    found = [difference for _, _, difference in table.differences(section)]
-    shared = [difference for difference in found if len(difference.units) < len(difference.values)]
-    unit, found = ("teacher", shared) if shared else ("seed", found)
+    all_found = [difference for _, _, difference in table.differences(section)]
+    found = [d for d in all_found if d.units_are_independent] or all_found
+    by_teacher = any(len(d.units) < len(d.values) for d in found)
+    unit = "teacher" if by_teacher else "seed"
     deviation = pooled_deviation(found)
     if deviation is None or deviation < 0.05:  # 0.0 in these tables
         return []
     n = max(len(difference.units) for difference in found)
     shown, needed = detectable_difference(deviation, n), seeds_needed(deviation, 1.0)
+    pooled = "all" if found == all_found else f"{len(found)} of {len(all_found)}"
     return [
-        f"A difference varies from {unit} to {unit} by {deviation:.1f} (standard deviation, all "
-        f"pooled): {n} {unit}s show",
+        f"A difference varies from {unit} to {unit} by {deviation:.1f} (standard deviation, "
+        f"{pooled} pooled): {n} {unit}s show",
         f"a true one of {shown:.1f} AP in 80 % of such comparisons; one of 1 AP takes {needed} "
         f"{unit}s.",
         "",
@@ -222,7 +242,8 @@ def _n(found: Difference) -> str:
     """How many seeds; how many teachers where they share them, and how many pairs of runs that
     belong together where these are more or fewer."""
     seeds = len(found.values)
-    more = [f"{found.teachers} teachers"] if found.teachers < seeds else []
+    teachers = f"{found.teachers} teacher{'s' * (found.teachers > 1)}"
+    more = [teachers] if found.teachers < seeds else []
     more += [f"{found.pairs} pairs"] if found.pairs != seeds else []
     return f"{seeds} ({', '.join(more)})" if more else str(seeds)
 
@@ -261,11 +282,12 @@ def _provenance(content: dict) -> List[str]:
     lines.append(f"on {_hardware(runs)}.")
     if any(run["arm"] == TEACHER for run in runs):
         current = [run for run in runs if not run.get("outdated")]
+        given = [arm["arm"] for arm in content["arms"] if TEACHER_WEIGHTS in arm["opts"]]
         if all(seed_of_teacher(run) == run["seed"] for run in current):
-            given = [arm["arm"] for arm in content["arms"] if TEACHER_WEIGHTS in arm["opts"]]
             but = f", but that of {', '.join(given)} is one for all seeds" if given else ""
             lines.append(f"Each seed has its own teacher{but}.")
         else:
+            lines += [f"The teacher of {', '.join(given)} is one for all seeds."] if given else []
             lines += [
                 "Seeds without a teacher of their own share the others', in turn",
                 "(`teacher_seed`). With three or more teachers, intervals and tests are those of",

@@ -152,6 +152,7 @@ class Results:
                     "config": arm.config,
                     "opts": list(arm.opts),
                     "versus": list(arm.versus),
+                    "seeds": list(arm.seeds),
                     "taught": arm.name in protocol.taught,
                 }
                 for arm in protocol.arms.values()

@@ -52,6 +52,11 @@ class Difference(NamedTuple):
     teachers: int
     pairs: int
 
+    @property
+    def units_are_independent(self) -> bool:
+        """Whether they are: seeds that share one or two teachers aren't."""
+        return len(self.units) <= self.teachers
+
 
 def describe_sample(values: Sequence[float]) -> Summary:
     """Mean and standard deviation of at least one value."""

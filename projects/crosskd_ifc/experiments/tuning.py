@@ -115,8 +115,9 @@ def search(
         study: of :func:`open_study`.
         space: what is searched.
         objective: called with a trial and its settings; returns a score, the higher the better. It
-            may raise TrialPruned; RunDiverged makes the settings bad ones. Anything else ends the
-            search, and what was tried is tried again when it goes on.
+            may raise TrialPruned; RunDiverged makes the settings bad ones, unless they are
+            ``start``. Anything else ends the search, and what was tried is tried again when it
+            goes on.
         trials: how many.
         start: settings to try first.
         jobs: trials at once, in threads.
@@ -126,8 +127,9 @@ def search(
         The best trial.
 
     Raises:
-        RunDiverged: if no trial was ever finished.
+        RunDiverged: if that of ``start`` or all trials have diverged.
     """
+    judged = (TrialState.COMPLETE, TrialState.PRUNED)
     if start is not None and not study.trials:
         study.enqueue_trial(dict(start))
 
@@ -136,15 +138,16 @@ def search(
         try:
             return objective(trial, settings)
         except RunDiverged as error:
-            if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-                raise  # nothing says that it is the settings' fault
+            if settings == start:
+                raise  # the fault isn't one of the search
             say(str(error))
             raise optuna.TrialPruned(str(error)) from None
 
-    judged = (TrialState.COMPLETE, TrialState.PRUNED)
     left = trials - len(study.get_trials(deepcopy=False, states=judged))
     if left > 0:
         study.optimize(one, n_trials=left, n_jobs=jobs)
+    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        raise RunDiverged(f"None of the {trials} trials of {', '.join(space)} has come to its end")
     return study.best_trial
 
 
