@@ -902,6 +902,9 @@ def test_what_the_photos_show_is_told_as_recorded():
     )
     assert (told + "{:.1f} AP.").format(*left) in text
     assert f"its own (1,000 steps, {ap_of(table, 'teacher')} AP); students" in text
+    gains = [table.difference(arm, "student").mean for arm in ("winner", "crosskd")]
+    told = "gained {:.1f} AP by CrossKD-IFC and {:.1f} AP by plain CrossKD ([8 seeds]"
+    assert told.format(*gains) in read("docs", "own_data.md")
 
 
 def test_what_retinanet_shows_is_told_as_recorded():
