@@ -880,6 +880,16 @@ def test_what_equal_weights_show_is_told_as_recorded():
     assert f"by {equal.difference.mean:.1f} AP (8 seeds)" in read("docs", "choosing.md")
 
 
+def test_what_has_run_of_the_stability_is_told_as_recorded():
+    table, text = results("stability"), told_in_results()
+    students = [arm for arm in table.arms if arm != "teacher"]
+    runs = [run for arm in students for found in table.current(arm).values() for run in found]
+    assert {len(table.scores(arm)) for arm in students} == {2}
+    assert f"None of their {len(runs)} trainings failed" in text
+    report = read("benchmarks", "stability", "report.md")
+    assert report.count("| 0 of 2 ") == len(students)
+
+
 def test_what_the_photos_show_is_told_as_recorded():
     table, text = results("decisive_photos"), told_in_results()
     check_verdicts(table.contrasts(), 3, ON_PHOTOS, after="### On photos")

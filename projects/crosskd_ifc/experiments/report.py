@@ -194,9 +194,9 @@ def _differences(table: Table, section: Section) -> str:
 def _power(table: Table, section: Section) -> List[str]:
     """What differences these seeds, or the teachers that they share, can show at all."""
     all_found = [difference for _, _, difference in table.differences(section)]
-    found = [d for d in all_found if d.units_are_independent] or all_found
-    by_teacher = any(len(d.units) < len(d.values) for d in found)
+    by_teacher = any(len(d.units) < len(d.values) for d in all_found)
     unit = "teacher" if by_teacher else "seed"
+    found = [d for d in all_found if d.units_are_independent] if by_teacher else all_found
     deviation = pooled_deviation(found)
     if deviation is None or deviation < 0.05:  # 0.0 in these tables
         return []
