@@ -153,6 +153,17 @@ def test_without_positive_rois_the_loss_is_a_connected_zero(opts, factor):
             assert p.grad is not None and torch.isfinite(p.grad).all(), name
 
 
+def test_a_mask_forward_of_ones_own_is_refused_not_taken_for_no_positives(monkeypatch):
+    student, _ = mask_pair()
+
+    def own(self, features, instances):
+        return {"loss_mask": features["p2"].sum() * 0}
+
+    monkeypatch.setattr(type(student.roi_heads), "_forward_mask", own)
+    with pytest.raises(ConfigError, match="don't call their mask_head.*MASK_WEIGHT to 0"):
+        train_losses(student, batch())
+
+
 def test_a_weight_of_zero_leaves_masks_alone_and_lets_the_teacher_have_none():
     off = (K + "LOSS.MASK_WEIGHT", 0.0)
     student, _ = distilling(*MASKS, *off)

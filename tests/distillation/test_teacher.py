@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 from detectron2.structures import BitMasks, Instances
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 
@@ -77,6 +77,26 @@ def test_weights_that_another_config_has_trained_are_told(teacher_files, caplog)
     attach(student_cfg(teacher_files))
     keys = "MODEL.BACKBONE.NAME, MODEL.PIXEL_MEAN, MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO"
     assert f"were trained with other values of {keys} than TEACHER.CONFIG_FILE" in caplog.text
+
+
+def test_the_channel_order_is_that_of_the_teachers_config_where_its_model_does_not_keep_it(
+    teacher_files,
+):
+    class ForgetsFormat(GeneralizedRCNN):
+        @classmethod
+        def from_config(cls, cfg):
+            return {**super().from_config(cfg), "input_format": None}
+
+    META_ARCH_REGISTRY._do_register("ForgetsFormat", ForgetsFormat)
+    try:
+        opts = ("MODEL.META_ARCHITECTURE", "ForgetsFormat", "INPUT.FORMAT", "RGB")
+        _, teacher = attach(student_cfg(teacher_files, T + "OPTS", opts))
+    finally:
+        META_ARCH_REGISTRY._obj_map.pop("ForgetsFormat")
+    assert teacher.input_format == "RGB"
+    image = torch.arange(3).view(3, 1, 1).expand(3, 4, 4)
+    (turned,) = teacher.inputs([{"image": image}])
+    assert turned["image"][:, 0, 0].tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize(

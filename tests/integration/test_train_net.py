@@ -288,6 +288,26 @@ def test_code_of_ones_own_that_would_train_undistilled_is_refused(files, tmp_pat
     with pytest.raises(ConfigError, match="CrossKDTrainer.build_model attaches no teacher"):
         run(config, "OUTPUT_DIR", tmp_path / "b")
 
+    class MeanTeacher(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.teacher = model, torch.nn.Identity()
+            self.device = model.device
+
+    wrapped = classmethod(lambda cls, cfg: MeanTeacher(build_model(cfg)))
+    monkeypatch.setattr(CrossKDTrainer, "build_model", wrapped)
+    with pytest.raises(ConfigError, match="CrossKDTrainer.build_model attaches no teacher"):
+        run(config, "OUTPUT_DIR", tmp_path / "c")
+
+
+def test_a_student_inside_of_another_module_is_refused(files, tmp_path, monkeypatch):
+    config, _ = write_config(files, tmp_path)
+    stock = CrossKDTrainer.build_model.__func__
+    wrapped = classmethod(lambda cls, cfg: torch.nn.Sequential(stock(cls, cfg)))
+    monkeypatch.setattr(CrossKDTrainer, "build_model", wrapped)
+    with pytest.raises(ConfigError, match="puts the student into a Sequential"):
+        run(config)
+
 
 def test_expected_results_are_honoured(files, tmp_path):
     config, out = write_config(files, tmp_path, "SOLVER.MAX_ITER", 1)

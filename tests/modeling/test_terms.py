@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 from test_dense import DENSE, pair
@@ -384,3 +385,27 @@ def test_what_each_tap_agrees_with_is_logged():
     names = {k for k in storage.latest() if k.startswith("crosskd/agreement_")}
     wanted = {"cross_head", "pool", "fc2", "student"}
     assert names == {f"crosskd/agreement_{x}" for x in wanted}
+
+
+def test_without_a_term_the_distillation_is_refused():
+    """Heads that share no layer but their input have one tap, also where IN_FEATURES is ()."""
+    convs = ("MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_BOX_HEAD.NUM_FC", 0)
+    convs += ("MODEL.ROI_BOX_HEAD.CONV_DIM", 8)
+    with pytest.raises(ConfigError, match="FUSED_WEIGHT is 0, and no tap of .* has a loss"):
+        distilling("MODEL.CROSSKD.LOSS.FUSED_WEIGHT", 0.0, teacher_opts=convs)
+
+
+def test_predictors_that_return_more_than_scores_and_deltas_distil_as_stock_ones(monkeypatch):
+    stock = FastRCNNOutputLayers.forward
+    student, _ = distilling()
+    wanted, _ = train_losses(student, tiny_batch())
+    own_losses = FastRCNNOutputLayers.losses
+
+    def more(self, x):
+        return (*stock(self, x), x.mean())
+
+    monkeypatch.setattr(FastRCNNOutputLayers, "forward", more)
+    fewer = lambda self, x, proposals: own_losses(self, x[:2], proposals)  # noqa: E731
+    monkeypatch.setattr(FastRCNNOutputLayers, "losses", fewer)
+    found, _ = train_losses(student, tiny_batch())
+    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)

@@ -151,9 +151,11 @@ def _build_teacher(
         f"MODEL.CROSSKD.TEACHER.CONFIG_FILE {kd.CONFIG_FILE!r} with TEACHER.OPTS {tuple(kd.OPTS)}"
     )
     if isinstance(config, CfgNode):
-        teacher_cfg, input_format = config, None
+        teacher_cfg = config
         teacher_cfg.MODEL.DEVICE = str(device)
         model = build_detector(teacher_cfg, what=what)
+        # An architecture may not keep it.
+        input_format = getattr(model, "input_format", None) or teacher_cfg.INPUT.FORMAT
     else:
         model = instantiate_model(config, what=what).to(device)
         own_format = getattr(model, "input_format", None)

@@ -85,8 +85,8 @@ def _record_box(stage: BoxStage, trace: BoxTrace) -> List[RemovableHandle]:
         # As the head sees it: a Cascade R-CNN scales the gradient behind the pooler.
         (trace.layers["pool"],) = inputs
 
-    def keep_predictions(module, inputs, output: Tuple[torch.Tensor, torch.Tensor]):
-        trace.logits, trace.deltas = output
+    def keep_predictions(module, inputs, output: Tuple[torch.Tensor, ...]):
+        trace.logits, trace.deltas = output[:2]  # a predictor of one's own may return more
 
     layers = stage.layers
     return [

@@ -245,5 +245,6 @@ def adapter_prefixes(model: nn.Module) -> Tuple[str, ...]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The detector inside a DDP wrapper, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The detector inside of DDP and ``torch.compile``, or the model itself."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(model, "_orig_mod", model)

@@ -22,7 +22,7 @@ from ..config import ConfigError, distillation_requested, teacher_configs
 from ..data.cards import counted_detections
 from ..data.mapper import SampleError, build_mapper
 from ..modeling.attach import attach_teacher
-from ..modeling.student import unwrap
+from ..modeling.student import Student, unwrap
 from ..modeling.summary import describe_distillation
 from .accumulation import accumulating
 from .averaging import WeightAverage
@@ -314,9 +314,14 @@ class CrossKDTrainer(DefaultTrainer):
             on = [*self.cfg.DATASETS.TEST, *sizes]
             after.append(BestWeights(periods[1], self.checkpointer, metric, weights, on))
         _insert_after(hooks, EvalHook, after)
-        if getattr(student, "teacher", None) is None:
-            parts = (getattr(part, "teacher", None) for part in student.modules())
-            if distillation_requested(self.cfg) and all(x is None for x in parts):
+        if not _has_teacher(student):
+            if any(map(_has_teacher, student.modules())):
+                raise ConfigError(
+                    f"{type(self).__name__}.build_model puts the student into a "
+                    f"{type(student).__name__}; its schedule, optimizer and checkpoints need the "
+                    "student itself"
+                )
+            if distillation_requested(self.cfg):
                 raise ConfigError(
                     f"{type(self).__name__}.build_model attaches no teacher, though the config "
                     "names one: call super().build_model(cfg), or attach_teacher(model, cfg)"
@@ -334,6 +339,10 @@ class CrossKDTrainer(DefaultTrainer):
         """detectron2's, and one for Weights & Biases if ``WANDB.PROJECT`` names a project."""
         ours = [WandbWriter(self.cfg)] if self.cfg.WANDB.PROJECT else []
         return [*super().build_writers(), *ours]
+
+
+def _has_teacher(model: nn.Module) -> bool:
+    return isinstance(model, Student) and model.teacher is not None
 
 
 def _check_distils(model: nn.Module, inputs: Any, losses: Dict[str, torch.Tensor]) -> None:

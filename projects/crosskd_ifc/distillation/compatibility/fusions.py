@@ -62,7 +62,7 @@ def make_fusion(
             "FUSION.NAME 'none' (the default of box heads) doesn't combine the taps",
         )
     try:
-        return FeatureFusion(
+        fusion = FeatureFusion(
             fused_weight=loss.FUSED_WEIGHT,
             tap_weights=loss.TAP_WEIGHTS,
             detach=kd.DETACH,
@@ -78,6 +78,12 @@ def make_fusion(
         raise ConfigError(
             f"MODEL.CROSSKD.FUSION (NAME '{name}', IN_FEATURES {taps}, ENTRY '{entry}'): {error}"
         ) from None
+    if not fusion.terms:
+        raise ConfigError(
+            f"MODEL.CROSSKD.LOSS.FUSED_WEIGHT is 0, and no tap of {taps} has a loss of its own, so "
+            "there is none at all; give it another value"
+        )
+    return fusion
 
 
 def _check_layers(key: str, names: Sequence[str], layers: NamedLayers, whose: str) -> None:

@@ -12,6 +12,7 @@ from detectron2.layers import cat
 from detectron2.modeling import GeneralizedRCNN
 from torch import nn
 
+from ...config import ConfigError
 from .. import losses as L
 from ..compatibility.branches import (
     check_heads,
@@ -111,6 +112,12 @@ class BranchDistiller:
     def losses(self, step: StepTrace) -> Dict[str, torch.Tensor]:
         """The weighted loss of one step, a scalar; without positive RoIs a connected 0."""
         trace = getattr(step.heads, self.branch)
+        if not trace.instances:  # with no positive RoI there is an empty item for each image
+            raise ConfigError(
+                "MODEL.ROI_HEADS.NAME: the student's ROI heads don't call their "
+                f"{self.branch}_head(features, instances), so its {self.branch} features aren't "
+                f"known; set MODEL.CROSSKD.LOSS.{self.branch.upper()}_WEIGHT to 0"
+            )
         if not sum(len(x) for x in trace.instances):
             connected = (*step.features.values(), *self.adapters.parameters())
             return {self.keys[0]: sum(x.sum() for x in connected) * 0}
