@@ -405,7 +405,10 @@ def test_predictors_that_return_more_than_scores_and_deltas_distil_as_stock_ones
         return (*stock(self, x), x.mean())
 
     monkeypatch.setattr(FastRCNNOutputLayers, "forward", more)
-    fewer = lambda self, x, proposals: own_losses(self, x[:2], proposals)  # noqa: E731
+
+    def fewer(self, x, proposals):
+        return own_losses(self, x[:2], proposals)
+
     monkeypatch.setattr(FastRCNNOutputLayers, "losses", fewer)
     found, _ = train_losses(student, tiny_batch())
     assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)

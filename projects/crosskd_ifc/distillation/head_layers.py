@@ -131,6 +131,10 @@ class BoxStage(NamedTuple):
     layers: BoxHeadLayers
     predictor: FastRCNNOutputLayers
 
+    def predict(self, features: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Class logits and box deltas; a predictor of one's own may return more."""
+        return self.predictor(features)[:2]
+
 
 def box_stages(heads: StandardROIHeads) -> List[BoxStage]:
     """The box heads in the order in which they run: one, or those of a ``CascadeROIHeads``.

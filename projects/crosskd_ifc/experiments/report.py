@@ -14,7 +14,7 @@ from tabulate import tabulate
 from ..common.files import replacing
 from ..config import ConfigError
 from .figures import draw_curves, draw_differences, has_curves
-from .protocol import TEACHER, TEACHER_WEIGHTS
+from .provenance import provenance
 from .stability import stability
 from .statistics import (
     Difference,
@@ -23,7 +23,7 @@ from .statistics import (
     pooled_deviation,
     seeds_needed,
 )
-from .tables import Section, Table, seed_of_teacher
+from .tables import Section, Table
 
 # What says most of how the student is read by the teacher's head.
 _STATISTICS = (
@@ -96,7 +96,7 @@ def report_text(content: dict, *, differences_figure: bool = True) -> str:
     lines += ["## Figures", ""] if figures else []
     for title, file in figures.items():
         lines += [f"![{title}]({file})", ""]
-    return "\n".join([*lines, "## How", "", *_provenance(content), ""])
+    return "\n".join([*lines, "## How", "", *provenance(content), ""])
 
 
 def _missing(table: Table) -> List[str]:
@@ -268,66 +268,3 @@ def _mean(scores: Mapping[int, float], seeds: Sequence[int]) -> str:
     summary = describe_sample(values)
     spread = "" if summary.deviation is None else f" ± {summary.deviation:.1f}"
     return f"{summary.mean:.1f}{spread}"
-
-
-def _provenance(content: dict) -> List[str]:
-    runs = content["runs"]
-    steps = sum(run["iterations"] * run["seconds_per_step"] for run in runs) / 3600
-    hours = sum(run["seconds"] for run in runs) / 3600
-    lines = [f"    {content['command']}", ""]
-    lines.append(
-        f"{len(runs)} runs, {steps:.1f} hours of training steps; with evaluations, waiting"
-    )
-    lines.append(f"and restarts {hours:.1f} hours. With {_versions(runs)},")
-    lines.append(f"on {_hardware(runs)}.")
-    if any(run["arm"] == TEACHER for run in runs):
-        current = [run for run in runs if not run.get("outdated")]
-        given = [arm["arm"] for arm in content["arms"] if TEACHER_WEIGHTS in arm["opts"]]
-        if all(seed_of_teacher(run) == run["seed"] for run in current):
-            but = f", but that of {', '.join(given)} is one for all seeds" if given else ""
-            lines.append(f"Each seed has its own teacher{but}.")
-        else:
-            lines += [f"The teacher of {', '.join(given)} is one for all seeds."] if given else []
-            lines += [
-                "Seeds without a teacher of their own share the others', in turn",
-                "(`teacher_seed`). With three or more teachers, intervals and tests are those of",
-                "the teachers' means; with fewer, those of the seeds, for these teachers only.",
-            ]
-    lines += _several_teachers(content)
-    return lines + ["All numbers: [results.json](results.json)."]
-
-
-def _several_teachers(content: dict) -> List[str]:
-    """Says where the runs of a teacher's seed don't all belong to the same weights: a teacher whose
-    weights were gone has been trained again."""
-    belong = {arm["arm"] for arm in content["arms"] if arm.get("taught")} | {TEACHER}
-    found: Dict[int, set] = {}
-    for run in content["runs"]:
-        if run["arm"] in belong and not run.get("outdated"):
-            found.setdefault(seed_of_teacher(run), set()).add(run.get("teacher_sha256", ""))
-    lines = []
-    several = [str(seed) for seed, those in sorted(found.items()) if len(those - {""}) > 1]
-    if several:
-        lines += [
-            f"Seed {', '.join(several)}: its teacher was trained more than once with the same",
-            "settings, and not all students have learned from the same weights (`teacher_sha256`).",
-        ]
-    unknown = [str(seed) for seed, those in sorted(found.items()) if len(those) > 1 and "" in those]
-    if unknown:
-        lines += [
-            f"Seed {', '.join(unknown)}: of some runs it isn't recorded which training of the",
-            "teacher they belong to.",
-        ]
-    return lines
-
-
-def _versions(runs: Sequence[dict]) -> str:
-    found: Dict[str, set] = {}
-    for run in runs:
-        for name, version in run["versions"].items():
-            found.setdefault(name, set()).add(version)
-    return ", ".join(f"{name} {' and '.join(sorted(those))}" for name, those in found.items())
-
-
-def _hardware(runs: Sequence[dict]) -> str:
-    return "; ".join(sorted({run["hardware"] for run in runs}))

@@ -19,20 +19,12 @@ def stability(table: Table, section: Section) -> List[str]:
     its own says nothing.
     """
     arms = [arm for arm in section.arms if arm != TEACHER]
-    runs = {
-        arm: [run for found in table.current(arm).values() for run in found]
-        for arm in dict.fromkeys([*arms, *section.references])
-    }
+    runs = {arm: _runs(table, arm) for arm in dict.fromkeys([*arms, *section.references])}
     if not any(runs[arm] for arm in arms):
         return []
     main = [arm for arm, entry in table.arms.items() if not entry["group"] and arm != TEACHER]
-    ended = [
-        run["AP"]
-        for arm in main or arms
-        for found in table.current(arm).values()
-        for run in found
-        if "diverged" not in run
-    ]
+    found = [run for arm in main or arms for run in _runs(table, arm)]
+    ended = [run["AP"] for run in found if "diverged" not in run]
     least = float(np.median(ended)) / 3 if ended else 0.0
     sound = {
         arm: [run for run in found if "diverged" not in run and run["AP"] >= least]
@@ -60,6 +52,10 @@ def stability(table: Table, section: Section) -> List[str]:
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
     ]
+
+
+def _runs(table: Table, arm: str) -> List[dict]:
+    return [run for found in table.current(arm).values() for run in found]
 
 
 def _by_teacher(runs: List[dict]) -> List[List[float]]:

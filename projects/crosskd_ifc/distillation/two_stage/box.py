@@ -166,7 +166,7 @@ class BoxDistiller:
         with teacher.running():
             layers = self._head.layers.trace(pooled)
             last = layers[self._head.layers.last]
-            return BoxPredictions(*self._head.predictor(last)[:2]), layers
+            return BoxPredictions(*self._head.predict(last)), layers
 
     def _truth(self, trace: BoxTrace) -> torch.Tensor:
         """The ground truth of the RoIs (R,), as columns of the logits that are compared."""

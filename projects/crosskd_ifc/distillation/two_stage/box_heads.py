@@ -49,7 +49,7 @@ class CrossHead:
 
     def __init__(self, teacher: BoxStage, fusion: FeatureFusion):
         self.fusion = fusion
-        self._layers, self.predictor = teacher.layers, teacher.predictor
+        self._stage, self._layers, self.predictor = teacher, teacher.layers, teacher.predictor
 
     def predict(self, trace: BoxTrace, teacher: Mapping[str, torch.Tensor]) -> BoxPredictions:
         """From the combined feature.
@@ -60,7 +60,7 @@ class CrossHead:
         """
         entry = self.fusion.entry
         fused = self.fusion(trace.layers, teacher[entry], self._layers.run)
-        return BoxPredictions(*self.predictor(self._layers.run(fused, after=entry))[:2])
+        return BoxPredictions(*self._stage.predict(self._layers.run(fused, after=entry)))
 
     def terms(self, trace: BoxTrace, teacher: Mapping[str, torch.Tensor]) -> List[Term]:
         """What is compared with the teacher; arguments as of :meth:`predict`.
@@ -70,7 +70,7 @@ class CrossHead:
         entry, weights = self.fusion.entry, self.fusion.terms
         features = self.fusion.features(trace.layers, teacher[entry], self._layers.run)
         rows = torch.cat(features) if len(features) > 1 else features[0]
-        predictions = self.predictor(self._layers.run(rows, after=entry))[:2]
+        predictions = self._stage.predict(self._layers.run(rows, after=entry))
         parts = (x.split(len(features[0])) if len(features) > 1 else [x] for x in predictions)
         return [
             Term(logits, deltas, name, weights[name], feature)
