@@ -575,7 +575,7 @@ def test_the_seeds_of_the_headline_are_those_of_the_recorded_runs():
     assert "n = {}, {} and {} seeds".format(*counts) in text
     older = results("bccd_faster_rcnn")
     assert {len(older.scores(arm)) for arm in ("student_head", "feature")} == {3}
-    assert "Mimicking on the small photos is of an older comparison, with 3 seeds" in text
+    assert "(on the small photos in an older comparison, 3 seeds)" in text
 
 
 def test_the_figure_of_the_sweep_is_the_recorded_one():

@@ -41,7 +41,11 @@ def parse(argv: Optional[List[str]] = None):
     parser.add_argument("--dataset", required=True, help="name of a registered data set")
     parser.add_argument("--card", nargs="+", default=[], help="dataset cards to register")
     parser.add_argument("--checkpoint", default="", help="compare with this checkpoint's AP")
-    parser.add_argument("--config-file", default="", help="the config it was trained with")
+    parser.add_argument(
+        "--config-file",
+        default="",
+        help="the config it was trained with; its code may register the data set",
+    )
     overrides = "of a LazyConfig (.py), in its syntax: those of its training"
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help=overrides)
     tolerance = dict(type=float, metavar="AP", help="the most that may differ [0.1; int8 1]")
@@ -94,7 +98,12 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def _aps(args, problems: List[str]) -> Dict[str, Any]:
-    found, sizes = {}, {}
+    found, sizes, wanted = {}, {}, {}
+    if args.checkpoint:  # first: the code of --config-file may register the data set
+        wanted = evaluate_checkpoint(
+            args.checkpoint, args.dataset, args.config_file, args.overrides
+        )
+        _print(args.checkpoint, wanted)
     for folder in args.EXPORTED:
         info = read_info(folder)
         found[info.kind] = evaluate_deployed(folder, args.dataset)
@@ -103,8 +112,6 @@ def _aps(args, problems: List[str]) -> Dict[str, Any]:
     content = {"images": len(dataset_records(args.dataset)), "bytes": sizes, "results": found}
     if not args.checkpoint:
         return content
-    wanted = evaluate_checkpoint(args.checkpoint, args.dataset, args.config_file, args.overrides)
-    _print(args.checkpoint, wanted)
     for folder, (kind, results) in zip(args.EXPORTED, found.items()):
         default = _TOLERANCE.get(kind, 0.1)
         tolerance = default if args.tolerance is None else args.tolerance
@@ -121,14 +128,15 @@ def _speeds(args) -> Dict[str, Any]:
     checkpoints = {"teacher": (args.teacher, args.teacher_config)} if args.teacher else {}
     if args.checkpoint:
         checkpoints["checkpoint"] = (args.checkpoint, args.config_file, args.overrides)
-    records = dataset_records(args.dataset)[: args.images]
-    seconds = measure_in_turns(load_detectors(args.EXPORTED, checkpoints, records), args.speed)
-    found = {name: images_per_second(x, len(records)) for name, x in seconds.items()}
+    detectors = load_detectors(args.EXPORTED, checkpoints, args.dataset, args.images)
+    seconds = measure_in_turns(detectors, args.speed)
+    images = min(args.images, len(dataset_records(args.dataset)))
+    found = {name: images_per_second(x, images) for name, x in seconds.items()}
     between = "{:.1f} - {:.1f}"
     rows = [(name, x["median"], between.format(*x["quartiles"])) for name, x in found.items()]
     headers = ("detector", "images/s, median", "quartiles")
     print(tabulate(rows, headers, tablefmt="github", floatfmt=".1f"))
-    return {"images": len(records), "rounds": args.speed, "images_per_second": found}
+    return {"images": images, "rounds": args.speed, "images_per_second": found}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 from detectron2.structures import BitMasks, Instances
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
+from test_cascade_students import KD_KEYS, pair
 
 from crosskd_ifc import ConfigError, Teacher, attach_teacher
 from crosskd_ifc.common.config_files import find_config, merge_from_file
@@ -410,6 +411,13 @@ def test_teachers_without_a_pyramid_teach_through_their_box_head(teacher_opts, f
     assert losses["loss_cls_kd"] > 0 and torch.isfinite(losses["loss_box_reg_kd"])
     losses["loss_cls_kd"].backward()
     assert student.roi_heads.box_head.fc1.weight.grad is not None or fusion[1] == ("pool",)
+
+
+@pytest.mark.parametrize("teacher_opts", [C4, DC5], ids=["C4", "DC5"])
+def test_teachers_without_a_pyramid_teach_every_stage_of_a_cascade(teacher_opts):
+    student, _ = pair(teacher=build_model(tiny_cfg(*teacher_opts)))
+    losses, _ = train_losses(student, tiny_batch())
+    assert all(losses[key] > 0 and torch.isfinite(losses[key]) for key in KD_KEYS)
 
 
 @pytest.mark.parametrize("student_opts", [C4, DC5], ids=["C4", "DC5"])

@@ -3,12 +3,13 @@
 import json
 import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from test_deployed import make
@@ -117,6 +118,29 @@ def test_the_tool_measures_speed_in_turns(labelled, tmp_path, capsys):
     assert list(speeds) == ["teacher", "checkpoint", "onnx"]
     printed = capsys.readouterr().out
     assert all(f" {x['median']:.1f} " in printed and x["median"] > 0 for x in speeds.values())
+
+
+def test_code_of_the_training_may_register_the_data_set(labelled, tmp_path, capsys):
+    main = runpy.run_path(str(TOOL))["main"]
+    run, student = make("RetinaNet", tmp_path / "run", "DATASETS.TEST", ("labelled",))
+    labelled(student)
+    export_student(run, str(tmp_path / "out"), format="torchscript")
+    (tmp_path / "my_data.py").write_text(
+        "from detectron2.data.datasets import register_coco_instances\n"
+        f"register_coco_instances('mine', {{}}, '{tmp_path}/labels.json', '{tmp_path}')\n"
+    )
+    config = tmp_path / "my.yaml"
+    config.write_text("_BASE_: run/config.yaml\nMODEL: {CROSSKD: {IMPORTS: [my_data.py]}}\n")
+    arguments = [str(tmp_path / "out"), "--dataset", "mine", "--checkpoint", run]
+    assert main(arguments) == 1
+    assert "the --config-file whose code registers it" in capsys.readouterr().err
+    arguments += ["--config-file", str(config)]
+    assert main([*arguments, "--speed", "1"]) == 0
+    DatasetCatalog.remove("mine")
+    MetadataCatalog.remove("mine")
+    for name in [name for name in sys.modules if name.startswith("my_data_")]:
+        del sys.modules[name]  # as in a new process
+    assert main(arguments) == 0
 
 
 def test_a_teachers_config_lies_beside_its_weights_or_is_named(labelled, tmp_path, capsys):

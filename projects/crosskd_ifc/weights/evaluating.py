@@ -99,7 +99,8 @@ def dataset_records(dataset: str) -> List[dict]:
     if dataset not in DatasetCatalog:
         known = ", ".join(name for name in DatasetCatalog if name.startswith("crosskd"))
         raise ConfigError(
-            f"--dataset {dataset!r} is not registered; give its card by --card. Built in: {known}"
+            f"--dataset {dataset!r} is not registered; give its card by --card, or --checkpoint "
+            f"with the --config-file whose code registers it. Built in: {known}"
         )
     return DatasetCatalog.get(dataset)
 

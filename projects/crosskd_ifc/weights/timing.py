@@ -7,13 +7,14 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 import torch
 
 from .deployed import DeployedModel
+from .evaluating import dataset_records
 from .student import load_student
 
 _WARMUP = 3  # rounds; TorchScript compiles in the first ones
 
 
 def load_detectors(
-    exported: Sequence[str], checkpoints: Mapping[str, Tuple[Any, ...]], records: Sequence[dict]
+    exported: Sequence[str], checkpoints: Mapping[str, Tuple[Any, ...]], dataset: str, images: int
 ) -> Dict[str, Callable[[], Any]]:
     """For each detector a function that runs it on the same images, one after the other.
 
@@ -23,7 +24,8 @@ def load_detectors(
     Args:
         exported: folders that :func:`export_student` wrote.
         checkpoints: name -> arguments of :func:`load_student`; run in detectron2 on the CPU.
-        records: the images, in detectron2's format.
+        dataset: name of a data set; code that comes with a checkpoint may register it.
+        images: how many of it, the first ones.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: as :func:`evaluate_checkpoint`.
@@ -32,6 +34,7 @@ def load_detectors(
     for name, arguments in checkpoints.items():
         student = load_student(*arguments)
         detectors[name] = student.model, student.mapper()
+    records = dataset_records(dataset)[:images]
     for folder in exported:
         model = DeployedModel(folder)
         detectors[model.info.kind] = model, model.info.mapper()
