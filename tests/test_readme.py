@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_recipe import make_card
 
+from crosskd_ifc.common.config_files import load_config
 from crosskd_ifc.common.user_code import import_user_code
 from crosskd_ifc.config import ConfigError
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
@@ -859,6 +860,17 @@ def test_the_tables_of_later_comparisons_are_those_of_the_recorded_runs(name, ar
     more = "-" if arm == "crosskd" else tell(table.difference(arm, "crosskd"))
     rows = rows_of_results(after=heading)
     assert f"| {titles[arm]} | {ap_of(table, arm)} | {more} |" in rows
+
+
+def test_the_bases_of_dense_detectors_have_the_weights_of_the_options():
+    cells = []
+    for kind in ("RetinaNet", "FCOS"):
+        paths = (f"configs/Base-{kind}.yaml", f"configs/quick/Base-{kind}-shapes.yaml")
+        found = [load_config(os.path.join(ROOT, path)).MODEL.CROSSKD.LOSS for path in paths]
+        ((cls, box),) = {(x.CLS_WEIGHT, x.BOX_WEIGHT) for x in found}
+        cells.append(f"{cls}, {box} (`{paths[0]}`)")
+    row = f"| CrossKD's weights $w_c, w_b$ | {' | '.join(cells)} |"
+    assert row in read("docs", "options.md").splitlines()
 
 
 def test_what_equal_weights_show_is_told_as_recorded():

@@ -1,5 +1,7 @@
 """Adapters, combinations, routes and alignment."""
 
+import math
+
 import pytest
 import torch
 
@@ -56,6 +58,39 @@ def test_attention_weighs_each_roi_by_itself():
     torch.testing.assert_close(fused, torch.tensor([[1.0], [0.75 * 1.0986123 + 1.0]]))
 
 
+def test_attention_looks_at_the_mean_of_a_map():
+    combine = FEATURE_FUSION_REGISTRY.get("attention")(("a", "b"), (1, 1, 2))
+    with torch.no_grad():
+        combine.vectors[0] = 1.0
+    first = torch.tensor([0.0, 2 * math.log(3)]).view(1, 1, 1, 2)  # mean log 3: weights 3/4, 1/4
+    fused = combine([first, torch.full_like(first, 4.0)])
+    torch.testing.assert_close(fused, 0.75 * first + 1)
+
+
+def test_residual_adds_the_difference_by_a_gate_below_one():
+    combine = FEATURE_FUSION_REGISTRY.get("residual")(("a", "b"), (1,))
+    torch.nn.init.constant_(combine.gates, math.log(3) / 2)  # tanh: 1/2
+    assert combine([torch.tensor([[2.0]]), torch.tensor([[6.0]])]).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("detach", [(), ("fc1",), ("fc2",)])
+@pytest.mark.parametrize("taps", [("fc1", "fc2"), ("fc2", "fc1")])
+def test_the_first_tap_that_is_named_is_the_first_of_the_combination(taps, detach):
+    fusion = FeatureFusion(
+        name="residual",
+        taps=taps,
+        entry="fc2",
+        route="direct",
+        align="none",
+        detach=detach,
+        student_shapes=SHAPES,
+        teacher_shapes=SHAPES,
+    )
+    features = {"fc1": ONE, "fc2": TWO}
+    assert torch.equal(fusion(features, None, None), features[taps[0]])  # as it starts
+    assert torch.equal(fusion.features(features, None, None)[0], features[taps[0]])
+
+
 def test_none_hands_the_tap_on_as_it_is():
     assert fuse("none", ("fc1",), {"fc1": ONE, "fc2": TWO}) is ONE
 
@@ -101,6 +136,14 @@ def test_adapters_map_shapes_and_have_no_weights_where_they_agree(source, target
     assert type(adapter).__name__ == kind
     assert adapter(torch.zeros(3, *source)).shape == (3, *target)
     assert bool(list(adapter.parameters())) == (source != target)
+
+
+def test_the_adapter_from_a_map_to_a_vector_reads_the_maps_mean():
+    adapter = build_adapter((1, 2, 2), (1,))
+    with torch.no_grad():
+        adapter[1].weight.fill_(1.0)
+        adapter[1].bias.zero_()
+    assert adapter(torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])).item() == pytest.approx(3)
 
 
 @pytest.mark.parametrize("source, target", [((6,), (4, 7, 7)), ((4, 7, 7), (4, 14, 14))])

@@ -74,6 +74,15 @@ def test_the_loss_is_the_mean_divergence_of_the_heatmaps_over_their_pixels(opts,
     assert expected > 0
 
 
+def test_mimic_both_adds_the_losses_of_cross_head_and_own_keypoints():
+    cross, own, both = (
+        train_losses(pair(K + "MIMIC", mimic)[0], batch())[0]["loss_keypoint_kd"]
+        for mimic in ("cross_head", "student_head", "both")
+    )
+    assert own > 0
+    torch.testing.assert_close(both, cross + own)
+
+
 def test_what_is_recorded_is_what_the_head_computes_and_changes_nothing():
     student, _ = pair()
     inputs, head = batch(), student.roi_heads.keypoint_head

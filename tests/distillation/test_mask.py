@@ -96,19 +96,22 @@ def test_the_loss_is_the_focal_loss_of_the_students_pyramid_in_the_teachers_head
     assert expected > 0
 
 
-def test_the_ground_truth_channel_is_the_one_that_the_class_map_says():
+@pytest.mark.parametrize("opts", [(), STUDENT_HEAD, PUBLISHED])
+def test_the_ground_truth_channel_is_the_one_that_the_class_map_says(opts):
     order = ((0, 2), (1, 0), (2, ""))
-    student, teacher = mask_pair(*TRUTH, *WEIGHT_1, K + "TEACHER.CLASS_MAP", order)
+    student, teacher = mask_pair(*TRUTH, *WEIGHT_1, K + "TEACHER.CLASS_MAP", order, *opts)
     inputs = batch()
     step = recorded(student, inputs)
     classes = torch.cat([x.gt_classes for x in step.heads.mask.instances])
     kept = classes != 2
     assert 0 < kept.sum() < len(kept)
-    channel = torch.tensor([2, 0])[classes[kept]]
-    z, t = cross_masks(teacher, step)[kept], teacher_masks(teacher, step, inputs)[kept]
-    index = torch.arange(len(z))
-    picked = [x[index, channel].reshape(-1, 1) for x in (z, t)]
-    expected = losses.quality_focal(*picked, beta=1.0, normalizer=picked[0].numel())
+    ours, theirs = classes[kept], torch.tensor([2, 0])[classes[kept]]
+    own = opts == STUDENT_HEAD
+    z = (step.heads.mask.logits if own else cross_masks(teacher, step))[kept]
+    t, index = teacher_masks(teacher, step, inputs)[kept], torch.arange(len(z))
+    picked = [x[index, i].reshape(-1, 1) for x, i in ((z, ours if own else theirs), (t, theirs))]
+    normalizer = 32 if opts == PUBLISHED else picked[0].numel()
+    expected = losses.quality_focal(*picked, beta=1.0, normalizer=normalizer)
     result, _ = train_losses(student, inputs)
     torch.testing.assert_close(result["loss_mask_kd"], expected)
 
@@ -136,6 +139,50 @@ def test_student_head_compares_the_students_own_masks():
     torch.testing.assert_close(result["loss_mask_kd"], expected)
     result["loss_mask_kd"].backward()
     assert student.roi_heads.mask_head.predictor.weight.grad.any()
+
+
+def test_the_students_own_masks_are_compared_with_those_of_the_same_classes():
+    order = (K + "TEACHER.CLASS_MAP", ((0, 2), (1, 0), (2, 1)))
+    student, teacher = mask_pair(*STUDENT_HEAD, *WEIGHT_1, *order)
+    inputs = batch()
+    step = recorded(student, inputs)
+    z = step.heads.mask.logits.reshape(-1, 1)
+    t = teacher_masks(teacher, step, inputs)[:, [2, 0, 1]].reshape(-1, 1)
+    expected = losses.quality_focal(z, t, beta=1.0, normalizer=len(z))
+    torch.testing.assert_close(train_losses(student, inputs)[0]["loss_mask_kd"], expected)
+
+
+def test_mimic_both_adds_the_losses_of_cross_head_and_own_masks():
+    cross, own, both = (
+        train_losses(mask_pair(K + "MIMIC", mimic)[0], batch())[0]["loss_mask_kd"]
+        for mimic in ("cross_head", "student_head", "both")
+    )
+    assert own > 0
+    torch.testing.assert_close(both, cross + own)
+
+
+def test_a_pooler_that_samples_otherwise_is_another_one():
+    sampling = ("MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", 1)
+    student, teacher = mask_pair(*WEIGHT_1, teacher_opts=sampling)
+    inputs = batch()
+    step = recorded(student, inputs)
+    z, t = (
+        x.reshape(-1, 1) for x in (cross_masks(teacher, step), teacher_masks(teacher, step, inputs))
+    )
+    expected = losses.quality_focal(z, t, beta=1.0, normalizer=len(z))
+    torch.testing.assert_close(train_losses(student, inputs)[0]["loss_mask_kd"], expected)
+
+
+def test_the_teachers_pooler_reads_float32_under_autocast():
+    # It rounds the coordinates of boxes to the type of its features.
+    student, teacher = mask_pair(teacher_opts=("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 14))
+    seen = []
+    teacher.roi_heads.mask_pooler.register_forward_pre_hook(
+        lambda _, inputs: seen.extend(x.dtype for x in inputs[0])
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        train_losses(student, batch())
+    assert len(seen) == 8 and set(seen) == {torch.float32}  # both pyramids
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0])

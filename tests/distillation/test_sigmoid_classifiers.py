@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from helpers import distilling, tiny_batch, tiny_cfg, tiny_model, train_losses
 from test_cascade_students import student_cfg
+from torchvision.ops import generalized_box_iou
 
 from crosskd_ifc import ConfigError, attach_teacher
 from crosskd_ifc.distillation.teacher import TeacherPass
@@ -58,13 +60,19 @@ def test_the_losses_are_quality_focal_and_boxes_weighted_by_the_best_sigmoid(opt
     focal = ((p - q).abs() * F.binary_cross_entropy(p, q, reduction="none")).sum() / len(p)
     found, _ = train_losses(student, batch)
     torch.testing.assert_close(found["loss_cls_kd"], 0.5 * focal)
+    (confidence, classes), rows = q.max(dim=1), torch.arange(len(q))
+    deltas = [x.deltas for x in (z, t)]
     if box_type == "l1":
-        confidence, classes = q.max(dim=1)
-        rows = torch.arange(len(q))
-        a, b = (x.deltas.view(-1, 3, 4)[rows, classes] for x in (z, t))
-        distance = (confidence * (a - b).abs().sum(dim=1)).sum() / (4 * confidence.sum())
-        torch.testing.assert_close(found["loss_box_reg_kd"], distance)
-    assert found["loss_box_reg_kd"] > 0
+        a, b = (x.view(-1, 3, 4)[rows, classes] for x in deltas)
+        distances = (a - b).abs().mean(dim=1)
+    else:
+        decode = student.roi_heads.box_predictor.box2box_transform.apply_deltas
+        boxes = [decode(x, Boxes.cat(seen.boxes).tensor) for x in deltas]
+        a, b = (x.view(-1, 3, 4)[rows, classes] for x in boxes)
+        distances = 1 - generalized_box_iou(a, b).diagonal()
+    expected = (confidence * distances).sum() / confidence.sum()
+    torch.testing.assert_close(found["loss_box_reg_kd"], expected, rtol=1e-4, atol=1e-6)
+    assert expected > 0
 
 
 @pytest.mark.parametrize("opts", [(), (*SIGMOID, *OWN)], ids=["cross-head", "student's head"])

@@ -31,6 +31,7 @@ from crosskd_ifc.weights.export import export_student
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
 CLASS_COUNT = ("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES))
+SCHEDULE = "MODEL.CROSSKD.SCHEDULE."
 # What training from scratch needs.
 TRAINABLE = (
     *("MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0),
@@ -236,12 +237,33 @@ def test_a_resumed_run_goes_on_with_its_own_optimizer_settings(files, tmp_path):
 
 
 def test_the_schedule_is_followed_in_training(files, tmp_path):
-    start = ("MODEL.CROSSKD.SCHEDULE.START_ITER", 20, "SOLVER.MAX_ITER", 40)
+    start = (SCHEDULE + "START_ITER", 20, "SOLVER.MAX_ITER", 40)
     config, out = write_config(files, tmp_path, *start)
     run(config, "TEST.EVAL_PERIOD", 0)
     values = {line["iteration"]: line for line in metrics(out) if "loss_cls_kd" in line}
     assert values[19]["loss_cls_kd"] == 0 and values[19]["crosskd/factor"] == 0
     assert values[39]["loss_cls_kd"] > 0 and values[39]["crosskd/factor"] == 1
+
+
+@pytest.mark.parametrize(
+    "opts, factors",
+    [
+        (
+            (SCHEDULE + "WARMUP_ITERS", 40, SCHEDULE + "STOP_ITER", 30, "SOLVER.MAX_ITER", 40),
+            {19: 0.5, 39: 0.0},
+        ),
+        (
+            (SCHEDULE + "START_ITER", 10, "SOLVER.MAX_ITER", 20, "SOLVER.REFERENCE_WORLD_SIZE", 2),
+            {19: 0.0, 39: 1.0},
+        ),
+    ],
+    ids=["warm-up and stop", "scaled to the processes"],
+)
+def test_the_factor_is_that_of_the_schedule(opts, factors, files, tmp_path):
+    config, out = write_config(files, tmp_path, *opts)
+    run(config, "TEST.EVAL_PERIOD", 0)
+    lines = [line for line in metrics(out) if "crosskd/factor" in line]
+    assert {line["iteration"]: line["crosskd/factor"] for line in lines} == factors
 
 
 def test_a_run_inherits_at_its_start_and_not_when_it_is_resumed(files, tmp_path):

@@ -10,7 +10,7 @@ from detectron2.modeling import FPN, META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS as StockFCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from helpers import tiny_batch, train_losses
 
@@ -18,6 +18,8 @@ from crosskd_ifc import ConfigError, add_crosskd_ifc_config, attach_teacher, sta
 from crosskd_ifc.config import class_count, distillation_requested
 from crosskd_ifc.distillation import losses
 from crosskd_ifc.distillation.teacher import TeacherPass
+from crosskd_ifc.distillation.traces import DenseTrace
+from crosskd_ifc.modeling import fcos
 from crosskd_ifc.weights.export import export_student
 
 K = "MODEL.CROSSKD."
@@ -361,6 +363,58 @@ def test_the_cross_head_detects(kind):
     student, teacher = pair(kind)
     detections = student.eval().cross_head_inference(tiny_batch())
     assert all(len(x["instances"]) for x in detections)
+
+
+@dense
+def test_the_box_loss_has_its_weight(kind):
+    one, quarter = (
+        train_losses(pair(kind, K + "LOSS.BOX_WEIGHT", weight)[0], tiny_batch())[0]
+        for weight in (1.0, 0.25)
+    )
+    torch.testing.assert_close(4 * quarter["loss_box_reg_kd"], one["loss_box_reg_kd"])
+    assert torch.equal(quarter["loss_cls_kd"], one["loss_cls_kd"])
+
+
+LOWER = ImageList(torch.zeros(2, 3, 64, 64), [(64, 64), (20, 64)])  # alone the second is 32 x 64
+LEVELS = [torch.zeros(2, 1, side, side) for side in (8, 4, 2, 1, 1)]
+
+
+def test_places_below_a_lower_image_are_left_out():
+    found = build_model(dense_cfg("RetinaNet")).inside(LOWER, LEVELS)
+    assert found[0].all() and found.shape[1] == 3 * (64 + 16 + 4 + 1 + 1)
+    assert torch.equal(found[1, :192], torch.arange(192) < 96)
+    assert found[1].sum() == 3 * (32 + 8 + 2 + 1 + 1)
+
+
+def test_a_backbone_that_pads_to_a_square_sees_all_places_in_every_batch():
+    student = build_model(dense_cfg("RetinaNet"))
+    student.backbone._square_pad = 64
+    assert student.inside(LOWER, LEVELS) is None
+
+
+def test_retinanets_divisor_counts_one_for_an_image_without_positives():
+    student = build_model(dense_cfg("RetinaNet"))
+    labels = torch.tensor([[0, 1, 3, -1], [3, 3, -1, 3]])  # 3: background, -1: ignored
+    assert student.kd_normalizer(DenseTrace({}, 3, labels=labels)) == 2 + 1
+
+
+def test_fcos_divisor_is_at_least_one_after_the_mean_over_processes(monkeypatch):
+    monkeypatch.setattr(fcos, "mean_over_processes", lambda x: x / 2)
+    student = build_model(dense_cfg("FCOS"))
+    box = torch.tensor([[0.0, 0.0, 8.0, 8.0]])
+    background = torch.tensor([[3]])
+    trace = DenseTrace({}, 1, anchors=[Boxes(box)], labels=background, boxes=[box])
+    assert student.kd_normalizer(trace) == 1
+
+
+@dense
+def test_a_twin_agrees_everywhere(kind):
+    cfg = dense_cfg(kind, *fusion("none", ("conv3",)))
+    student = telling(build_model(cfg), 1)
+    attach_teacher(student, cfg, teacher=copy.deepcopy(student))
+    _, storage = train_losses(student.train(), tiny_batch(), iteration=19)
+    for name in ("agreement_cross_head", "agreement_student"):
+        assert storage.latest()[f"crosskd/{name}"][0] == pytest.approx(1)
 
 
 @dense

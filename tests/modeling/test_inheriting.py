@@ -119,6 +119,14 @@ def test_a_predictor_follows_the_class_map_and_masked_classes_keep_their_rows():
     assert torch.equal(ours.bbox_pred.bias, torch.cat([boxes[16:20], own[4:8], boxes[:4]]))
 
 
+def test_a_mask_predictor_follows_the_class_map():
+    masks = ("MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead")
+    opts = (*masks, I, ("roi_heads.mask_head",), MAP, ((0, 2), (1, 0), (2, 1)))
+    _, student, teacher = inherited(*opts, teacher_opts=masks)
+    ours, theirs = (m.roi_heads.mask_head.predictor.weight for m in (student, teacher))
+    assert torch.equal(ours, theirs[[2, 0, 1]])
+
+
 def test_a_teacher_of_other_classes_gives_no_predictor_even_where_the_shapes_agree(caplog):
     with caplog.at_level(logging.INFO, "crosskd_ifc"):
         before, student, teacher = inherited(I, ("roi_heads",), MAP, ("teacher",))
@@ -134,6 +142,7 @@ def test_a_teacher_of_other_classes_gives_no_predictor_even_where_the_shapes_agr
     [
         (("INPUT.FORMAT", "RGB"), "INPUT.FORMAT"),
         (("MODEL.PIXEL_STD", [57.0, 57.0, 58.0]), "MODEL.PIXEL_STD"),
+        (("MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]), "MODEL.PIXEL_MEAN"),
     ],
 )
 def test_the_layer_that_sees_the_image_is_refused_where_the_images_differ(opts, key):
@@ -214,6 +223,22 @@ def left_of(student, teacher, name, caplog):
     changed = [k for k in before if k in theirs and not torch.equal(before[k], after[k])]
     reason = caplog.text.partition(f"{name}.weight (it means something else: ")[2]
     return not changed, reason.partition(" differs")[0]
+
+
+@pytest.mark.parametrize("name", ["cls_score", "bbox_pred"])
+def test_dense_predictors_behind_towers_of_another_depth_are_left(name, caplog):
+    student, teacher = pair(
+        "RetinaNet", I, ("head",), teacher_opts=("MODEL.RETINANET.NUM_CONVS", 5)
+    )
+    found = left_of(student, teacher, f"head.{name}", caplog)
+    assert found == (True, "what lies before it in its head")
+
+
+def test_a_classifier_of_another_kind_of_score_is_left(caplog):
+    sigmoid = ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)
+    student, teacher = distilling(I, ("roi_heads.box_predictor",), teacher_opts=sigmoid)
+    found = left_of(student, teacher, "roi_heads.box_predictor.cls_score", caplog)
+    assert found == (True, sigmoid[0])
 
 
 BODY = "backbone.bottom_up"

@@ -322,6 +322,17 @@ def test_an_own_fusion_may_leave_out_a_parameter_in_a_step(kind):
     assert spare and all(torch.equal(x, torch.zeros(3)) for x in spare)
 
 
+def test_each_tap_of_bckd_is_weighted_by_its_own_gap():
+    opts, weights = (K + "LOSS.BOX_TYPE", "bckd"), (1.0, 0.5, 0.25)
+    found = losses_of(student_of("RetinaNet", weights=weights, fused=0.0, opts=opts))
+    single = [
+        losses_of(student_of("RetinaNet", name="none", taps=(tap,), opts=opts))
+        for tap in TAPS["RetinaNet"]
+    ]
+    expected = sum(w * x["loss_box_reg_kd"] for w, x in zip(weights, single))
+    torch.testing.assert_close(found["loss_box_reg_kd"], expected, rtol=1e-5, atol=1e-6)
+
+
 @kinds
 def test_mimic_both_adds_the_losses_of_cross_head_and_student_head(kind):
     mimics = {m: (K + "MIMIC", m) for m in ("cross_head", "student_head", "both")}
