@@ -892,14 +892,42 @@ def test_what_equal_weights_show_is_told_as_recorded():
     assert f"by {equal.difference.mean:.1f} AP (8 seeds)" in read("docs", "choosing.md")
 
 
-def test_what_has_run_of_the_stability_is_told_as_recorded():
+STABLE = {
+    "student": "plain student",
+    "crosskd": "plain CrossKD",
+    "mean": "mean of fc1 and fc2",
+    "crosskd_ifc": "CrossKD-IFC (one loss per tap)",
+}
+RATES = ("", "_x2", "_x4")
+
+
+@pytest.mark.parametrize("arm", STABLE)
+def test_the_table_of_learning_rates_is_that_of_the_recorded_runs(arm):
+    cells = [ap_of(results("stability"), arm + rate) for rate in RATES]
+    assert f"| {STABLE[arm]} | {' | '.join(cells)} |" in rows_of_results("### Stability")
+
+
+def test_what_learning_rates_show_is_told_as_recorded():
     table, text = results("stability"), told_in_results()
-    students = [arm for arm in table.arms if arm != "teacher"]
-    runs = [run for arm in students for found in table.current(arm).values() for run in found]
-    assert {len(table.scores(arm)) for arm in students} == {2}
-    assert f"None of their {len(runs)} trainings failed" in text
     report = read("benchmarks", "stability", "report.md")
-    assert report.count("| 0 of 2 ") == len(students)
+    arms = [arm + rate for arm in STABLE for rate in RATES]
+    runs = [run for arm in arms for found in table.current(arm).values() for run in found]
+    (count,) = {len(table.scores(arm)) for arm in arms}
+    assert report.count(f"| 0 of {count} ") == len(arms)
+    assert f"None of the {len(runs)} trainings failed" in text
+    assert f"`stability` has {count} of its 6 seeds" in text
+    leads = [tell(table.difference(f"crosskd_ifc{x}", f"crosskd{x}")) for x in RATES]
+    assert "leads plain CrossKD by {}, {} and {}".format(*leads) in text
+    gains = [tell(table.difference(f"crosskd{x}", f"student{x}")) for x in RATES]
+    assert "Plain CrossKD leads the plain student by {}, {} and {}".format(*gains) in text
+    ratios = []
+    for rate in ("", "_x4"):
+        row = rf"`crosskd_ifc{rate}` +\| 0 of \d +\| [\d.]+ +\| ([\d.]+ \([^)]+\)) of `student"
+        ratios += re.findall(row, report)
+    assert "{} times the plain student's, with four times the rate {} times".format(*ratios) in text
+    varies = [statistics.mean(table.logged(x, "grad_norm_variation").values()) for x in arms]
+    told = f"by {min(varies):.0%} to {max(varies):.0%} of its mean, most in the plain student at"
+    assert told.replace("%", " %") in text and arms[varies.index(max(varies))] == "student_x4"
 
 
 def test_what_the_photos_show_is_told_as_recorded():

@@ -51,7 +51,7 @@ def _several_teachers(content: dict) -> List[str]:
     if several:
         lines += [
             f"Seed {', '.join(several)}: its teacher was trained more than once with the same",
-            "settings, and not all students have learned from the same weights (`teacher_sha256`).",
+            "settings. Which weights a student has learned from, its `teacher_sha256` tells.",
         ]
     unknown = [str(seed) for seed, those in sorted(found.items()) if len(those) > 1 and "" in those]
     if unknown:
