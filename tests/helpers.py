@@ -161,3 +161,13 @@ def train_losses(model, batch, *, seed: int = 0, iteration: int = 0):
     torch.manual_seed(seed)
     with EventStorage(iteration) as storage:
         return model(batch), storage
+
+
+def check_mimic_both(pair, inputs, key):
+    """``MIMIC both`` adds a loss of cross-head and own predictions; ``pair`` makes a student."""
+    cross, own, both = (
+        train_losses(pair("MODEL.CROSSKD.MIMIC", mimic)[0], inputs)[0][key]
+        for mimic in ("cross_head", "student_head", "both")
+    )
+    assert own > 0
+    torch.testing.assert_close(both, cross + own)

@@ -128,9 +128,8 @@ def _speeds(args) -> Dict[str, Any]:
     checkpoints = {"teacher": (args.teacher, args.teacher_config)} if args.teacher else {}
     if args.checkpoint:
         checkpoints["checkpoint"] = (args.checkpoint, args.config_file, args.overrides)
-    detectors = load_detectors(args.EXPORTED, checkpoints, args.dataset, args.images)
+    detectors, images = load_detectors(args.EXPORTED, checkpoints, args.dataset, args.images)
     seconds = measure_in_turns(detectors, args.speed)
-    images = min(args.images, len(dataset_records(args.dataset)))
     found = {name: images_per_second(x, images) for name, x in seconds.items()}
     between = "{:.1f} - {:.1f}"
     rows = [(name, x["median"], between.format(*x["quartiles"])) for name, x in found.items()]

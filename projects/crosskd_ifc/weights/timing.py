@@ -15,8 +15,9 @@ _WARMUP = 3  # rounds; TorchScript compiles in the first ones
 
 def load_detectors(
     exported: Sequence[str], checkpoints: Mapping[str, Tuple[Any, ...]], dataset: str, images: int
-) -> Dict[str, Callable[[], Any]]:
-    """For each detector a function that runs it on the same images, one after the other.
+) -> Tuple[Dict[str, Callable[[], Any]], int]:
+    """For each detector a function that runs it on the same images, one after the other, and how
+    many images those are.
 
     What it does is what a user waits for once the resized images are there: normalisation, network,
     NMS, and boxes and masks in the size of the original image.
@@ -25,7 +26,7 @@ def load_detectors(
         exported: folders that :func:`export_student` wrote.
         checkpoints: name -> arguments of :func:`load_student`; run in detectron2 on the CPU.
         dataset: name of a data set; code that comes with a checkpoint may register it.
-        images: how many of it, the first ones.
+        images: how many of it at most, the first ones.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: as :func:`evaluate_checkpoint`.
@@ -38,7 +39,8 @@ def load_detectors(
     for folder in exported:
         model = DeployedModel(folder)
         detectors[model.info.kind] = model, model.info.mapper()
-    return {name: _runner(model, list(map(m, records))) for name, (model, m) in detectors.items()}
+    runners = {n: _runner(model, list(map(m, records))) for n, (model, m) in detectors.items()}
+    return runners, len(records)
 
 
 @torch.no_grad()
