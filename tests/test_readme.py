@@ -1044,3 +1044,13 @@ def test_what_self_distillation_gives_is_told_as_recorded():
     found = table.difference("self", "teacher")
     assert f"scratch, {student}. The difference is {tell(found)}." in text
     assert len(found.values) == 3
+
+
+@pytest.mark.parametrize("name", ["decisive_weight", "decisive_retinanet", "teacher_kinds"])
+def test_recorded_runs_are_of_todays_settings(name):
+    """Else all would be outdated, and trained again."""
+    protocol = load_protocol(os.path.join(ROOT, "benchmarks", "protocols", f"{name}.yaml"))
+    runs = json.loads(read("benchmarks", name, "results.json"))["runs"]
+    last = {run["arm"]: run for run in runs if not run.get("outdated")}
+    for arm, run in last.items():
+        assert run["config_sha256"] == protocol.run(arm, run["seed"], "x").digest()

@@ -143,3 +143,4 @@ def test_threads_are_shared_by_child_processes_and_the_clusters_by_default():
     assert threads_of(options("--jobs", "1000")) == 1
     assert threads_of(options("--executor", "slurm")) == 0
     assert threads_of(options("--executor", "slurm", "--threads", "4")) == 4
+    assert threads_of(options("--threads", "0")) == 0  # as many as torch likes

@@ -260,10 +260,12 @@ def test_a_report_tells_which_arms_have_one_given_teacher_for_all_seeds(tmp_path
 
 def test_what_changes_the_teachers_model_is_told_to_its_students(tmp_path):
     opts = {"MODEL.FPN.OUT_CHANNELS": 32, "SOLVER.MAX_ITER": 10}
-    teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "opts": {"MODEL.RESNETS.DEPTH": 50}}
+    theirs = {"MODEL.RESNETS.DEPTH": 50, "INPUT.FORMAT": "RGB"}
+    teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "opts": theirs}
     protocol = Case(tmp_path, opts=opts, teacher=teacher).protocol
     told = protocol.run("crosskd_ifc", 1, "x").cfg().MODEL.CROSSKD.TEACHER.OPTS
-    assert told == ("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.RESNETS.DEPTH", "50")
+    wanted = {"MODEL.FPN.OUT_CHANNELS": "32", "MODEL.RESNETS.DEPTH": "50", "INPUT.FORMAT": "RGB"}
+    assert dict(zip(told[::2], told[1::2])) == wanted
 
 
 def test_a_teacher_has_the_classes_of_the_data_that_a_protocol_names(tmp_path):
@@ -1073,3 +1075,77 @@ def test_a_teacher_and_its_student_train_and_are_reported(tiny, tmp_path, capsys
     assert "2 runs, to do: 0" in capsys.readouterr().out
     with open("out/results.json") as f:
         assert json.load(f) == first
+
+
+def test_a_failed_run_stops_the_whole_chain_behind_it(tmp_path, monkeypatch):
+    def weights(name):
+        return {"MODEL.CROSSKD.TEACHER.WEIGHTS": str(tmp_path / f"runs/{name}_1/model_final.pth")}
+
+    arms = {"third": {"config": DISTILLED, "opts": weights("second")}}
+    arms["second"] = {"config": DISTILLED, "opts": weights("student")}
+    arms["student"] = {"config": PLAIN}
+    case = Case(tmp_path, arms=arms, teacher=None, ablations=None, seeds=[1])
+    monkeypatch.setenv("FAILING", "student_1")
+    assert set(case.do()) == {(name, 1) for name in arms}
+
+
+def test_where_the_card_of_a_protocol_lies_does_not_matter(tmp_path):
+    found = []
+    for place in ("a", "b"):
+        opts = {"DATASETS.CARDS": [str(tmp_path / place / "cells.yaml")]}
+        case = Case(tmp_path, opts={**opts, "DATASETS.TRAIN": ["cells_train"]})
+        found.append([case.runs[arm, 1].digest() for arm in ("student", "crosskd_ifc")])
+    assert found[0] == found[1]
+
+
+def test_an_arms_own_opts_come_over_those_of_all_runs(tmp_path):
+    arms = {"long": {"config": PLAIN, "opts": {"SOLVER.MAX_ITER": 440}}, "short": {"config": PLAIN}}
+    opts = {"SOLVER.MAX_ITER": 330}
+    case = Case(tmp_path, arms=arms, opts=opts, teacher=None, ablations=None)
+    assert [case.runs[name, 1].cfg().SOLVER.MAX_ITER for name in arms] == [440, 330]
+
+
+def test_a_teacher_of_earlier_settings_is_trained_again_for_its_student(case):
+    case.do([("teacher", 1)])
+    changed = Case(case.folder, opts={"SOLVER.BASE_LR": 0.5})
+    todo = changed.todo(arms=["crosskd_ifc"], seeds=[1])
+    assert todo == [("teacher", 1), ("crosskd_ifc", 1)]
+
+
+def test_an_arm_that_starts_from_another_comes_after_it(tmp_path):
+    start = {"MODEL.WEIGHTS": str(tmp_path / "runs/student_1/model_final.pth")}
+    arms = {"longer": {"config": PLAIN, "opts": start}, "student": {"config": PLAIN}}
+    case = Case(tmp_path, arms=arms, teacher=None, ablations=None, seeds=[1])
+    assert case.do(discard_weights=True) == {}
+    assert case.order() == ["student_1", "longer_1"]
+    assert os.path.exists(case.runs["student", 1].weights)
+
+
+def test_where_the_runs_lie_does_not_matter_to_a_taught_run(case):
+    folders = ("runs", "elsewhere/runs")
+    assert len({case.protocol.run("crosskd_ifc", 1, x).digest() for x in folders}) == 1
+
+
+@pytest.mark.parametrize(
+    "seeds, theirs, taken",
+    [
+        ([7, 9], [9, 7], [7, 9]),
+        ([1, 2, 3, 4], [2, 4], [2, 2, 4, 4]),
+        ([1, 2, 3], [8, 9], [8, 9, 8]),
+    ],
+)
+def test_a_seed_has_its_own_teacher_or_the_next_in_turn(seeds, theirs, taken, tmp_path):
+    teacher = {"config": "quick/faster_rcnn_R_34_shapes.yaml", "seeds": theirs}
+    protocol = Case(tmp_path, seeds=seeds, teacher=teacher, ablations=None).protocol
+    assert [protocol.teacher_of("crosskd_ifc", seed)[1] for seed in seeds] == taken
+
+
+def test_threads_and_arguments_reach_each_run(case):
+    found = []
+
+    def train(run, script, **options):
+        found.append((options["threads"], options.get("arguments")))
+        raise RunFailed("enough")
+
+    case.do([("student", 1)], train=train, threads=3, arguments=("--num-gpus", "4"))
+    assert found == [(3, ("--num-gpus", "4"))]

@@ -556,3 +556,72 @@ def test_two_processes_do_not_train_in_one_folder(train, tmp_path, caplog):
             train(run, stop=stop)
     assert "waiting for the process that trains in" in caplog.text
     assert train(run)["AP"] == 12.5
+
+
+def test_the_mean_of_a_cascades_stages_and_its_first_are_two_runs(tmp_path):
+    key = "MODEL.CROSSKD.TEACHER."
+    cascade = (key + "CONFIG_FILE", "quick/cascade_rcnn_R_34_shapes.yaml", key + "WEIGHTS", "x.pth")
+
+    def digest(*opts, of=cascade):
+        config = "quick/crosskd_ifc_R_18_shapes.yaml"
+        return Run("a run", config, str(tmp_path), [*of, *opts]).digest()
+
+    assert digest(key + "STAGE", "mean") == digest() != digest(key + "STAGE", "1")
+    lazy = tmp_path / "cascade.py"
+    name = "detectron2.modeling.roi_heads.CascadeROIHeads"
+    lazy.write_text(f"model = dict(roi_heads=dict(_target_='{name}'))\n")
+    of = (key + "CONFIG_FILE", str(lazy), *cascade[2:])
+    assert (
+        digest(key + "STAGE", "mean", of=of) == digest(of=of) != digest(key + "STAGE", "1", of=of)
+    )
+    assert digest(of=()) == digest(key + "STAGE", "1", of=()), "of a Faster R-CNN both are its head"
+
+
+def test_other_weights_of_any_of_several_teachers_make_another_run(tmp_path):
+    files = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    for file in files:
+        file.write_text("first")
+    opts = ["MODEL.CROSSKD.TEACHERS", repr([{"WEIGHTS": str(file)} for file in files])]
+    run = Run("a run", "quick/crosskd_ifc_R_18_shapes.yaml", str(tmp_path / "run"), opts)
+    found = [run.inputs()]
+    for file in files:
+        file.write_text("others")
+        found.append(run.inputs())
+    assert len(set(found)) == 3 and None not in found
+
+
+def test_changed_annotations_of_the_test_images_make_another_run(tmp_path):
+    data = Voc(tmp_path)
+    run = run_on_a_card(tmp_path / "run", data, "tiny_train")
+    run.opts += ["DATASETS.TEST", "('tiny_val',)"]
+    before, label = run.inputs(), data.root / "Annotations" / "d.xml"
+    label.write_text(label.read_text().replace("</annotation>", " </annotation>"))
+    assert None not in (before, run.inputs()) and run.inputs() != before
+
+
+def test_statistics_are_means_over_the_last_quarter():
+    lines = [{"iteration": i, "crosskd/x": float(i)} for i in (0, 25, 50, 75, 100)]
+    assert run_training._statistics(lines) == {"x": 87.5}
+
+
+def test_a_result_is_of_the_files_that_its_training_started_with(train, tmp_path):
+    weights = tmp_path / "R-18.pth"
+    weights.write_text("first")
+    run = make_run(tmp_path / "run", "MODEL.WEIGHTS", str(weights))
+    train(run, on_progress=lambda *_: weights.write_text("changed later"))
+    assert run.result() is None
+
+
+def test_a_run_that_another_process_has_ended_meanwhile_is_not_repeated(
+    train, tmp_path, monkeypatch
+):
+    folder, claim = tmp_path / "run", run_training.claim_folder
+
+    def after_the_other(*args, **options):
+        monkeypatch.setattr(run_training, "claim_folder", claim)
+        train(make_run(folder))
+        return claim(*args, **options)
+
+    monkeypatch.setattr(run_training, "claim_folder", after_the_other)
+    train(make_run(folder))
+    assert len(calls(folder)) == 1

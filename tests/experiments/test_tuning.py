@@ -340,3 +340,26 @@ def test_what_a_protocol_does_not_have_is_refused_by_name(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             Tool(tmp_path, **changes)
+
+
+def test_the_report_of_a_search_does_not_miss_teachers_that_it_does_not_need(tmp_path):
+    tool = Tool(tmp_path, seeds=(1,))
+    tool.do(1)
+    with open(tool.runs.report()) as f:
+        assert "aren't there" not in f.read()
+
+
+def test_a_search_is_bound_to_the_settings_of_its_runs(tmp_path, monkeypatch):
+    Tool(tmp_path)  # writes the protocol
+    tool, seen = load_tool("tune"), {}
+
+    def stop(*_, **options):
+        seen.update(options)
+        raise RunFailed("enough")
+
+    monkeypatch.setattr(tool, "open_study", stop)
+    words = [str(tmp_path / "protocol.yaml"), "crosskd_ifc", "--seeds", "1", "2", "--budget", "2"]
+    words += ["--log", WEIGHT, "0.01", "100", "--output", str(tmp_path / "search")]
+    with pytest.raises(RunFailed):
+        tool.main(tool.parse_args(words))
+    assert seen.get("runs", {}).keys() == {"1", "2"}

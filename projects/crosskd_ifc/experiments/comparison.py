@@ -210,10 +210,11 @@ class Comparison:
                         self.say(str(error))
                     else:
                         self._finish(key, result)
-                for key in [k for k in waiting if self._teachers[k] & failed.keys()]:
-                    waiting.remove(key)
-                    finished += steps[key]
-                    failed[key] = f"{self.runs[key].name}: not run, its teacher failed"
+                while left := [k for k in waiting if self._teachers[k] & failed.keys()]:
+                    for key in left:
+                        waiting.remove(key)
+                        finished += steps[key]
+                        failed[key] = f"{self.runs[key].name}: not run, its teacher failed"
                 under_way = dict(self.steps_done)
                 names = (f"{arm} {seed} {n}" for (arm, seed), n in under_way.items())
                 bar.set_postfix_str(", ".join(names), refresh=False)

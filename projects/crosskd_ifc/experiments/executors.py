@@ -39,8 +39,7 @@ def threads_of(args: argparse.Namespace) -> int:
     """Threads of each run; 0: as many as torch likes."""
     if args.threads is None and args.executor:
         return 0
-    cores = (os.cpu_count() or 1) // args.jobs if args.threads is None else args.threads
-    return max(cores, 1)
+    return max((os.cpu_count() or 1) // args.jobs, 1) if args.threads is None else args.threads
 
 
 class TrainOnOwnGpus:

@@ -136,8 +136,10 @@ class Protocol:
         if name not in self.taught:
             return None
         theirs = self.arms[TEACHER].seeds
-        own = seed in theirs
-        return TEACHER, seed if own else theirs[self.seeds.index(seed) % len(theirs)]
+        if seed in theirs:
+            return TEACHER, seed
+        others = [x for x in self.seeds if x not in theirs]
+        return TEACHER, theirs[others.index(seed) % len(theirs)]
 
 
 def load_protocol(path: str) -> Protocol:

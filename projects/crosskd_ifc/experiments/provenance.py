@@ -2,8 +2,8 @@
 
 from typing import Dict, List, Sequence
 
-from .protocol import TEACHER, TEACHER_WEIGHTS
-from .tables import seed_of_teacher
+from .protocol import TEACHER
+from .tables import is_given_teacher, seed_of_teacher
 
 
 def provenance(content: dict) -> List[str]:
@@ -23,7 +23,7 @@ def provenance(content: dict) -> List[str]:
     lines.append(f"on {_hardware(runs)}.")
     if any(run["arm"] == TEACHER for run in runs):
         current = [run for run in runs if not run.get("outdated")]
-        given = [arm["arm"] for arm in content["arms"] if TEACHER_WEIGHTS in arm["opts"]]
+        given = [arm["arm"] for arm in content["arms"] if is_given_teacher(arm)]
         if all(seed_of_teacher(run) == run["seed"] for run in current):
             but = f", but that of {', '.join(given)} is one for all seeds" if given else ""
             lines.append(f"Each seed has its own teacher{but}.")

@@ -14,8 +14,8 @@ import os
 from typing import Dict, Iterable, List, Optional, Tuple
 
 from ..common.files import locked, replacing
-from ..config import ConfigError
-from .protocol import TEACHER, Protocol
+from ..config import ConfigError, distillation_requested
+from .protocol import TEACHER, Arm, Protocol
 from .runs import Run, is_same_input
 from .tables import replicate_number
 
@@ -86,9 +86,7 @@ class Results:
     def _put(self, entries: List[dict], preferred: List[int]) -> None:
         """Append those that aren't there yet, as replicates of one number."""
         new = [e for e in entries if not any(_is_same_run(e, other) for other in self.entries)]
-        taken = {
-            replicate_number(o) for o in self.entries for e in new if _settings(o) == _settings(e)
-        }
+        taken = {replicate_number(o) for o in self.entries for e in new if _is_same_work(o, e)}
         number = next(n for n in itertools.chain(preferred, itertools.count(1)) if n not in taken)
         for entry in new:
             entry = {k: v for k, v in entry.items() if k != "replicate"}
@@ -119,15 +117,19 @@ class Results:
             return False
         if key not in self._inputs:
             self._inputs[key] = self._runs[key].all_inputs()
-        return is_same_input(entry, self._inputs[key])
+        present = self._inputs[key]
+        # What was outdated stays so where a file isn't there any more that told the difference.
+        is_unknown = any(entry.get(name) and value is None for name, value in present.items())
+        return is_same_input(entry, present) and not (is_unknown and entry.get("outdated"))
 
     def content(self) -> dict:
         """What the file holds."""
         protocol = self.protocol
         order = list(protocol.arms)
         for entry in self.entries:
+            is_current = self._is_current(entry)
             entry.pop("outdated", None)
-            entry.update({} if self._is_current(entry) else {"outdated": True})
+            entry.update({} if is_current else {"outdated": True})
 
         def place(entry: dict) -> tuple:
             # Arms that the protocol had once come last: they cost time, too.
@@ -154,11 +156,17 @@ class Results:
                     "versus": list(arm.versus),
                     "seeds": list(arm.seeds),
                     "taught": arm.name in protocol.taught,
+                    **({"given_teacher": True} if self._has_given_teacher(arm) else {}),
                 }
                 for arm in protocol.arms.values()
             ],
             "runs": sorted(self.entries, key=place),
         }
+
+    def _has_given_teacher(self, arm: Arm) -> bool:
+        run = self._runs.get((arm.name, arm.seeds[0]))
+        distils = run is not None and distillation_requested(run.cfg())
+        return distils and arm.name not in self.protocol.taught
 
     def _entry(self, key: Key, done: dict) -> dict:
         splits, validation = done["splits"], self.protocol.validation
@@ -243,13 +251,19 @@ def _key(entry: dict) -> Key:
     return entry["arm"], entry["seed"]
 
 
-def _settings(entry: dict) -> tuple:
-    return entry["arm"], entry["seed"], entry["config_sha256"]
+def _is_same_work(entry: dict, other: dict) -> bool:
+    """Whether two entries are of the same arm, seed, settings and, where both name them, inputs."""
+    same = all(entry[key] == other[key] for key in ("arm", "seed", "config_sha256"))
+    return same and not _differ(entry, other, ("inputs_sha256", "needs_inputs_sha256"))
+
+
+def _differ(entry: dict, other: dict, keys: Iterable[str]) -> bool:
+    """Whether two entries both have one of these keys, with unlike values."""
+    return any(len({e.get(key) for e in (entry, other)} - {None}) > 1 for key in keys)
 
 
 def _is_same_run(entry: dict, other: dict) -> bool:
     """Whether two entries tell of one training, not of two that agree."""
-    same = ("arm", "seed", "config_sha256", "AP", "AP50", "seconds", "seconds_per_step", "curve")
-    began = ("teacher_sha256", "inputs_sha256", "needs_inputs_sha256")  # where both say it
-    differ = any(len({e.get(key) for e in (entry, other)} - {None}) > 1 for key in began)
-    return all(entry[key] == other[key] for key in same) and not differ
+    same = ("AP", "AP50", "seconds", "seconds_per_step", "curve")
+    is_same = _is_same_work(entry, other) and all(entry[key] == other[key] for key in same)
+    return is_same and not _differ(entry, other, ("teacher_sha256",))

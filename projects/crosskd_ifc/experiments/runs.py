@@ -4,16 +4,21 @@ Each run is an ordinary ``tools/train_net.py`` run in a folder of its own. A fin
 ``run.json`` there (:mod:`.run_training`), with its results and a digest of all that they depend on.
 """
 
+import ast
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
+from omegaconf import OmegaConf
 
-from ..common.config_files import FILES, find_config, load_config, map_files
+from ..common.config_files import FILES, default_config, find_config, load_config, map_files
 from ..common.files import file_sha256, read_json_if_any
+from ..common.lazy_config import is_lazy
 from ..common.paths import resolve_path
 from ..config import ConfigError, distillation_requested, teacher_configs
 from ..data import shapes
@@ -67,6 +72,7 @@ class Run:
                 "in a comparison the number of GPUs must not change the settings: set it to 0"
             )
         fill_in_class_count(cfg, without_data=True)  # a training asks for them
+        _name_stages(cfg)
         cfg.freeze()
         return cfg
 
@@ -128,7 +134,24 @@ class Run:
         settings = digested_settings(cfg)
         for key in settings.keys() & {*FILES, "MODEL.WEIGHTS"}:
             settings[key] = map_files(self._portable, settings[key])
+        if "MODEL.CROSSKD.TEACHER.OPTS" in settings:
+            settings["MODEL.CROSSKD.TEACHER.OPTS"] = self._portable_opts(cfg)
         return settings
+
+    def _portable_opts(self, cfg: CfgNode) -> Sequence[str]:
+        """TEACHER.OPTS, its files as :meth:`_portable` names them."""
+        opts = cfg.MODEL.CROSSKD.TEACHER.OPTS
+        if is_lazy(cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE):
+            return opts
+        found = list(opts)
+        for i, (key, text) in enumerate(zip(opts[::2], opts[1::2])):
+            if key in (*FILES, "MODEL.WEIGHTS") and text:
+                is_list = text[0] in "[(" and text[-1] in ")]"
+                value = ast.literal_eval(text) if is_list else text
+                changed = map_files(self._portable, value)
+                # A text of relative files stays as records have it.
+                found[2 * i + 1] = text if changed == value else str(changed)
+        return type(opts)(found)
 
     def _portable(self, file: str) -> str:
         """A file's name wherever the project lies: below the config's folder by the path from
@@ -155,6 +178,35 @@ class Run:
         if "diverged" in done and not self.may_diverge:
             return None
         return done if is_same_input(done, self.all_inputs()) else None
+
+
+def _name_stages(cfg: CfgNode) -> None:
+    """Where TEACHER.STAGE is left open, set it to what that means with a Cascade R-CNN as the
+    teacher of a student with one box head: else it would look like the first stage, see
+    :func:`digested_settings`."""
+    teacher = cfg.MODEL.CROSSKD.TEACHER
+    with contextlib.suppress(ConfigError):  # of what can't be read; it is refused elsewhere
+        if teacher.STAGE is None and distillation_requested(cfg):
+            other = cfg.MODEL.CROSSKD.TEACHERS or _is_cascade(cfg)  # each has its own rule
+            if not other and _has_stages(teacher.CONFIG_FILE, tuple(teacher.OPTS)):
+                teacher.STAGE = "mean"
+
+
+@functools.lru_cache(maxsize=None)
+def _has_stages(config_file: str, opts: Tuple[str, ...]) -> bool:
+    """Whether a teacher is a Cascade R-CNN."""
+    cfg = default_config()
+    named = cfg.MODEL.CROSSKD.TEACHER
+    named.CONFIG_FILE, named.OPTS, named.WEIGHTS = config_file, opts, "not read"
+    teacher, _ = load_teacher_config(cfg, without_data=True)
+    if isinstance(teacher, CfgNode):
+        return _is_cascade(teacher)
+    return "Cascade" in str(OmegaConf.select(teacher, "model.roi_heads._target_"))
+
+
+def _is_cascade(cfg: CfgNode) -> bool:
+    """Whether it has several box heads, by the name of its ROI heads."""
+    return "Cascade" in cfg.MODEL.ROI_HEADS.NAME
 
 
 def _sha256(content: Any) -> str:

@@ -5,6 +5,7 @@ from typing import Dict, List, NamedTuple, Optional
 import numpy as np
 
 from .contrasts import Contrast, judge
+from .protocol import TEACHER_WEIGHTS
 from .statistics import Difference, summarize
 
 
@@ -17,6 +18,12 @@ def seed_of_teacher(run: dict) -> int:
     """The seed of the teacher that a student learned from; a teacher's own. Records of old don't
     name a teacher of the run's own seed."""
     return run.get("teacher_seed", run["seed"])
+
+
+def is_given_teacher(arm: dict) -> bool:
+    """Whether an arm of ``results.json`` has a teacher for all its seeds that the protocol doesn't
+    train. Records of old don't say it of a model-zoo teacher."""
+    return arm.get("given_teacher", TEACHER_WEIGHTS in arm.get("opts", ()))
 
 
 class Section(NamedTuple):
@@ -85,6 +92,7 @@ class Table:
     def difference(self, arm: str, other: str, key: str = "AP") -> Optional[Difference]:
         """``arm`` minus ``other``, None where they have no seed in common."""
         values, teachers, pairs = {}, {}, 0
+        has_one_teacher = any(is_given_teacher(self.arms[name]) for name in (arm, other))
         for seed in sorted(set(self.current(arm)) & set(self.current(other))):
             sides = [
                 [r for r in self.runs[name][seed] if key in r and not r.get("outdated")]
@@ -94,6 +102,8 @@ class Table:
                 for run in side:
                     if "teacher_seed" in run or self.arms[name].get("taught"):
                         teachers[seed] = seed_of_teacher(run)
+            if has_one_teacher:
+                teachers[seed] = 0
             if all(sides):
                 found = _pairs(*sides)
                 means = [_mean_of(pair, key) for pair in found or [sides]]

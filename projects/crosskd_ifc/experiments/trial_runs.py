@@ -163,7 +163,11 @@ class TrialRuns:
 
     def report(self) -> str:
         """Write the report of all finished runs; returns its path."""
-        return write_report(self._results([])[0].content(), self.folder)
+        content = self._results([])[0].content()
+        for arm in content["arms"]:
+            if arm["arm"] == TEACHER:
+                arm["seeds"] = []  # those it needs may be the comparison's
+        return write_report(content, self.folder)
 
     def arm_of(self, trial: optuna.trial.FrozenTrial) -> Tuple[str, List[str]]:
         """The name of a trial's arm, and its settings as KEY, VALUE, ... of a command line."""
