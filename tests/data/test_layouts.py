@@ -291,17 +291,19 @@ def test_crowds_and_objects_to_ignore_are_told_and_stay_crowds(tmp_path):
 
 def test_of_a_turned_box_the_upright_one_around_it_is_taken_and_told(tmp_path):
     photo(tmp_path / "a.png")
-    turned = [{"rotation": 90.0}, {"rotation": 0.0}, {"rotation": "left"}]
+    turned = [{"rotation": x} for x in (90.0, 270.0, 0.0, "left")]
     boxes = [
         {"id": i, "image_id": 0, "category_id": 1, "bbox": [22, 20, 20, 4], "attributes": each}
         for i, each in enumerate(turned)
     ]
     coco(tmp_path / "a.json", [("a.png", "rod")], annotations=boxes)
     found = read_folder(str(tmp_path))
-    first, *others = [thing.box for thing in found.photos[0].things]
-    assert first == pytest.approx([30, 12, 4, 20]) and others == [[22, 20, 20, 4]] * 2
+    first, second, *others = [thing.box for thing in found.photos[0].things]
+    assert first == second == pytest.approx([30, 12, 4, 20])
+    assert others == [[22, 20, 20, 4]] * 2
     assert found.problems["rotated box, the upright one around it is taken"] == [
-        "a.json: annotation 0"
+        "a.json: annotation 0",
+        "a.json: annotation 1",
     ]
 
 
@@ -629,3 +631,121 @@ def test_accents_that_macos_takes_apart_are_the_same_name(tmp_path):
         table(folder / "boxes.csv", [(f"{other}.jpg", cls)])
         photos, problems = read(folder)
         assert list(photos.values()) == [[cls]] and not problems
+
+
+def boxes(root):
+    """The boxes of all photos below a folder, in the order of the photos' paths."""
+    return [[thing.box for thing in photo.things] for photo in read_folder(str(root)).photos]
+
+
+def test_a_line_of_a_voc_list_that_names_one_annotation_means_no_other(tmp_path):
+    for name in ("a", "a.b", "a 1"):
+        photo(tmp_path / f"JPEGImages/{name}.jpg")
+        voc(tmp_path / f"Annotations/{name}.xml", "", "x")
+    write(tmp_path / "ImageSets/Main/train.txt", "a.b\na 1\n")
+    write(tmp_path / "ImageSets/Main/val.txt", "a\n")
+    names = {"a": "val", "a.b": "train", "a 1": "train"}
+    assert splits(tmp_path) == {f"JPEGImages/{k}.jpg": v for k, v in names.items()}
+
+
+@pytest.mark.parametrize(
+    "size, said",
+    [
+        ((64, 48), ""),
+        ((48, 48), "<width>48</width><height>48</height>"),
+        ((64, 48), "<width>0</width><height>0</height>"),
+    ],
+)
+def test_a_turned_photo_is_told_where_its_size_says_nothing(size, said, tmp_path):
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.new("RGB", size).save(tmp_path / "1.jpg", exif=turned)
+    voc(tmp_path / "1.xml", "1.jpg", "a")
+    text = (tmp_path / "1.xml").read_text()
+    write(tmp_path / "1.xml", text.replace("<object>", f"<size>{said}</size><object>"))
+    told = "image that its EXIF tag turns: are its boxes of the turned image?"
+    assert read(tmp_path)[1] == {told: ["1.jpg"]}
+
+
+def test_a_box_of_five_numbers_is_told_and_not_taken_for_one_of_four(tmp_path):
+    photo(tmp_path / "1.jpg")
+    box = {"id": 1, "image_id": 0, "category_id": 1}
+    both = [{**box, "bbox": [32, 24, 20, 10, 0]}, {**box, "id": 2, "bbox": [1, 1, 9, 9]}]
+    coco(tmp_path / "a.json", [("1.jpg", "x")], annotations=both)
+    assert boxes(tmp_path) == [[[1, 1, 9, 9]]]
+    assert len(read(tmp_path)[1]["annotation that can't be read, left out"]) == 1
+
+
+def test_an_image_that_a_yaml_has_for_val_and_test_is_of_val(tmp_path):
+    for name in ("a", "b"):
+        photo(tmp_path / f"{name}/{name}.jpg")
+        yolo(tmp_path / f"{name}/{name}.txt")
+    write(tmp_path / "data.yaml", "train: a\nval: b\ntest: b\nnames: [cat]\n")
+    assert splits(tmp_path) == {"a/a.jpg": "train", "b/b.jpg": "val"}
+    told = "photo in two splits of a yaml; it is in the first"
+    assert read(tmp_path)[1] == {told: ["data.yaml: b/b.jpg"]}
+
+
+def test_a_table_of_four_corners_is_not_taken_for_one_of_two(tmp_path):
+    photo(tmp_path / "1.jpg")
+    row = "1.jpg,cat,10,5,30,15,25,25,5,15\n"
+    write(tmp_path / "a.csv", f"filename,class,x1,y1,x2,y2,x3,y3,x4,y4\n{row}")
+    with pytest.raises(ValueError, match="its columns are 'filename,cl.*expected one of"):
+        read_folder(str(tmp_path))
+    more = "xmin,ymin,xmax,ymax"
+    write(
+        tmp_path / "a.csv",
+        f"filename,class,x1,y1,x2,y2,x3,y3,{more}\n{row}".replace("5,15\n", "5,5,30,25\n"),
+    )
+    assert boxes(tmp_path) == [[[5, 5, 25, 20]]]
+
+
+def test_a_polygon_is_its_box_and_an_outline_in_pixels(tmp_path):
+    photo(tmp_path / "1.jpg")  # 64 x 48
+    yolo(tmp_path / "1.txt", "0 .25 .5 .5 .5 .5 .75")
+    write(tmp_path / "classes.txt", "cat")
+    (thing,) = read_folder(str(tmp_path)).photos[0].things
+    assert (thing.box, thing.outline) == ([16, 24, 16, 12], [[16, 24, 32, 24, 32, 36]])
+
+
+@pytest.mark.parametrize(
+    "head, more", [("x,y,w,h,width,height", ",64,48"), ("x,y,width,height", "")]
+)
+def test_a_box_of_a_table_may_have_a_size_in_place_of_a_second_corner(head, more, tmp_path):
+    photo(tmp_path / "1.jpg")
+    write(tmp_path / "a.csv", f"filename,class,{head}\n1.jpg,cat,5,6,20,30{more}\n")
+    assert boxes(tmp_path) == [[[5, 6, 20, 30]]]
+
+
+def test_a_table_of_keras_retinanet_has_no_header(tmp_path):
+    for i in (1, 2):
+        photo(tmp_path / f"{i}.jpg")
+    write(tmp_path / "a.csv", "1.jpg,5,6,25,36,cat\n2.jpg,,,,,\n")
+    assert boxes(tmp_path) == [[[5, 6, 20, 30]], []]
+
+
+def test_a_box_over_the_border_is_cut_there(tmp_path):
+    photo(tmp_path / "1.jpg")  # 64 x 48
+    rows = "1.jpg,cat,-10,-20,30,40\n1.jpg,cat,50,40,80,90\n"
+    write(tmp_path / "a.csv", f"filename,class,xmin,ymin,xmax,ymax\n{rows}")
+    assert boxes(tmp_path) == [[[0, 0, 30, 40], [50, 40, 14, 8]]]
+    assert len(read(tmp_path)[1]["box over the border, cut there"]) == 2
+
+
+def test_of_two_annotations_alike_the_one_that_tells_the_split_counts(tmp_path):
+    for name in ("1.jpg", "2.jpg"):
+        photo(tmp_path / name)
+    coco(tmp_path / "all.json", [("1.jpg", "a"), ("2.jpg", "a")])
+    coco(tmp_path / "train.json", [("1.jpg", "a")])
+    assert splits(tmp_path) == {"1.jpg": "train", "2.jpg": ""}
+
+
+def test_classes_are_in_the_order_of_their_numbers(tmp_path):
+    photo(tmp_path / "coco/1.jpg")
+    categories = [{"id": 2, "name": "a"}, {"id": 1, "name": "b"}]
+    coco(tmp_path / "coco/a.json", [("1.jpg", "a")], categories=categories)
+    photo(tmp_path / "yolo/1.jpg")
+    yolo(tmp_path / "yolo/1.txt")
+    write(tmp_path / "yolo/data.yaml", "names: {1: a, 0: b}")
+    for layout in ("coco", "yolo"):
+        assert read_folder(str(tmp_path / layout)).classes == ["b", "a"]

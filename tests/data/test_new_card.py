@@ -487,3 +487,35 @@ def test_a_table_of_fractions_is_read_as_one(tmp_path):
     (tmp_path / "boxes.csv").write_text(f"image,class,xmin,ymin,xmax,ymax\n{rows}")
     (photo,) = read_folder(str(tmp_path)).photos
     assert [thing.box for thing in photo.things] == [[24, 16, 24, 48], [0, 0, 96, 64]]
+
+
+@pytest.mark.parametrize("name", ["$x", "$HOME"])
+def test_a_card_is_not_written_where_its_path_means_another(name, tmp_path, tool):
+    (tmp_path / "photos").mkdir()
+    coco(tmp_path / "photos", count=4)
+    (tmp_path / name).mkdir()
+    assert tool(["init", str(tmp_path / "photos"), "--output", f"{tmp_path}/{name}/c.yaml"]) == 2
+    assert not list((tmp_path / name).iterdir())
+
+
+def test_photos_beyond_the_first_thousand_look_alike_too():
+    bits = np.random.default_rng(0).random((1100, 64)) < 0.5
+    hashes = list(np.where(bits, 1, -1).astype(np.float32))
+    found = near_duplicates.alike(hashes, hashes[1050:])
+    assert found.tolist() == [[1050 + i, i] for i in range(50)]
+
+
+def test_a_photo_that_cant_be_decoded_stands_alone_and_moves_no_other():
+    one = np.ones(64, np.float32)
+    assert sorted(near_duplicates.groups_of_alike([one, None, -one, one])) == [[0, 3], [1], [2]]
+
+
+def test_crowds_stay_crowds_on_the_card(tmp_path, tool):
+    coco(tmp_path, count=4)
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["annotations"][1]["iscrowd"] = 1
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    options = ["--ignore-near-duplicates", "--output", f"{tmp_path}/c.yaml"]
+    assert tool(["init", str(tmp_path), *options]) == 0
+    written = [json.loads(p.read_text()) for p in (tmp_path / "c_annotations").iterdir()]
+    assert sum(a["iscrowd"] for one in written for a in one["annotations"]) == 1

@@ -314,3 +314,14 @@ def test_several_processes_draw_the_same_pictures_in_the_same_order(monkeypatch)
     together = list(shapes._rendered(3, "test", 4, 64))
     assert [objects for _, objects in alone] == [objects for _, objects in together]
     assert all((a == b).all() for (a, _), (b, _) in zip(alone, together))
+
+
+def test_a_coarse_class_holds_the_fine_one(register):
+    register()
+    shapes.register_coarse_shapes("tiny_shapes")
+    fine, coarse = (DatasetCatalog.get(f"tiny_shapes_{x}train") for x in ("", "coarse_"))
+    members = list(shapes.COARSE_CLASSES.values())
+    for one, other in zip(fine, coarse):
+        for a, b in zip(one["annotations"], other["annotations"]):
+            assert a["bbox"] == b["bbox"]
+            assert shapes.CLASSES[a["category_id"]] in members[b["category_id"]]

@@ -4,8 +4,10 @@ import contextlib
 import glob
 import json
 import os
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +23,7 @@ from PIL import Image
 
 from crosskd_ifc import ConfigError, CrossKDTrainer, Teacher
 from crosskd_ifc.data.cards import register_card
+from crosskd_ifc.data.loading import load_training_records
 from crosskd_ifc.distillation.compatibility.settings import check_crosskd_config
 from crosskd_ifc.experiments.runs import Run
 from crosskd_ifc.modeling.attach import load_teacher_config
@@ -424,3 +427,28 @@ def test_keypoints_without_a_sigma_each_are_refused_before_training(count, sigma
     cfg = tiny_cfg(*opts, "TEST.KEYPOINT_OKS_SIGMAS", (0.1,) * sigmas)
     with contextlib.nullcontext() if is_good else pytest.raises(ConfigError, match="OKS_SIGMAS"):
         check_keypoint_sigmas(cfg)
+
+
+def test_each_data_set_has_its_own_proposals(dataset, tmp_path):
+    files, names = [], []
+    for x in (1.0, 2.0):
+        names.append(dataset([{**picture(1, [1, 1, 9, 9]), "image_id": 1}]))
+        files.append(str(tmp_path / f"{x}.pkl"))
+        content = {"ids": [1], "boxes": [np.array([[x, 0, 5, 5]])]}
+        with open(files[-1], "wb") as f:
+            pickle.dump({**content, "objectness_logits": [np.ones(1)]}, f)
+    opts = ("MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN", tuple(files))
+    found = load_training_records(tiny_cfg("DATASETS.TRAIN", tuple(names), *opts))
+    assert [r["proposal_boxes"][0][0] for r in found] == [1.0, 2.0]
+
+
+def test_images_without_a_visible_keypoint_are_left_out_where_keypoints_are_trained(dataset):
+    box = {"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    pictures = [
+        {**picture(i), "annotations": [{**box, "keypoints": [5, 5, v]}]}
+        for i, v in enumerate((2, 0))
+    ]
+    name = dataset(pictures)
+    for is_on, ids in ((True, [0]), (False, [0, 1])):
+        cfg = tiny_cfg("DATASETS.TRAIN", (name,), "MODEL.KEYPOINT_ON", is_on)
+        assert [r["image_id"] for r in load_training_records(cfg)] == ids

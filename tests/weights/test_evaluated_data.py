@@ -12,6 +12,7 @@ from test_evaluating import TOOL
 
 from crosskd_ifc import ConfigError
 from crosskd_ifc.data.cards import register_card
+from crosskd_ifc.weights import evaluating
 from crosskd_ifc.weights.evaluating import evaluate_checkpoint, evaluate_deployed
 from crosskd_ifc.weights.export import export_student
 
@@ -113,3 +114,9 @@ def test_a_damaged_file_is_one_line(name, exported, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(out), "--dataset", "x", "--threads", "-1"])
     assert "--threads at least 0" in capsys.readouterr().err
+
+
+def test_all_detections_in_a_photo_of_a_card_count(tmp_path):
+    name = coco(tmp_path)
+    asked = evaluating._Asked(masks=False, keypoints=False, sigmas=[])
+    assert evaluating._evaluator(name, str(tmp_path), asked)._max_dets_per_image[2] > 100

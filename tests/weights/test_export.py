@@ -466,3 +466,24 @@ def test_script_prints_what_was_written_and_how_to_use_it(run, tmp_path, capsys)
     assert capsys.readouterr().err == (
         f"export_student: {out} exists; give another OUT, or --force to replace it\n"
     )
+
+
+def test_of_x_pth_the_config_is_x_yaml_before_config_yaml(run):
+    other = Path(run).with_name("x.pth")
+    shutil.copy(run, other)
+    other.with_suffix(".yaml").write_text(tiny_cfg("INPUT.FORMAT", "RGB").dump())
+    assert student.load_student(str(other)).cfg.INPUT.FORMAT == "RGB"
+    assert student.load_student(run).cfg.INPUT.FORMAT == "BGR"
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[9], [16], [32], [48], [64]]),
+        ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (20.0, 20.0, 10.0, 10.0)),
+        ("MODEL.RPN.NMS_THRESH", 0.9),
+    ],
+)
+def test_what_changes_predictions_under_the_same_weights_is_told(key, value):
+    held = {"config": {"yaml": tiny_cfg().dump()}}
+    assert differing_keys(held, tiny_cfg(key, value), evaluation=False) == [key]

@@ -21,6 +21,7 @@ from crosskd_ifc.common.lazy_config import load_lazy_config
 from crosskd_ifc.weights.deployed import DeployedModel
 from crosskd_ifc.weights.evaluating import evaluate_checkpoint
 from crosskd_ifc.weights.export import export_student
+from crosskd_ifc.weights.lazy_student import build_lazy_student
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # A shrunk zoo model; `crosskd` would be read by the training only.
@@ -275,3 +276,22 @@ def few_records(name):
     from detectron2.data import DatasetCatalog
 
     return DatasetCatalog.get(name)[:4]
+
+
+def test_of_a_cascade_the_last_stages_threshold_is_told(tmp_path):
+    (tmp_path / "c.py").write_text(
+        "from detectron2 import model_zoo\n"
+        "model = model_zoo.get_config('common/models/cascade_rcnn.py').model\n"
+        "for p, t in zip(model.roi_heads.box_predictors, (0.1, 0.2, 0.3)):\n"
+        "    p.test_score_thresh = t\n"
+        "mapper = dict(augmentations=[], image_format='BGR')\n"
+        "dataloader = dict(test=dict(mapper=mapper))\n"
+    )
+    found = build_lazy_student(str(tmp_path / "c.py"))
+    assert found.cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 0.3
+
+
+def test_the_padding_is_the_models_own_mean(tmp_path):
+    (tmp_path / "c.py").write_text(RCNN)
+    found = build_lazy_student(str(tmp_path / "c.py"), ["model.pixel_mean=[1.0,2.0,3.0]"])
+    assert found.cfg.MODEL.PIXEL_MEAN == [1.0, 2.0, 3.0]

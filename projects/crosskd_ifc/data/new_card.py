@@ -69,8 +69,9 @@ def make_card(
     base = os.path.dirname(os.path.realpath(output))
     annotations = os.path.join(base, f"{name}_annotations")
     _refuse_foreign(annotations, os.path.basename(output))
-    if "$" in os.path.realpath(folder):
-        raise ValueError(f"{folder}: a card takes '$' for an environment variable; rename it")
+    for place in (os.path.realpath(folder), base):
+        if "$" in place:
+            raise ValueError(f"{place}: a card takes '$' for an environment variable; rename it")
     found = read_folder(folder, layout)
     own = {photo.split for photo in found.photos} - {""}
     if found.lists and not own and not split:

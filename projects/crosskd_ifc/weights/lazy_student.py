@@ -139,7 +139,7 @@ def _fill_in(cfg: CfgNode, config: DictConfig, model: nn.Module, path: str) -> N
     sigmas = select(config, "dataloader.evaluator.kpt_oks_sigmas")
     cfg.TEST.KEYPOINT_OKS_SIGMAS = list(sigmas or [])
     predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", model)
-    predictor = predictor[0] if isinstance(predictor, nn.ModuleList) else predictor
+    predictor = predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
     if not hasattr(predictor, "test_score_thresh") or not hasattr(predictor, "test_nms_thresh"):
         raise ConfigError(
             f"{path}: {type(predictor).__name__} has no test_score_thresh and test_nms_thresh, as "

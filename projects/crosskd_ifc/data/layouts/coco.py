@@ -107,7 +107,7 @@ def _objects(
 
 
 def _thing(record: dict, categories: Dict[Any, str]) -> Thing:
-    x, y, w, h = (float(v) for v in record["bbox"][:4])
+    x, y, w, h = (float(v) for v in record["bbox"])
     turn = math.radians(_rotation(record))
     if turn:  # about its centre
         cos, sin = abs(math.cos(turn)), abs(math.sin(turn))

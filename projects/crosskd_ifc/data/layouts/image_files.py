@@ -14,8 +14,9 @@ from ..files import read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in any case
 SPLITS = {
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"train": "train", "training": "train"},
     **{"val": "val", "valid": "val", "validation": "val"},
+    **{"test": "test", "testing": "test"},
 }
 
 

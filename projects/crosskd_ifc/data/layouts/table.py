@@ -42,10 +42,11 @@ def _read_table(path: str) -> Optional[Tuple[List[Dict[str, str]], Dict[str, Any
         header, body = list(_HEADLESS), rows
     else:
         body = rows[1:]
+    corners = _CORNERS[:1] if "x3" in header else _CORNERS  # two of four corners are no box
     columns: Dict[str, Any] = {
         "image": next((c for c in _IMAGE_COLUMNS if c in header), None),
         "class": next((c for c in _CLASS_COLUMNS if c in header), None),
-        "corners": next((c for c in _CORNERS if set(c) <= set(header)), None),
+        "corners": next((c for c in corners if set(c) <= set(header)), None),
         "sized": next((c for c in _WITH_SIZE if set(c) <= set(header)), None),
     }
     if not columns["image"] or not columns["class"]:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import defaultdict
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any, Dict, List, Tuple
 
 from ..files import parse_xml
 from .image_files import Files
@@ -85,18 +85,20 @@ def _own_splits(result: PhotoFolder, files: Files, found: List[str]) -> Dict[str
     for data_set, listed in lists.items():
         for path, name in sorted(listed, key=lambda pair: list(_LISTS).index(pair[1])):
             for line in files.lines(path):
-                names = _names_in(line) & set(members[data_set])
-                if not names:
+                id_ = next((x for x in _ids_in(line) if x in members[data_set]), None)
+                if id_ is None:
                     result.tell("line of a list that names no annotation", f"{path}: {line}")
-                for annotation in (a for n in names for a in members[data_set][n]):
+                    continue
+                for annotation in members[data_set][id_]:
                     splits.setdefault(annotation, _LISTS[name])
     return splits
 
 
-def _names_in(line: str) -> Set[str]:
-    """What an image id may be in a line, which may have a suffix, or a column of -1, 0 or 1."""
-    ids = {os.path.basename(text) for text in (line, re.sub(r"\s+-?[01]$", "", line))}
-    return ids | {os.path.splitext(name)[0] for name in ids}
+def _ids_in(line: str) -> List[str]:
+    """What an image id may be in a line, which may have a suffix, or a column of -1, 0 or 1: as it
+    stands first."""
+    ids = [os.path.basename(text) for text in (line, re.sub(r"\s+-?[01]$", "", line))]
+    return ids + [os.path.splitext(name)[0] for name in ids]
 
 
 def _stem(path: str) -> str:

@@ -36,7 +36,9 @@ def read(result: PhotoFolder, files: Files, found: List[str]) -> None:
     splits: Dict[str, str] = {}
     for path, content in yamls.items():
         for image, split in _own_splits(result, files, path, content):
-            splits.setdefault(image, split)
+            if splits.setdefault(image, split) != split:
+                what = "photo in two splits of a yaml; it is in the first"
+                result.tell(what, f"{path}: {image}")
     for path in files.by_suffix[".txt"]:
         images = _images_of(path, files)
         if path not in found and (images or _looks_like_labels(path)):
