@@ -915,7 +915,7 @@ def test_what_learning_rates_show_is_told_as_recorded():
     (count,) = {len(table.scores(arm)) for arm in arms}
     assert report.count(f"| 0 of {count} ") == len(arms)
     assert f"None of the {len(runs)} trainings failed" in text
-    assert f"`stability` has {count} of its 6 seeds" in text
+    assert count == 6 and "There are six seeds. They share two teachers" in text
     leads = [tell(table.difference(f"crosskd_ifc{x}", f"crosskd{x}")) for x in RATES]
     assert "leads plain CrossKD by {}, {} and {}".format(*leads) in text
     gains = [tell(table.difference(f"crosskd{x}", f"student{x}")) for x in RATES]
@@ -925,6 +925,11 @@ def test_what_learning_rates_show_is_told_as_recorded():
         row = rf"`crosskd_ifc{rate}` +\| 0 of \d +\| [\d.]+ +\| ([\d.]+ \([^)]+\)) of `student"
         ratios += re.findall(row, report)
     assert "{} times the plain student's, with four times the rate {} times".format(*ratios) in text
+    intervals = re.findall(r"([\d.]+) \(([\d.]+) to ([\d.]+)\) of `", report)
+    ((ratio, low, high),) = {x for x in intervals if not float(x[1]) <= 1 <= float(x[2])}
+    told = f"{ratio} ({low} to {high}) times as much as plain CrossKD"
+    assert told in text and "`mean_x4` " in report.split(f"{ratio} ({low}")[0].splitlines()[-1]
+    assert f"Of the {len(intervals)} ratios in the report, one interval excludes 1" in text
     varies = [statistics.mean(table.logged(x, "grad_norm_variation").values()) for x in arms]
     told = f"by {min(varies):.0%} to {max(varies):.0%} of its mean, most in the plain student at"
     assert told.replace("%", " %") in text and arms[varies.index(max(varies))] == "student_x4"
