@@ -846,7 +846,16 @@ ON_PHOTOS = {
 }
 
 
+DEPTH = {
+    "taps": "one loss per tap",
+    "mean": "mean of conv1, conv2 and conv3",
+    "crosskd": "plain CrossKD",
+    "conv3": "conv3 alone",
+}
+
+
 LATER = {
+    "decisive_screen_depth": (DEPTH, "### Heads of four convolutions"),
     "decisive_photos": (ON_PHOTOS, "### On photos"),
     "decisive_weight": (WEIGHT, "### Equal weights"),
     "decisive_long": (LONG, "### With twice the steps"),
@@ -871,6 +880,24 @@ def test_the_bases_of_dense_detectors_have_the_weights_of_the_options():
         cells.append(f"{cls}, {box} (`{paths[0]}`)")
     row = f"| CrossKD's weights $w_c, w_b$ | {' | '.join(cells)} |"
     assert row in read("docs", "options.md").splitlines()
+
+
+def test_what_heads_of_four_convolutions_show_is_told_as_recorded():
+    table, text = results("decisive_screen_depth"), told_in_results()
+    contrasts = table.contrasts()
+    check_verdicts(contrasts, 3, DEPTH, after="### Heads of four convolutions")
+    assert {len(table.scores(arm)) for arm in DEPTH} == {6}
+    assert {c.difference.teachers for c in contrasts} == {4}
+    assert f"share four teachers (1,600 steps, {ap_of(table, 'teacher')} AP)" in text
+    ahead = [table.difference("taps", other).values.values() for other in ("crosskd", "conv3")]
+    assert all(value > 0 for values in ahead for value in values)
+    assert "ahead of plain CrossKD and of conv3 alone on 6 of the 6 seeds" in text
+    lead = contrasts[2]
+    told = "{:+.1f} (corrected {:+.1f} to {:+.1f}) on 6 seeds, but on validation images"
+    assert told.format(lead.difference.mean, *lead.corrected) in text
+    assert (lead.arm, lead.reference) == ("taps", "crosskd")
+    low, high = table.difference("mean", "crosskd").interval
+    assert low < 0 < high
 
 
 def test_what_equal_weights_show_is_told_as_recorded():
