@@ -127,9 +127,10 @@ class Results:
         protocol = self.protocol
         order = list(protocol.arms)
         for entry in self.entries:
-            is_current = self._is_current(entry)
-            entry.pop("outdated", None)
-            entry.update({} if is_current else {"outdated": True})
+            if self._is_current(entry):
+                entry.pop("outdated", None)
+            else:
+                entry["outdated"] = True
 
         def place(entry: dict) -> tuple:
             # Arms that the protocol had once come last: they cost time, too.
@@ -164,9 +165,8 @@ class Results:
         }
 
     def _has_given_teacher(self, arm: Arm) -> bool:
-        run = self._runs.get((arm.name, arm.seeds[0]))
-        distils = run is not None and distillation_requested(run.cfg())
-        return distils and arm.name not in self.protocol.taught
+        run = self._runs[arm.name, arm.seeds[0]]
+        return arm.name not in self.protocol.taught and distillation_requested(run.cfg())
 
     def _entry(self, key: Key, done: dict) -> dict:
         splits, validation = done["splits"], self.protocol.validation

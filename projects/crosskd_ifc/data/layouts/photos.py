@@ -138,10 +138,11 @@ class PhotoFolder:
         except SampleError as error:
             return self.tell("image that can't be used, left out", str(error).split("; ")[0])
         # A size that is told, and fits, is that of the turned image; but a square has no other.
-        tells = said_size and min(said_size) > 0 and size[0] != size[1]
+        is_said = said_size and min(said_size) > 0
+        tells = is_said and size[0] != size[1]
         if claim.things and (1 < orientation < 5 or orientation >= 5 and not tells):
             self.tell("image that its EXIF tag turns: are its boxes of the turned image?", path)
-        if said_size and min(said_size) > 0 and tuple(said_size) != size:
+        if is_said and tuple(said_size) != size:
             turned = " (its EXIF tag turns it)" if said_size == size[::-1] else ""
             said = "{}x{}".format(*said_size)
             return self.tell(
